@@ -1,0 +1,1 @@
+"""One file a data set and norm; each run is a config of plain values."""

@@ -1,0 +1,154 @@
+"""Every field of a classifier's run, with its unit: CIFAR-10, l-inf 8/255.
+
+The values are those of the released training recipe (Gowal et al., NeurIPS 2021).
+An experiment starts from `get_config` and states what differs. Fields that are
+`None` follow from others by the paper's rules, after the overrides of the command
+line: see `jaxrobust.config.resolve`.
+"""
+
+import re
+
+from ml_collections import config_dict
+
+
+def get_config(arg: str = ''):
+  """The base config; `arg` is 'MODEL,DATA', each of which may be left out."""
+  c = config_dict.ConfigDict()
+  c.seed = 0  # of initialisation, data order, augmentation and attacks
+  c.variant = ''  # last part of the experiment's name
+
+  c.dataset = config_dict.ConfigDict()
+  c.dataset.name = 'cifar10'  # digits cifar10 cifar100 svhn mnist tiny_imagenet
+  c.dataset.data_dir = ''  # folder of tensorflow-datasets; '' is its default
+  # The papers hold out the first 1,024 training images to choose the checkpoint;
+  # the released code trains on all 50,000 (set 0, and checkpoint.export = 'last').
+  c.dataset.validation_images = 1024
+  # Use only the first so many of the remaining training images; None is all.
+  c.dataset.train_images = config_dict.placeholder(int)
+
+  c.data = config_dict.ConfigDict()
+  c.data.batch_size = 1024  # images in a global batch, real and generated
+  c.data.samples = ''  # folder of the sample set; '' is real images only
+  # Share of real images in a batch; exact, so it must resolve to a count that all
+  # devices and BatchNorm groups can share equally. Ignored without samples. The
+  # published 0.3 was rounded in each device's batch: 10 of 32 images.
+  c.data.real_fraction = 0.3125
+  # Times that each real image occurs in a batch, each with its own crop and flip.
+  # In the published runs four workers read the real images in the same order.
+  c.data.real_repeats = 4
+  c.data.verify_samples = True  # compare checksums of the sample set once
+
+  c.augment = config_dict.ConfigDict()
+  c.augment.pad = 4  # pixels of zeros on each side before the random crop
+  c.augment.flip = True  # horizontal, with probability 1/2
+  c.augment.label_smoothing = 0.1  # on generated labels only
+  c.augment.cutmix = False
+  c.augment.cutmix_workers = 4  # a box and a ratio for each part of the batch
+
+  c.model = config_dict.ConfigDict()
+  c.model.name = 'wrn-28-10'  # wrn-DEPTH-WIDTH or preact-resnet-18
+  c.model.activation = 'swish'
+  c.model.mean = (0.4914, 0.4822, 0.4465)  # of the data set, a channel
+  c.model.std = (0.2471, 0.2435, 0.2616)
+  c.model.padding = 0  # pixels of zeros on each side, before normalisation
+  # Images that share BatchNorm statistics in training, whatever the devices. The
+  # published runs had 32 cores with 32 images each.
+  c.model.batch_norm_group = 32
+
+  c.threat = config_dict.ConfigDict()
+  c.threat.norm = 'linf'  # linf l2
+  c.threat.epsilon = 8 / 255  # pixel values in [0, 1]
+
+  c.loss = config_dict.ConfigDict()
+  c.loss.name = 'trades'  # standard adversarial trades
+  c.loss.beta = 6.0  # weight of the KL term of TRADES
+  c.loss.weight_decay = 5e-4  # of 0.5 * sum of squares of weights and biases
+
+  c.attack = config_dict.ConfigDict()  # of training
+  c.attack.objective = 'kl_divergence'  # kl_divergence cross_entropy margin
+  c.attack.step_rule = 'adam'  # adam sign normalized
+  c.attack.num_steps = 10
+  c.attack.step_sizes = (0.1, 0.01)  # pixel values; one more than boundaries
+  c.attack.step_boundaries = (5,)  # attack steps at which the next size starts
+  c.attack.initialization = 'uniform'  # uniform zero
+  c.attack.restarts = 1
+
+  c.optimizer = config_dict.ConfigDict()
+  # None: base_learning_rate * max(batch_size / 256, 1).
+  c.optimizer.learning_rate = config_dict.placeholder(float)
+  c.optimizer.base_learning_rate = 0.1
+  c.optimizer.momentum = 0.9
+  c.optimizer.nesterov = True
+  c.optimizer.schedule = 'cosine'  # cosine step constant
+  c.optimizer.warmup_epochs = 10.0
+
+  c.training = config_dict.ConfigDict()
+  c.training.num_epochs = 400.0
+  c.training.epoch_examples = 50_000  # images in an "epoch", real or generated
+  # None: num_epochs * epoch_examples / batch_size, rounded down.
+  c.training.num_steps = config_dict.placeholder(int)
+
+  c.ema = config_dict.ConfigDict()
+  c.ema.decay = 0.995  # a step; at step t at most (1 + t) / (10 + t)
+  # BatchNorm statistics that go with the averaged parameters: those of the 'raw'
+  # network, as published, or their 'own' (one more forward pass a step).
+  c.ema.batch_norm = 'raw'
+
+  c.evaluation = config_dict.ConfigDict()
+  c.evaluation.interval_epochs = 40.0  # between evaluations while training
+  c.evaluation.batch_size = 1024
+  # Of the evaluate program; change nothing in training.
+  c.evaluation.checkpoint = ''  # '' is the workdir's checkpoint.npy
+  c.evaluation.split = 'test'  # test validation train
+  c.evaluation.num_images = config_dict.placeholder(int)  # None is all of them
+  c.evaluation.suite = 'pgd-40'
+
+  c.evaluation.attack = config_dict.ConfigDict()  # PGD-40
+  c.evaluation.attack.objective = 'margin'
+  c.evaluation.attack.step_rule = 'adam'
+  c.evaluation.attack.num_steps = 40
+  c.evaluation.attack.step_sizes = (0.1, 0.01, 0.0001)
+  c.evaluation.attack.step_boundaries = (20, 30)
+  c.evaluation.attack.initialization = 'uniform'
+  c.evaluation.attack.restarts = 1
+
+  c.checkpoint = config_dict.ConfigDict()
+  c.checkpoint.interval_epochs = 10.0
+  c.checkpoint.keep = 2  # last ones kept, besides the best
+  # Written to checkpoint.npy at the end: the 'best' averaged parameters by PGD-40
+  # accuracy on the validation images (clean accuracy for loss 'standard'), or 'last'.
+  c.checkpoint.export = 'best'
+
+  c.log = config_dict.ConfigDict()
+  c.log.interval_epochs = 0.5
+
+  return with_arg(c, arg)
+
+
+def parse_arg(arg: str) -> tuple[str, str]:
+  """Splits 'MODEL,DATA' (in any order, each optional) into its two parts."""
+  model = data = ''
+  for part in filter(None, arg.split(',')):
+    if re.fullmatch(r'wrn-\d+-\d+|preact-resnet-18', part):
+      model = part
+    elif data:
+      raise ValueError(
+          f'config argument {arg!r} names two data sources, {data!r} and {part!r}; '
+          'it reads MODEL,DATA such as wrn-28-10,ddpm')
+    else:
+      data = part
+  return model, data
+
+
+def with_arg(c, arg: str):
+  """Sets model and sample set from 'MODEL,DATA', and locks the config.
+
+  DATA is 'real', a name NAME for the sample set data/{dataset}_NAME, or a folder,
+  which has a '/' in it.
+  """
+  model, data = parse_arg(arg)
+  if model:
+    c.model.name = model
+  if data and data != 'real':
+    c.data.samples = data if '/' in data else f'data/{c.dataset.name}_{data}'
+  return c.lock()

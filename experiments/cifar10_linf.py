@@ -1,0 +1,29 @@
+r"""CIFAR-10, l-inf 8/255: the paper's main setting, with the released recipe.
+
+  python -m jaxrobust.train --workdir=DIR \
+      --config=experiments/cifar10_linf.py:MODEL,DATA
+
+Published, clean / robust accuracy under AA+MT in percent (paper, table of results):
+  wrn-28-10,ddpm              85.97 / 60.73
+  wrn-70-16,ddpm              86.94 / 63.58
+  wrn-28-10,ddpm-100m         87.50 / 63.38
+  preact-resnet-18,ddpm-100m  87.35 / 58.50
+  wrn-70-16,ddpm-100m         88.74 / 66.10   with --config.augment.cutmix=True
+
+DATA is `real`, a name NAME for the sample set data/cifar10_NAME, or a folder. The
+authors' file cifar10_ddpm.npz becomes data/cifar10_ddpm by
+  python -m jaxrobust.data.samples import cifar10_ddpm.npz data/cifar10_ddpm
+
+Uncertain: steps and real fraction of the runs with 100M samples were not published;
+here they are those of 1M samples. The papers hold out 1,024 training images to choose
+the checkpoint and report the better of two runs; the released code trains on all
+50,000 for the whole schedule: --config.dataset.validation_images=0
+--config.checkpoint.export=last.
+"""
+
+from experiments import base
+
+
+def get_config(arg: str = 'wrn-28-10,ddpm'):
+  """CIFAR-10 l-inf; every value is the base's."""
+  return base.get_config(arg)

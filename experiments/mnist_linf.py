@@ -1,0 +1,26 @@
+"""MNIST, l-inf 0.3.
+
+  python -m jaxrobust.train --workdir=DIR --config=experiments/mnist_linf.py:MODEL,DATA
+
+Published (Gowal et al. 2020, arXiv 2010.03593), clean / robust accuracy in percent:
+  wrn-28-10,real  99.26 / 96.34
+
+Images are padded from 28 to 32 pixels and scaled to [-1, 1] inside the network, as
+the released checkpoint expects. Uncertain: the other hyper-parameters; here they are
+those of CIFAR-10, without augmentation.
+"""
+
+from experiments import base
+
+
+def get_config(arg: str = 'wrn-28-10,real'):
+  """MNIST l-inf."""
+  c = base.get_config().unlock()
+  c.dataset.name = 'mnist'
+  c.threat.epsilon = 0.3
+  c.augment.pad = 0
+  c.augment.flip = False
+  c.model.padding = 2
+  c.model.mean = (0.5,)
+  c.model.std = (0.5,)
+  return base.with_arg(c, arg)

@@ -1,0 +1,25 @@
+r"""TinyImageNet-200 (64x64), l-inf 8/255.
+
+  python -m jaxrobust.train --workdir=DIR \
+      --config=experiments/tiny_imagenet_linf.py:MODEL,DATA
+
+Published, clean / robust accuracy under AA+MT in percent (paper, table of results):
+  wrn-28-10,real  51.56 / 21.56
+  wrn-28-10,ddpm  60.95 / 26.66
+
+Uncertain: the paper does not give the hyper-parameters of TinyImageNet, nor were its
+samples released. Here: the recipe of CIFAR-10 (an epoch counts 50,000 images), pad 4
+and flip, and the usual mean and standard deviation. The official validation images
+are the test images.
+"""
+
+from experiments import base
+
+
+def get_config(arg: str = 'wrn-28-10,ddpm'):
+  """TinyImageNet l-inf."""
+  c = base.get_config().unlock()
+  c.dataset.name = 'tiny_imagenet'
+  c.model.mean = (0.4802, 0.4481, 0.3975)
+  c.model.std = (0.2302, 0.2265, 0.2262)
+  return base.with_arg(c, arg)

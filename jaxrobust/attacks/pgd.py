@@ -1,0 +1,149 @@
+"""Projected gradient ascent, with any objective, step rule and ball."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrobust.attacks import norms, objectives
+from jaxrobust.errors import UserError
+
+# A gradient's way to a step, before the step size. The published attacks use Adam
+# with these constants (released code).
+STEP_RULES = {
+    'adam': optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-9),
+    'sign': optax.stateless(lambda gradient, _: norms.Linf.steepest(gradient)),
+    'normalized': optax.stateless(lambda gradient, _: norms.L2.steepest(gradient)),
+}
+
+INITIALIZATIONS = ('uniform', 'zero')
+
+
+@dataclasses.dataclass(frozen=True)
+class PGD:
+  """Climbs an objective inside a ball; each image by itself.
+
+  Attributes:
+    ball: where images may go.
+    objective: (logits [B, K], reference) → [B], to be maximised.
+    step_rule: from gradients [B, H, W, C] to steps of the same shape, element by
+      element or image by image; one of STEP_RULES or another such transformation.
+    num_steps: gradients of a restart.
+    step_sizes: in pixel values, used in turn.
+    step_boundaries: steps at which the next size starts, one fewer than the sizes.
+    initialization: 'uniform', at a random point of the ball, or 'zero', at the
+      images. The KL divergence from the network's own prediction has no gradient
+      there.
+    restarts: random starts, of which the one with the highest objective is kept for
+      each image.
+  """
+  ball: norms.Ball
+  objective: Callable[[jax.Array, jax.Array], jax.Array]
+  step_rule: optax.GradientTransformation
+  num_steps: int
+  step_sizes: tuple[float, ...]
+  step_boundaries: tuple[int, ...] = ()
+  initialization: str = 'uniform'
+  restarts: int = 1
+
+  def __call__(self, logits_fn, rngs: jax.Array, images: jax.Array,
+               reference: jax.Array) -> jax.Array:
+    """Attacks a batch.
+
+    The first restart is the attack without restarts. No gradient flows through the
+    result; `logits_fn` should close over parameters that are held fixed, or else
+    their unused derivatives are traced too.
+
+    Args:
+      logits_fn: images [B, H, W, C] in [0, 1] → logits [B, K].
+      rngs: keys [B], one an image, so that no start depends on the batch.
+      images: [B, H, W, C] in [0, 1], float.
+      reference: what the objective takes, [B] or [B, K].
+
+    Returns:
+      Adversarial images [B, H, W, C], in the ball and in [0, 1].
+    """
+    images, reference = jax.lax.stop_gradient((images, reference))
+    score = lambda x: self.objective(logits_fn(x), reference)
+    keys = lambda index: jax.vmap(lambda rng: jax.random.fold_in(rng, index))(rngs)
+    if self.restarts == 1:
+      return jax.lax.stop_gradient(self._climb(score, keys(0), images))
+
+    def restart(index, best):
+      kept, highest = best
+      found = self._climb(score, keys(index), images)
+      scores = score(found).astype(highest.dtype)
+      better = scores > highest
+      return (jnp.where(better[:, None, None, None], found, kept),
+              jnp.where(better, scores, highest))
+
+    nothing = (images, jnp.full(len(images), -jnp.inf, images.dtype))
+    found, _ = jax.lax.fori_loop(0, self.restarts, restart, nothing)
+    return jax.lax.stop_gradient(found)
+
+  def _climb(self, score, rngs, images):
+    """One restart: from its start to its last iterate."""
+    # Summed over the batch, so that each image gets the gradient of its own score.
+    gradient_of = jax.grad(lambda x: jnp.sum(score(x)))
+    sizes = jnp.asarray(self._sizes(), images.dtype)
+
+    def step(index, carry):
+      iterate, state = carry
+      update, state = self.step_rule.update(gradient_of(iterate), state)
+      return self.ball.project(iterate + sizes[index] * update, images), state
+
+    start = images
+    if self.initialization == 'uniform':
+      start = self.ball.initialize(rngs, images)
+    start = (start, self.step_rule.init(images))
+    return jax.lax.fori_loop(0, self.num_steps, step, start)[0]
+
+  def _sizes(self) -> np.ndarray:
+    """The step size of each step, [num_steps]."""
+    stage = np.searchsorted(
+        np.asarray(self.step_boundaries, int), np.arange(self.num_steps), 'right')
+    return np.asarray(self.step_sizes)[stage]
+
+
+def from_config(config, ball: norms.Ball) -> PGD:
+  """The attack of a config.
+
+  Args:
+    config: has the fields objective, step_rule, num_steps, step_sizes,
+      step_boundaries, initialization and restarts; names are those of
+      `objectives.OBJECTIVES`, `STEP_RULES` and `INITIALIZATIONS`.
+    ball: where images may go.
+
+  Raises:
+    UserError: for an unknown name, or numbers that do not describe an attack.
+  """
+  for field, choices in (('objective', objectives.OBJECTIVES),
+                         ('step_rule', STEP_RULES),
+                         ('initialization', INITIALIZATIONS)):
+    if (value := config[field]) not in choices:
+      raise UserError(f'attack.{field} = {value!r}: use one of {", ".join(choices)}')
+  for field in ('num_steps', 'restarts'):
+    if (value := config[field]) < 1:
+      raise UserError(f'attack.{field} = {value}: use 1 or more')
+  sizes, boundaries = tuple(config.step_sizes), tuple(config.step_boundaries)
+  if len(sizes) != len(boundaries) + 1:
+    raise UserError(
+        f'attack.step_sizes = {sizes} with attack.step_boundaries = {boundaries}: '
+        'give one size more than boundaries')
+  if not all(size > 0 for size in sizes):
+    raise UserError(f'attack.step_sizes = {sizes}: use sizes above 0')
+  if any(b <= a for a, b in zip((0, *boundaries), boundaries, strict=False)):
+    raise UserError(
+        f'attack.step_boundaries = {boundaries}: use steps above 0, in rising order')
+  if config.initialization == 'zero' and config.restarts > 1:
+    raise UserError(
+        f"attack.restarts = {config.restarts} with attack.initialization = 'zero' "
+        "would repeat one attack: use 1 restart, or initialization = 'uniform'")
+  return PGD(
+      ball=ball, objective=objectives.OBJECTIVES[config.objective],
+      step_rule=STEP_RULES[config.step_rule], num_steps=config.num_steps,
+      step_sizes=sizes, step_boundaries=boundaries,
+      initialization=config.initialization, restarts=config.restarts)

@@ -1,0 +1,213 @@
+"""Checkpoints: those a run resumes from, and the final file in the authors' format."""
+
+import io
+import pickle
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jaxrobust import workdir as workdirs
+from jaxrobust.errors import UserError
+
+
+class Checkpoints:
+  """The checkpoints of a run, in `workdir/checkpoints`.
+
+  Keeps the last few and the one with the best score. Arrays are saved unreplicated,
+  as numpy, by every process: a run resumes on any number of devices and processes.
+  Saving is asynchronous; a checkpoint counts once it is whole.
+  """
+
+  def __init__(self, folder: epath.Path, keep: int):
+    """Opens the checkpoints.
+
+    Args:
+      folder: the workdir.
+      keep: how many of the last checkpoints to keep.
+    """
+    policies = ocp.checkpoint_managers
+    score = lambda metrics: metrics['score']
+    self._manager = ocp.CheckpointManager(
+        epath.Path(folder).absolute() / 'checkpoints',
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([
+                policies.LatestN(keep),
+                policies.BestN(get_metric_fn=score, n=1,
+                               keep_checkpoints_without_metrics=False)]),
+            best_fn=score, best_mode='max', cleanup_tmp_directories=True))
+
+  def save(self, step: int, state, score: float | None = None):
+    """Saves the state after `step` updates (a tree of numpy arrays).
+
+    Args:
+      step: completed updates.
+      state: the unreplicated state.
+      score: higher is better; None when it was not evaluated.
+    """
+    self._manager.save(
+        step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
+        metrics=None if score is None else {'score': score})
+
+  def restore(self, like, step: int | None = None):
+    """The state at `step`, or at the last checkpoint that can be read.
+
+    Args:
+      like: a state of the same structure and shapes.
+      step: completed updates; None for the last.
+
+    Returns:
+      The state as numpy arrays, or None if there is no checkpoint.
+
+    Raises:
+      UserError: if there are checkpoints, and none of them can be read.
+    """
+    template = jax.tree.map(np.asarray, like)
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
+    if step is not None:
+      return self._numpy(self._manager.restore(step, args=args).state)
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    problem = None
+    for candidate in steps:
+      try:
+        return self._numpy(self._manager.restore(candidate, args=args).state)
+      except (ValueError, OSError, KeyError) as e:
+        problem = problem or e
+    if problem:
+      reason = str(problem).splitlines()[0][:200]
+      raise UserError(
+          f'none of the checkpoints {steps} in {self._manager.directory} can be read '
+          f'({reason}): remove the folder to start anew')
+    return None
+
+  @staticmethod
+  def _numpy(state):
+    return jax.tree.map(np.asarray, state)
+
+  def last_step(self) -> int | None:
+    """Completed updates at the last checkpoint, None without one."""
+    return self._manager.latest_step()
+
+  def best_step(self) -> int | None:
+    """Completed updates at the checkpoint of the highest score, None without one."""
+    return self._manager.best_step()
+
+  def wait(self):
+    """Waits until what was saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self):
+    """Waits and releases the folder."""
+    self._manager.close()
+
+
+def export_npy(path: epath.Path, params, net_state):
+  """Writes parameters and BatchNorm state in the authors' released format.
+
+  Args:
+    path: of the file, usually `checkpoint.npy`.
+    params, net_state: Haiku trees of arrays.
+  """
+  numpy = lambda tree: jax.tree.map(np.asarray, tree)
+  pair = np.empty(2, dtype=object)
+  pair[0], pair[1] = numpy(params), numpy(net_state)
+  buffer = io.BytesIO()
+  np.save(buffer, pair, allow_pickle=True)
+  workdirs.write(path, buffer.getvalue())
+
+
+def import_npy(path: str):
+  """Reads parameters and BatchNorm state from a file in the authors' format.
+
+  A pickle can name any function for the reader to call, so this one builds arrays and
+  containers only, and refuses everything else.
+
+  Args:
+    path: of the file, local or `gs://`.
+
+  Returns:
+    (params, net_state), Haiku trees of numpy arrays.
+
+  Raises:
+    UserError: if the file is absent, damaged, not of this format, or not harmless.
+  """
+  file = epath.Path(path)
+  if not file.exists():
+    raise UserError(
+        f'no checkpoint at {file}: give the path of a .npy file or of a workdir that '
+        'finished training')
+  try:
+    buffer = io.BytesIO(file.read_bytes())
+    version = np.lib.format.read_magic(buffer)
+    read_header = (np.lib.format.read_array_header_1_0 if version == (1, 0)
+                   else np.lib.format.read_array_header_2_0)
+    shape, _, dtype = read_header(buffer)
+    if shape != (2,) or not dtype.hasobject:
+      raise ValueError(f'it holds an array {shape} of {dtype}')
+    params, net_state = _ArrayUnpickler(buffer).load()
+  except (ValueError, EOFError, TypeError, AttributeError, IndexError, KeyError,
+          pickle.UnpicklingError) as e:
+    raise UserError(
+        f'{file} is not a checkpoint of (parameters, state): {e}') from e
+  for tree in (params, net_state):
+    if not isinstance(tree, dict) or not all(
+        isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves(tree)):
+      raise UserError(f'{file} holds something else than dictionaries of arrays')
+  return params, net_state
+
+
+def load(path: str, model):
+  """Reads a checkpoint and checks that it is of this network.
+
+  Args:
+    path: of a `.npy` file, or of a workdir that holds a `checkpoint.npy`.
+    model: of `models.build`.
+
+  Returns:
+    (params, net_state), Haiku trees of numpy arrays.
+
+  Raises:
+    UserError: as `import_npy`, or if names or shapes are not those of `model`.
+  """
+  file = epath.Path(path)
+  if file.is_dir():
+    file = file / 'checkpoint.npy'
+  params, net_state = import_npy(file)
+  expected = jax.eval_shape(model.init, jax.random.key(0))
+  for part, found, wanted in zip(
+      ('parameters', 'state'), (params, net_state), expected, strict=True):
+    found, wanted = _shapes(found), _shapes(wanted)
+    for name in sorted(set(found) | set(wanted)):
+      if found.get(name) != wanted.get(name):
+        raise UserError(
+            f'{file} does not fit the network of this config: in its {part}, {name} is '
+            f'{found.get(name, "absent")} and the network has '
+            f'{wanted.get(name, "none")}; check config.model and config.dataset')
+  return params, net_state
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+  """Names of the leaves → shapes."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): np.shape(x) for path, x in leaves}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+  """Resolves only the names that numpy arrays in containers are made of."""
+
+  _ALLOWED = {
+      ('numpy', 'ndarray'), ('numpy', 'dtype'),
+      ('numpy.core.multiarray', '_reconstruct'), ('numpy.core.multiarray', 'scalar'),
+      ('numpy._core.multiarray', '_reconstruct'), ('numpy._core.multiarray', 'scalar'),
+      ('numpy._core.numeric', '_frombuffer'), ('numpy.core.numeric', '_frombuffer'),
+      ('_codecs', 'encode'), ('collections', 'OrderedDict'),
+      ('builtins', 'dict'), ('builtins', 'list'), ('builtins', 'tuple'),
+  }
+
+  def find_class(self, module, name):
+    if (module, name) in self._ALLOWED:
+      return super().find_class(module, name)
+    if name in ('FlatMap', 'FlatMapping'):  # Of early versions of Haiku.
+      return dict
+    raise pickle.UnpicklingError(f'it wants to run {module}.{name}, which is refused')

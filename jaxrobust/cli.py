@@ -1,0 +1,105 @@
+"""What the programs share: their flags, their help page and their exit codes."""
+
+import inspect
+import os
+import sys
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from jaxrobust.errors import UserError
+
+DONE, ERROR, PREEMPTED = 0, 1, 42
+
+_COMMON_HELP = """
+Flags of every program:
+  --workdir=DIR      the run's folder, local or gs://. The same command again resumes
+                     it or shows its result; another config in it is refused.
+  --config=FILE.py[:ARG]
+                     an experiment, with its argument if it takes one.
+  --config.a.b=VALUE overrides a field of it. experiments/base.py says what each is.
+  --coordinator=HOST:PORT --num_processes=N --process_id=I
+                     joins a run of N processes; --coordinator=auto on a TPU pod.
+
+Exit codes: 0 done; 42 preempted after a checkpoint, run it again; 1 error, told in
+one line; 128 and above a crash.
+"""
+
+
+class PreemptedError(Exception):
+  """A checkpoint was written because somebody asked the program to stop."""
+
+
+def run(main):
+  """Parses the command line, runs `main(config, workdir)` and exits with its code.
+
+  `main` takes a config and a workdir. A program that can take the config from the
+  workdir gets None where --config is not given. The module's docstring is the page
+  that --help prints.
+
+  Args:
+    main: the program.
+  """
+  page = inspect.getdoc(inspect.getmodule(main)).strip()
+  if {'--help', '-h', '-help', '--helpfull'} & set(sys.argv[1:]):
+    print(f'{page}\n{_COMMON_HELP}', end='')
+    sys.exit(DONE)
+  sys.exit(_run(main))
+
+
+def _run(main) -> int:
+  values = flags.FlagValues()
+  flags.DEFINE_string('workdir', None, "the run's folder", flag_values=values)
+  flags.DEFINE_string('coordinator', '', 'host:port, or auto', flag_values=values)
+  flags.DEFINE_integer('num_processes', 1, 'of the run', flag_values=values)
+  flags.DEFINE_integer('process_id', 0, 'of this process', flag_values=values)
+  config_flags.DEFINE_config_file('config', flag_values=values)
+  _quiet_logs()
+  try:
+    config = _parse(values)
+    # Only now: a mistake on the command line should not wait for jax.
+    from jaxrobust import parallel
+    parallel.initialize(values.coordinator, values.num_processes, values.process_id)
+    main(config, values.workdir)
+  except PreemptedError as e:
+    logging.info('%s', e)
+    return PREEMPTED
+  except UserError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return ERROR
+  except KeyboardInterrupt:
+    return 130
+  return DONE
+
+
+def _parse(values):
+  """The config, or None where none is given; UserError for what is wrong."""
+  try:
+    rest = values(sys.argv)[1:]
+    config = values.config
+  except (flags.Error, ValueError, KeyError, TypeError, AttributeError, OSError,
+          ImportError, SyntaxError) as e:
+    raise UserError(
+        f'{str(e).strip(chr(34)).splitlines()[0]} (--help shows how to use this '
+        'program, experiments/base.py every field of a config)') from e
+  if rest:
+    raise UserError(f'{rest[0]!r} is not a flag: write --name=value')
+  if not values.workdir:
+    raise UserError("--workdir is missing: give the run's folder")
+  if config is not None:
+    config.lock()
+  return config
+
+
+def _quiet_logs():
+  """Our log lines on stderr, without the chatter of the libraries."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  logging.use_absl_handler()
+  logging._warn_preinit_stderr = False  # We parse flags ourselves.
+  logging.get_absl_handler().setFormatter(
+      logging.logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
+  logging.set_verbosity(logging.INFO)
+  for library in ('orbax', 'jax', 'tensorflow'):
+    logging.logging.getLogger(library).setLevel('ERROR')
+  only_ours = lambda record: 'jaxrobust' in record.pathname
+  logging.get_absl_handler().addFilter(only_ours)

@@ -1,0 +1,191 @@
+"""What follows from a config: checks, the steps and the learning rate, its name.
+
+Configs are plain values (see `experiments/base.py`, where every field stands).
+Whatever depends on several fields is computed here, after the overrides of the
+command line, so that `--config.data.batch_size=256` moves the learning rate and
+the number of steps with it.
+"""
+
+import dataclasses
+import json
+import os
+
+from ml_collections import config_dict
+
+from jaxrobust.data import datasets
+from jaxrobust.errors import UserError
+
+# Fields that say where, how often or what to look at, not what is trained: a run
+# may be continued with other values of them.
+_NOT_IDENTITY = (
+    'dataset.data_dir',
+    'data.verify_samples',
+    'evaluation.checkpoint',
+    'evaluation.split',
+    'evaluation.num_images',
+    'evaluation.suite',
+    'checkpoint.keep',
+)
+
+_CHOICES = {
+    'dataset.name': tuple(datasets.INFO),
+    'threat.norm': ('linf', 'l2'),
+    'loss.name': ('standard', 'adversarial', 'trades'),
+    'optimizer.schedule': ('cosine', 'step', 'constant'),
+    'ema.batch_norm': ('raw', 'own'),
+    'evaluation.split': ('test', 'validation', 'train'),
+    'checkpoint.export': ('best', 'last'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+  """Values that follow from a config.
+
+  Attributes:
+    num_steps: updates of the whole run.
+    warmup_steps: updates of the linear warm-up.
+    learning_rate: at the end of the warm-up.
+    eval_interval_steps: updates between evaluations.
+    checkpoint_interval_steps: updates between checkpoints.
+    log_interval_steps: updates between log lines.
+    real_fraction: share of real images; 1 without a sample set.
+  """
+  num_steps: int
+  warmup_steps: int
+  learning_rate: float
+  eval_interval_steps: int
+  checkpoint_interval_steps: int
+  log_interval_steps: int
+  real_fraction: float
+
+
+def resolve(config) -> Derived:
+  """Checks a config and computes what follows from it.
+
+  The rules are the released code's: `int(epochs * epoch_examples / batch_size)`
+  steps, at least one; learning rate 0.1 for 256 images, never scaled down.
+
+  Args:
+    config: a classifier's config after all overrides.
+
+  Raises:
+    UserError: for a value out of its range, or fields that contradict each other.
+  """
+  check(config)
+  batch_size = config.data.batch_size
+  steps = lambda epochs: max(
+      int(epochs * config.training.epoch_examples / batch_size), 1)
+  learning_rate = config.optimizer.learning_rate
+  if learning_rate is None:
+    learning_rate = config.optimizer.base_learning_rate * max(batch_size / 256, 1)
+  num_steps = config.training.num_steps
+  warmup = config.optimizer.warmup_epochs
+  return Derived(
+      num_steps=steps(config.training.num_epochs) if num_steps is None else num_steps,
+      warmup_steps=steps(warmup) if warmup else 0,
+      learning_rate=learning_rate,
+      eval_interval_steps=steps(config.evaluation.interval_epochs),
+      checkpoint_interval_steps=steps(config.checkpoint.interval_epochs),
+      log_interval_steps=steps(config.log.interval_epochs),
+      real_fraction=config.data.real_fraction if config.data.samples else 1.0)
+
+
+def check(config):
+  """Raises UserError for the first field with a value that cannot be meant."""
+  for field, choices in _CHOICES.items():
+    if (value := _get(config, field)) not in choices:
+      raise UserError(f'config.{field} = {value!r}: use one of {", ".join(choices)}')
+  positive = ('data.batch_size', 'data.real_repeats', 'training.num_epochs',
+              'training.epoch_examples', 'evaluation.batch_size', 'threat.epsilon',
+              'evaluation.interval_epochs', 'checkpoint.interval_epochs',
+              'checkpoint.keep', 'log.interval_epochs', 'model.batch_norm_group')
+  for field in positive:
+    if (value := _get(config, field)) <= 0:
+      raise UserError(f'config.{field} = {value}: use a number above 0')
+  for field in ('training.num_steps', 'optimizer.learning_rate',
+                'dataset.train_images', 'evaluation.num_images'):
+    if (value := _get(config, field)) is not None and value <= 0:
+      raise UserError(
+          f'config.{field} = {value}: use a number above 0, or leave it unset')
+  for field in ('dataset.validation_images', 'augment.pad', 'loss.beta',
+                'loss.weight_decay', 'optimizer.warmup_epochs', 'seed'):
+    if (value := _get(config, field)) < 0:
+      raise UserError(f'config.{field} = {value}: use 0 or more')
+  for field in ('data.real_fraction', 'augment.label_smoothing', 'ema.decay',
+                'optimizer.momentum'):
+    if not 0 <= (value := _get(config, field)) <= 1:
+      raise UserError(f'config.{field} = {value}: use a number from 0 to 1')
+  if config.checkpoint.export == 'best' and not config.dataset.validation_images:
+    raise UserError(
+        "config.checkpoint.export = 'best' with no validation images to choose by: "
+        "set config.dataset.validation_images, or config.checkpoint.export='last'")
+  groups, ragged = divmod(config.data.batch_size, config.model.batch_norm_group)
+  if ragged:
+    raise UserError(
+        f'config.data.batch_size = {config.data.batch_size} is not a multiple of '
+        f'config.model.batch_norm_group = {config.model.batch_norm_group} (after '
+        f'{groups} groups {ragged} images are left): change one of them')
+  if config.augment.cutmix and config.data.batch_size % config.augment.cutmix_workers:
+    raise UserError(
+        f'config.augment.cutmix_workers = {config.augment.cutmix_workers} does not '
+        f'divide config.data.batch_size = {config.data.batch_size}')
+
+
+def experiment_name(config) -> str:
+  """The run's name, `{dataset}_{norm}_{model}_{data}[_{variant}]`.
+
+  A run without attacks has 'standard' in the place of the norm.
+  """
+  dataset = config.dataset.name
+  norm = 'standard' if config.loss.name == 'standard' else config.threat.norm
+  samples = os.path.basename(config.data.samples.rstrip('/'))
+  data = samples.removeprefix(f'{dataset}_') or 'real'
+  parts = [dataset, norm, config.model.name, data, config.variant]
+  return '_'.join(filter(None, parts))
+
+
+def to_json(config) -> str:
+  """The config as JSON, in a stable order."""
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+
+
+def from_json(text: str):
+  """The locked config that `to_json` wrote."""
+  tuples = lambda x: (
+      {k: tuples(v) for k, v in x.items()} if isinstance(x, dict)
+      else tuple(x) if isinstance(x, list) else x)
+  return config_dict.ConfigDict(tuples(json.loads(text))).lock()
+
+
+def differences(old, new, ignore=_NOT_IDENTITY) -> list[str]:
+  """Fields whose values differ, each as `field: old → new`.
+
+  Args:
+    old, new: two configs.
+    ignore: fields that may differ.
+  """
+  flat_old, flat_new = _flatten(json.loads(to_json(old))), _flatten(
+      json.loads(to_json(new)))
+  fields = sorted(set(flat_old) | set(flat_new))
+  absent = '(absent)'
+  return [
+      f'{f}: {flat_old.get(f, absent)} → {flat_new.get(f, absent)}' for f in fields
+      if f not in ignore and flat_old.get(f, absent) != flat_new.get(f, absent)]
+
+
+def _get(config, field: str):
+  """The value at a dotted path."""
+  for name in field.split('.'):
+    config = config[name]
+  return config
+
+
+def _flatten(tree, prefix='') -> dict:
+  """Dotted paths → values."""
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  flat = {}
+  for name, value in tree.items():
+    flat |= _flatten(value, f'{prefix}.{name}' if prefix else name)
+  return flat

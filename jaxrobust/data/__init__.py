@@ -1,0 +1,1 @@
+"""Datasets, sample sets, the input pipeline and augmentation."""

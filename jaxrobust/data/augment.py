@@ -1,0 +1,105 @@
+"""Augmentation on the device: from uint8 images and labels to what is trained on."""
+
+import jax
+import jax.numpy as jnp
+
+
+def augment(images: jax.Array, rngs: jax.Array, *, pad: int, flip: bool) -> jax.Array:
+  """Pads with zeros, crops at random to the old size, and mirrors half the images.
+
+  Args:
+    images: uint8 [B, H, W, C].
+    rngs: keys [B], one an image, so that no draw depends on the batch.
+    pad: zeros on each side, in pixels; 0 for no crop.
+    flip: mirror left and right with probability 1/2.
+
+  Returns:
+    float32 [B, H, W, C] in [0, 1].
+  """
+  batch, height, width, channels = images.shape
+  wide = width + 2 * pad
+
+  def draw(rng):
+    shift_rng, flip_rng = jax.random.split(rng)
+    shift = jax.random.randint(shift_rng, (2,), 0, 2 * pad + 1)
+    return shift, jax.random.bernoulli(flip_rng) & flip
+
+  shifts, flips = jax.vmap(draw)(rngs)
+  rows = jnp.arange(height)[None, :] + shifts[:, :1]
+  columns = jnp.arange(width)[None, :]
+  columns = jnp.where(flips[:, None], width - 1 - columns, columns) + shifts[:, 1:]
+  # Crop and flip are one gather of flat positions, which costs less than a slice of
+  # each image, and no mask, since every position lies in the padded image.
+  padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  flat = (rows[:, :, None] * wide + columns[:, None, :]).reshape(batch, -1, 1)
+  moved = jnp.take_along_axis(
+      padded.reshape(batch, -1, channels), flat, axis=1, mode='promise_in_bounds')
+  return moved.reshape(images.shape).astype(jnp.float32) / 255
+
+
+def one_hot_targets(labels: jax.Array, is_generated: jax.Array, num_classes: int,
+                    label_smoothing: float) -> jax.Array:
+  """Targets: those of generated images are smoothed, those of real ones are not.
+
+  Source: the released recipe, with smoothing 0.1.
+
+  Args:
+    labels: int [B] in [0, K).
+    is_generated: bool [B].
+    num_classes: K.
+    label_smoothing: share s of the uniform distribution, in [0, 1].
+
+  Returns:
+    float32 [B, K], (1 - s) one-hot + s / K where generated, one-hot elsewhere.
+  """
+  smoothing = jnp.where(is_generated, label_smoothing, 0.0)[:, None]
+  one_hot = jax.nn.one_hot(labels, num_classes)
+  return (1 - smoothing) * one_hot + smoothing / num_classes
+
+
+def cutmix(all_images: jax.Array, all_targets: jax.Array, rng: jax.Array,
+           num_workers: int) -> tuple[jax.Array, jax.Array]:
+  """Pastes a box of another image into each image, and mixes the targets alike.
+
+  A virtual worker holds a contiguous part of the global batch and draws one ratio and
+  one box for it, and a permutation that gives each image its partner. The draws
+  depend on `rng` and the worker only, not on how the batch lies on devices.
+  Source: Yun et al. 2019; one ratio of Beta(1, 1) and one box a worker as in the
+  published runs.
+
+  Args:
+    all_images: [G, H, W, C], the global batch.
+    all_targets: [G, K].
+    rng: key of this batch.
+    num_workers: parts of the batch; must divide G.
+
+  Returns:
+    Images [G, H, W, C] and targets [G, K]. The weight of an image in its targets is
+    the share of its pixels that is still seen.
+  """
+  _, height, width, _ = all_images.shape
+
+  def mix(index, images, targets):
+    ratio_rng, row_rng, column_rng, order_rng = jax.random.split(
+        jax.random.fold_in(rng, index), 4)
+    side = jnp.sqrt(1 - jax.random.uniform(ratio_rng))  # Beta(1, 1) is uniform.
+    box = (_in_box(row_rng, height, side)[:, None]
+           & _in_box(column_rng, width, side)[None, :])
+    partner = jax.random.permutation(order_rng, len(images))
+    mixed = jnp.where(box[None, :, :, None], images[partner], images)
+    # The image's edge cuts the box, so the weight is of what is left of it.
+    weight = 1 - jnp.mean(box, dtype=targets.dtype)
+    return mixed, weight * targets + (1 - weight) * targets[partner]
+
+  split = lambda x: x.reshape(num_workers, -1, *x.shape[1:])
+  images, targets = jax.vmap(mix)(
+      jnp.arange(num_workers), split(all_images), split(all_targets))
+  return images.reshape(all_images.shape), targets.reshape(all_targets.shape)
+
+
+def _in_box(rng: jax.Array, size: int, side: jax.Array) -> jax.Array:
+  """Where one side of the box lies, bool [size]; its centre is a uniform pixel."""
+  centre = jax.random.randint(rng, (), 0, size)
+  half = jnp.floor(size * side).astype(int) // 2
+  position = jnp.arange(size)
+  return (position >= centre - half) & (position < centre + half)

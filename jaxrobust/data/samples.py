@@ -1,0 +1,445 @@
+"""Sample sets: folders of generated images with their pseudo-labels.
+
+A set holds `images-00000-of-00016.npy` (uint8 [n, H, W, C]), a
+`labels-….npy` (int32 [n]) for each, and `metadata.json`: what made the images
+(generator, seed, labeller, selection), image_shape, num_classes, counts (total,
+per_class, per_shard) and the sha256 of each shard file.
+
+  python -m jaxrobust.data.samples {import,export,info,verify} --help
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrobust.errors import UserError
+
+FORMAT_VERSION = 1
+SHARD_SIZE = 2**18  # 0.8 GB of 32x32x3; 100M images stay under 1,024 open files.
+PROVENANCE = ('generator', 'seed', 'labeller', 'selection')
+_RESERVED = ('format_version', 'image_shape', 'num_classes', 'counts', 'sha256')
+_STAMP = 'verified.json'
+
+
+class SampleSet:
+  """A sample set on local disk, read image by image, never loaded whole.
+
+  Images are read by `preadv`. Measured on a sparse set of 10M images against
+  memory maps under random access: 1.7 times as fast from cold files, equal from
+  cached ones, and no mapped pages that count as resident memory.
+
+  Attributes:
+    path: The folder.
+    metadata: The content of `metadata.json`.
+    image_shape: (H, W, C).
+    num_classes: Number of classes K; labels lie in [0, K).
+  """
+
+  def __init__(self, path, metadata, files, offsets, labels):
+    self.path = path
+    self.metadata = metadata
+    self.image_shape = tuple(metadata['image_shape'])
+    self.num_classes = metadata['num_classes']
+    self._files = files
+    self._offsets = offsets
+    self._labels = labels
+    self._starts = np.cumsum([0, *metadata['counts']['per_shard'][:-1]])
+
+  @classmethod
+  def open(cls, path: str | os.PathLike) -> 'SampleSet':
+    """Opens a set and checks all but the bytes of the images (see `verify`).
+
+    Args:
+      path: A sample set folder on local disk.
+
+    Returns:
+      The set.
+
+    Raises:
+      UserError: The folder is absent, remote or no sample set, or a file of it
+        is missing, superfluous, truncated, of the wrong shape or type, or holds
+        labels outside the classes or other than the metadata counts.
+    """
+    path = local_path(path)
+    metadata = _read_metadata(path)
+    counts, num_classes = metadata['counts'], metadata['num_classes']
+    names = _shard_names(len(counts['per_shard']))
+    expected = {name for pair in names for name in pair}
+    for file in sorted(path.glob('*.npy')):
+      if file.name not in expected:
+        raise UserError(
+          f'{file} does not belong to this sample set, whose metadata names '
+          f'{len(names)} shards; move it away or make the set again'
+        )
+    files, offsets, labels = [], [], []
+    narrow = np.min_scalar_type(num_classes - 1)
+    for (image_name, label_name), n in zip(names, counts['per_shard'], strict=True):
+      shape = (n, *metadata['image_shape'])
+      offsets.append(_check_array(path / image_name, shape, np.uint8))
+      offset = _check_array(path / label_name, (n,), np.int32)
+      shard = np.fromfile(path / label_name, np.int32, offset=offset)
+      if shard.min() < 0 or shard.max() >= num_classes:
+        raise UserError(
+          f'{path / label_name} holds labels {shard.min()}..{shard.max()}; '
+          f'{num_classes} classes allow 0..{num_classes - 1}; label the set again'
+        )
+      labels.append(shard.astype(narrow))  # a byte a label: 100 MB for 100M
+      try:
+        files.append(io.FileIO(path / image_name))
+      except OSError as error:
+        raise UserError(
+          f'{path / image_name} cannot be opened ({error.strerror}); with too many '
+          f'open files ({len(names)} shards) raise the limit by `ulimit -n`'
+        ) from None
+    if hasattr(os, 'posix_fadvise'):  # Reading ahead costs 15 % here, more on disks.
+      for file in files:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    labels = np.concatenate(labels)
+    per_class = np.bincount(labels, minlength=num_classes).tolist()
+    if per_class != counts['per_class']:
+      label = next(
+        k for k in range(num_classes) if per_class[k] != counts['per_class'][k]
+      )
+      raise UserError(
+        f'{path} is mislabelled: its label files hold {per_class[label]} images of '
+        f'class {label}, its metadata.json says {counts["per_class"][label]}; '
+        'fetch or make the set again'
+      )
+    return cls(path, metadata, files, np.array(offsets), labels)
+
+  def __len__(self) -> int:
+    return len(self._labels)
+
+  def gather(
+    self, indices: np.ndarray, out: Sequence[np.ndarray] | None = None
+  ) -> np.ndarray:
+    """Reads images by index, in any order; other threads run meanwhile.
+
+    Args:
+      indices: Which images, int [n] in [0, len(self)).
+      out: Where to put them: an array uint8 [n, H, W, C], or n contiguous arrays
+        uint8 [H, W, C]. A new array by default.
+
+    Returns:
+      out, the images uint8 [n, H, W, C].
+
+    Raises:
+      IndexError: An index is outside the set.
+      UserError: A file has shrunk since the set was opened.
+    """
+    indices = np.asarray(indices, np.int64)
+    if out is None:
+      out = np.empty((len(indices), *self.image_shape), np.uint8)
+    if not len(indices):
+      return out
+    if indices.min() < 0 or indices.max() >= len(self):
+      raise IndexError(
+        f'indices {indices.min()}..{indices.max()} in a set of {len(self)} images'
+      )
+    size = int(np.prod(self.image_shape))
+    shards = np.searchsorted(self._starts, indices, side='right') - 1
+    offsets = self._offsets[shards] + (indices - self._starts[shards]) * size
+    descriptors = [file.fileno() for file in self._files]
+    preadv = os.preadv
+    for image, shard, offset in zip(
+      out, shards.tolist(), offsets.tolist(), strict=True
+    ):
+      if preadv(descriptors[shard], (image,), offset) != size:
+        raise UserError(
+          f'{self._files[shard].name} has been truncated while in use; '
+          'restore the file and start again'
+        )
+    return out
+
+  def gather_labels(self, indices: np.ndarray) -> np.ndarray:
+    """Returns the labels int32 [n] of the images at `indices` int [n]."""
+    return self._labels[indices].astype(np.int32)
+
+  def verify(self, progress: Callable[[Iterable], Iterable] = iter) -> None:
+    """Compares the sha256 of each shard file with the metadata, once.
+
+    A finished verification is remembered in the folder, where it is writable,
+    and holds until a file changes size or time of modification.
+
+    Args:
+      progress: Wraps the list of files, as `tqdm.tqdm` does.
+
+    Raises:
+      UserError: Files are corrupt; the message names each of them.
+    """
+    expected = self.metadata['sha256']
+    files = [self.path / name for name in sorted(expected)]
+    stats = {f.name: f.stat() for f in [*files, self.path / 'metadata.json']}
+    stamp = {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
+    stamp_file = self.path / _STAMP
+    with contextlib.suppress(OSError, ValueError):
+      if json.loads(stamp_file.read_text()) == stamp:
+        return
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      digests = pool.map(_sha256, files)
+      corrupt = [
+        str(file)
+        for file, digest in zip(progress(files), digests, strict=True)
+        if digest != expected[file.name]
+      ]
+    if corrupt:
+      raise UserError(
+        f'corrupt (sha256 differs from metadata.json): {", ".join(corrupt)}; '
+        'fetch or make these files again'
+      )
+    with contextlib.suppress(OSError):
+      temporary = stamp_file.with_name(f'.{_STAMP}.{uuid.uuid4().hex}')
+      temporary.write_text(json.dumps(stamp))
+      temporary.replace(stamp_file)
+
+
+def write(
+  path: str | os.PathLike,
+  batches: Iterable[tuple[np.ndarray, np.ndarray]],
+  *,
+  metadata: dict[str, Any],
+  num_classes: int,
+  shard_size: int = SHARD_SIZE,
+) -> SampleSet:
+  """Writes a sample set as its images arrive; the folder appears when complete.
+
+  Args:
+    path: The folder to make, on local disk; it must not exist.
+    batches: Pairs of images uint8 [n, H, W, C] and labels int [n] in
+      [0, num_classes); n may vary. For arrays pass `[(images, labels)]`.
+    metadata: What made the images: `generator`, `seed`, `labeller`, `selection`
+      (null where absent), and any other field as JSON.
+    num_classes: Number of classes K.
+    shard_size: Images in a file, at least 1; the last file takes the rest.
+
+  Returns:
+    The set, opened.
+
+  Raises:
+    UserError: The folder exists or is remote, or the images, labels or metadata
+      are not as above.
+  """
+  path = local_path(path)
+  if path.exists():
+    raise UserError(f'{path} exists; a sample set is never overwritten: remove it '
+                    'or choose another folder')
+  if shard_size < 1:
+    raise UserError(f'shard_size = {shard_size}; it must be at least 1')
+  if reserved := sorted(set(metadata) & set(_RESERVED)):
+    raise UserError(f'metadata fields {reserved} are computed; leave them out')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  folder = path.parent / f'.{path.name}.{uuid.uuid4().hex}'
+  folder.mkdir()
+  try:
+    per_class, per_shard, image_shape = _write_shards(
+      folder, batches, num_classes, shard_size
+    )
+    names = _shard_names(len(per_shard))
+    sha256 = {}
+    for shard, pair in enumerate(names):
+      for kind, name in zip(('images', 'labels'), pair, strict=True):
+        (folder / f'{kind}-{shard}').rename(folder / name)
+        sha256[name] = _sha256(folder / name)
+    content = {
+      'format_version': FORMAT_VERSION,
+      **dict.fromkeys(PROVENANCE),
+      **metadata,
+      'image_shape': image_shape,
+      'num_classes': num_classes,
+      'counts': {
+        'total': sum(per_shard), 'per_class': per_class, 'per_shard': per_shard
+      },
+      'sha256': sha256,
+    }
+    (folder / 'metadata.json').write_text(json.dumps(content, indent=2) + '\n')
+    folder.rename(path)
+  except BaseException:
+    shutil.rmtree(folder, ignore_errors=True)
+    raise
+  return SampleSet.open(path)
+
+
+def local_path(path):
+  """Returns the path as pathlib's; raises UserError where it is remote."""
+  if '://' in str(path):
+    raise UserError(
+      f'{path} is remote, but sample sets are read at random from local disk; '
+      f'copy it first: gcloud storage cp -r {path} /local/folder'
+    )
+  return pathlib.Path(path)
+
+
+def _shard_names(n):
+  """Returns the (images, labels) file names of n shards."""
+  suffixes = [f'{k:05d}-of-{n:05d}.npy' for k in range(n)]
+  return [(f'images-{suffix}', f'labels-{suffix}') for suffix in suffixes]
+
+
+def _sha256(path):
+  """Returns the sha256 of a file in hex."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _read_metadata(path):
+  """Reads and checks metadata.json."""
+  file = path / 'metadata.json'
+  if not file.is_file():
+    raise UserError(
+      f'{path} is no sample set: it has no metadata.json; make one by '
+      '`python -m jaxrobust.generate` or `python -m jaxrobust.data.samples import`'
+    )
+  try:
+    metadata = json.loads(file.read_text())
+    if metadata['format_version'] != FORMAT_VERSION:
+      raise UserError(
+        f'{file} has format_version {metadata["format_version"]}; this program '
+        f'reads {FORMAT_VERSION}: update it or make the set again'
+      )
+    counts, num_classes = metadata['counts'], metadata['num_classes']
+    shards = counts['per_shard']
+    names = {name for pair in _shard_names(len(shards)) for name in pair}
+    consistent = (
+      len(metadata['image_shape']) == 3
+      and min(len(shards), *shards, *metadata['image_shape'], num_classes) > 0
+      and len(counts['per_class']) == num_classes
+      and sum(counts['per_class']) == sum(shards) == counts['total']
+      and set(metadata['sha256']) == names
+    )
+  except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise UserError(f'{file} is damaged ({type(error).__name__}: {error}); '
+                    'fetch or make the set again') from None
+  if not consistent:
+    raise UserError(f'{file} contradicts itself (shapes, classes, counts or file '
+                    'names); fetch or make the set again')
+  return metadata
+
+
+def read_header(file, name):
+  """Reads the header of a .npy file.
+
+  Args:
+    file: The file, open at its start; it is left at the data.
+    name: How errors name it.
+
+  Returns:
+    (shape, dtype) of the array.
+
+  Raises:
+    UserError: It is in Fortran order or of a version that numpy.save rarely writes.
+    ValueError: It is no .npy file.
+  """
+  version = np.lib.format.read_magic(file)
+  if version != (1, 0):
+    raise UserError(f'{name} is .npy version {version}; version (1, 0) is read: '
+                    'save it again with numpy.save')
+  shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+  if fortran and len(shape) > 1:
+    raise UserError(f'{name} is in Fortran order; save it in C order')
+  return shape, dtype
+
+
+def write_header(file, shape):
+  """Writes the .npy header of images uint8 of `shape` to an open file."""
+  header = {'descr': '|u1', 'fortran_order': False, 'shape': tuple(shape)}
+  np.lib.format.write_array_header_1_0(file, header)
+
+
+def _check_array(path, shape, dtype):
+  """Checks header and size of a .npy file; returns the offset of its data."""
+  if not path.is_file():
+    raise UserError(f'{path} is missing; fetch or make the sample set again')
+  with open(path, 'rb') as file:
+    try:
+      found_shape, found_dtype = read_header(file, path)
+    except UserError:
+      raise
+    except ValueError as error:
+      raise UserError(f'{path} is no .npy file ({error}); fetch it again') from None
+    offset = file.tell()
+  if found_shape != tuple(shape) or found_dtype != dtype:
+    raise UserError(
+      f'{path} holds {found_dtype} {list(found_shape)}; its metadata.json says '
+      f'{np.dtype(dtype)} {list(shape)}; fetch or make the set again'
+    )
+  size = offset + int(np.prod(shape)) * np.dtype(dtype).itemsize
+  if path.stat().st_size != size:
+    raise UserError(f'{path} has {path.stat().st_size} bytes, {size} are right '
+                    '(truncated or appended to); fetch or make it again')
+  return offset
+
+
+def _check_batch(images, labels, image_shape, num_classes):
+  """Refuses a batch that does not fit a set."""
+  if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
+    raise UserError(
+      f'images {images.dtype} {list(images.shape)} with labels '
+      f'{list(labels.shape)}; a sample set takes uint8 [n, H, W, C] and [n]'
+    )
+  if list(images.shape[1:]) != image_shape:
+    raise UserError(f'images of shape {list(images.shape[1:])} after images of '
+                    f'shape {image_shape}; all must be equal')
+  if labels.dtype.kind not in 'iu' or labels.ndim != 1:
+    raise UserError(f'labels {labels.dtype} {list(labels.shape)}; a sample set '
+                    'takes integers [n]')
+  if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+    raise UserError(f'labels {labels.min()}..{labels.max()}; {num_classes} classes '
+                    f'allow 0..{num_classes - 1}')
+
+
+def _write_shards(folder, batches, num_classes, shard_size):
+  """Writes images-0, labels-0, …; returns counts per class, per shard, the shape."""
+  per_class = np.zeros(num_classes, np.int64)
+  per_shard, image_shape = [], None
+  file, shard_labels = None, []
+
+  def finish():
+    count = sum(map(len, shard_labels))
+    # The header of numpy has room for any count, so it is rewritten in place.
+    file.seek(0)
+    write_header(file, (count, *image_shape))
+    file.close()
+    with open(folder / f'labels-{len(per_shard)}', 'wb') as label_file:
+      np.save(label_file, np.concatenate(shard_labels))
+    per_shard.append(count)
+    shard_labels.clear()
+
+  with contextlib.ExitStack() as stack:
+    for images, labels in batches:
+      images, labels = np.ascontiguousarray(images), np.asarray(labels)
+      image_shape = image_shape or list(images.shape[1:])
+      _check_batch(images, labels, image_shape, num_classes)
+      per_class += np.bincount(labels, minlength=num_classes)
+      while len(labels):
+        if not shard_labels:
+          name = folder / f'images-{len(per_shard)}'
+          file = stack.enter_context(open(name, 'wb'))
+          write_header(file, (shard_size, *image_shape))
+        n = min(len(labels), shard_size - sum(map(len, shard_labels)))
+        file.write(images[:n].data)
+        shard_labels.append(labels[:n].astype(np.int32))
+        images, labels = images[n:], labels[n:]
+        if sum(map(len, shard_labels)) == shard_size:
+          finish()
+    if shard_labels:
+      finish()
+  if not per_shard:
+    raise UserError('no images were given; a sample set holds at least one')
+  return per_class.tolist(), per_shard, image_shape
+
+
+if __name__ == '__main__':
+  from jaxrobust.data import npz
+
+  sys.exit(npz.main())

@@ -1,0 +1,197 @@
+"""Makes a sample set: fits a generator, samples it, pseudo-labels and selects.
+
+Usage:
+  python -m jaxrobust.generate --workdir=DIR --config=experiments/FILE.py \\
+      --config.labeller=WORKDIR_OF_A_NON_ROBUST_CLASSIFIER
+
+Example:
+  python -m jaxrobust.train --workdir=runs/labeller \\
+      --config=experiments/digits.py:labeller
+  python -m jaxrobust.generate --workdir=runs/gaussian \\
+      --config=experiments/digits_gaussian.py --config.labeller=runs/labeller
+  python -m jaxrobust.train --workdir=runs/robust --config=experiments/digits.py \\
+      --config.data.samples=runs/gaussian/samples
+
+The generator sees the training images only. Each sample gets the class that the
+labeller predicts for it; with selection 'balanced' the set has the same number of each
+class. Sample i depends on (seed, i) only.
+
+Writes to the workdir: config.json, generator.npz (the fitted generator) and samples/,
+the sample set: images-*.npy, labels-*.npy and metadata.json. A stage that is there
+already is not repeated.
+"""
+
+import hashlib
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from jaxrobust import checkpoint, cli, generators, metrics, models, parallel
+from jaxrobust import config as configs
+from jaxrobust import workdir as workdirs
+from jaxrobust.data import datasets, samples
+from jaxrobust.errors import UserError
+
+
+def main(config, workdir):
+  """Runs the stages that are not there yet."""
+  if config is None:
+    raise UserError('--config is missing: give a generator experiment, such as '
+                    '--config=experiments/digits_gaussian.py')
+  check(config)
+  info = datasets.INFO[config.dataset.name]
+  generator_class = generators.get(config.generator.name)
+  predict = load_labeller(config.labeller, info)
+  folder = workdirs.claim(workdir, config)
+  if (folder / 'samples').exists():
+    found = samples.SampleSet.open(str(folder / 'samples'))
+    logging.info('%s is finished: %d samples', folder / 'samples', len(found))
+    return
+  path = folder / 'generator.npz'
+  if path.exists():
+    generator = generator_class.restore(path)
+  else:
+    real = datasets.load(
+        config.dataset.name, 'train', data_dir=config.dataset.data_dir,
+        train_images=config.dataset.train_images,
+        validation_images=config.dataset.validation_images)
+    logging.info('fitting %s to %d training images', config.generator.name,
+                 len(real.images))
+    generator = generator_class.fit(*real, info.num_classes, config.generator)
+    generator.save(path)
+  selection = Selection(config, info.num_classes)
+  drawn = labelled_samples(config, generator, predict)
+  metadata = {
+      'generator': config.generator.to_dict(), 'dataset': config.dataset.to_dict(),
+      'seed': config.seed, 'labeller': labeller_name(config.labeller),
+      'selection': config.samples.selection,
+  }
+  samples.write(
+      str(folder / 'samples'), selection.select(drawn), metadata=metadata,
+      num_classes=info.num_classes, shard_size=config.samples.shard_size)
+  logging.info(
+      'wrote %s: %d of %d samples drawn; the labeller agrees with the class that a '
+      'sample was drawn for in %.1f%%', folder / 'samples', config.samples.count,
+      selection.drawn, 100 * selection.agreed / selection.drawn)
+
+
+def check(config):
+  """Raises UserError for a value that cannot be meant."""
+  if config.dataset.name not in datasets.INFO:
+    raise UserError(f'config.dataset.name = {config.dataset.name!r}: use one of '
+                    f'{", ".join(datasets.INFO)}')
+  for name in ('count', 'max_draws_factor', 'shard_size', 'batch_size'):
+    if config.samples[name] <= 0:
+      raise UserError(
+          f'config.samples.{name} = {config.samples[name]}: use a number above 0')
+  if config.samples.selection not in ('balanced', 'none'):
+    raise UserError(f'config.samples.selection = {config.samples.selection!r}: use '
+                    'balanced or none')
+  if not config.labeller:
+    raise UserError('config.labeller is not set: give the workdir of a non-robust '
+                    'classifier (train with config.loss.name=standard)')
+
+
+def load_labeller(path: str, info: datasets.DatasetInfo):
+  """`images uint8 [n, H, W, C] → classes int32 [n]`, by the run in a workdir.
+
+  Raises:
+    UserError: if no finished run is there, or it is of another kind of images.
+  """
+  folder = epath.Path(path)
+  if not (folder / 'config.json').exists():
+    raise UserError(f'config.labeller = {path}: no run is there; give the workdir of a '
+                    'finished training run')
+  config = configs.from_json((folder / 'config.json').read_text())
+  theirs = datasets.INFO[config.dataset.name]
+  if (theirs.image_shape, theirs.num_classes) != (info.image_shape, info.num_classes):
+    raise UserError(f'config.labeller = {path} was trained on {theirs.name}, which has '
+                    f'other images or classes than {info.name}')
+  model = models.from_config(config.model, theirs)
+  variables = parallel.replicate(checkpoint.load(folder, model))
+  logits_fn = parallel.pmap(
+      lambda v, x: model.apply(*v, x / 255, batch_stats=False)[0].argmax(-1))
+
+  def predict(images):
+    # Filled up to a multiple of the devices, then cut.
+    padding = -len(images) % parallel.num_local_devices()
+    padded = np.concatenate([images, images[:1].repeat(padding, 0)])
+    found = logits_fn(variables, parallel.shard(np.float32(padded)))
+    return np.asarray(found, np.int32).reshape(-1)[:len(images)]
+
+  return predict
+
+
+def labelled_samples(config, generator, predict):
+  """Yields (images, pseudo-labels, classes drawn for), batch by batch, for ever."""
+  rng = jax.random.key(config.seed)
+  size = config.samples.batch_size
+  start = 0
+  while True:
+    images, classes = generator.sample(rng, np.arange(start, start + size))
+    yield images, predict(images), classes
+    start += size
+
+
+class Selection:
+  """Takes samples until the set is full, and counts.
+
+  Attributes:
+    drawn: samples looked at.
+    agreed: those whose pseudo-label is the class they were drawn for.
+  """
+
+  def __init__(self, config, num_classes: int):
+    """`config.samples.count` samples, shared equally over the classes if balanced."""
+    settings = config.samples
+    self._count, self._balanced = settings.count, settings.selection == 'balanced'
+    self._most = int(settings.count * settings.max_draws_factor)
+    # A count that the classes do not divide leaves one more to the first ones.
+    self._quota = np.full(num_classes, settings.count)
+    if self._balanced:
+      extra = np.arange(num_classes) < settings.count % num_classes
+      self._quota = settings.count // num_classes + extra
+    self.drawn = self.agreed = 0
+
+  def select(self, batches):
+    """Yields (images, labels) of the samples that are kept."""
+    room, left = self._quota.copy(), self._count
+    progress = metrics.Progress('samples', self._count, 'samples')
+    for images, labels, classes in batches:
+      # The n-th sample of a class in this batch is kept while there is room for n.
+      rank = np.zeros(len(labels), int)
+      for label in np.unique(labels):
+        members = labels == label
+        rank[members] = np.arange(members.sum())
+      keep = rank < room[labels]
+      keep &= np.cumsum(keep) <= left
+      room -= np.bincount(labels[keep], minlength=len(room))
+      left -= keep.sum()
+      self.drawn += len(labels)
+      self.agreed += int((labels == classes).sum())
+      progress.advance(int(keep.sum()), f'of {self.drawn} drawn')
+      yield images[keep], labels[keep]
+      if not left:
+        progress.close()
+        return
+      if self.drawn >= self._most:
+        short = np.flatnonzero(room)
+        raise UserError(
+            f'after {self.drawn} samples the labeller has found too few of the classes '
+            f'{short.tolist()} ({left} of {self._count} are missing): use a better '
+            'generator or labeller, config.samples.selection=none, or a higher '
+            'config.samples.max_draws_factor')
+
+
+def labeller_name(path: str) -> dict:
+  """What is known of the labeller: its experiment and the checksum of its file."""
+  folder = epath.Path(path)
+  config = configs.from_json((folder / 'config.json').read_text())
+  digest = hashlib.sha256((folder / 'checkpoint.npy').read_bytes()).hexdigest()
+  return {'experiment': configs.experiment_name(config), 'checkpoint_sha256': digest}
+
+
+if __name__ == '__main__':
+  cli.run(main)

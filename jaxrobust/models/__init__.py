@@ -1,0 +1,106 @@
+"""Classifiers by name, as pure functions of parameters and BatchNorm state."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from jaxrobust.errors import UserError
+from jaxrobust.models.preact_resnet import PreActResNet18
+from jaxrobust.models.wide_resnet import WideResNet
+
+ACTIVATIONS = ('relu', 'swish', 'silu', 'gelu', 'elu', 'softplus', 'leaky_relu',
+               'celu', 'selu', 'mish', 'tanh')
+
+
+class Model(NamedTuple):
+  """A classifier.
+
+  Attributes:
+    init: `rng -> (params, net_state)`.
+    apply: `(params, net_state, images, batch_stats) -> (logits, net_state)`. Images
+      are float [B, H, W, C] in [0, 1], logits [B, K]. With `batch_stats`, each group
+      of the batch is normalised by its own statistics and the returned state has
+      this device's running statistics moved; drop it to leave them untouched.
+  """
+  init: Callable[[jax.Array], tuple[Any, Any]]
+  apply: Callable[..., tuple[jax.Array, Any]]
+
+
+def build(name: str, *, num_classes: int, image_shape: tuple[int, int, int],
+          activation: str, mean: tuple[float, ...], std: tuple[float, ...],
+          padding: int, group_size: int | None) -> Model:
+  """Builds a classifier of images in [0, 1]; normalisation is part of it.
+
+  Args:
+    name: 'wrn-DEPTH-WIDTH' with DEPTH = 6 n + 4, or 'preact-resnet-18'.
+    num_classes: K.
+    image_shape: (H, W, C) before padding.
+    activation: one of ACTIVATIONS.
+    mean: of each channel, subtracted after padding.
+    std: of each channel.
+    padding: pixels of zeros on each side.
+    group_size: consecutive images of the global batch that share BatchNorm
+      statistics in training; None for a model that only infers.
+
+  Returns:
+    The model.
+
+  Raises:
+    UserError: for a name, an activation or a normalisation that does not exist.
+  """
+  network_of = _network(name, num_classes, _activation(activation), group_size)
+  channels = image_shape[-1]
+  for field, values in (('mean', mean), ('std', std)):
+    if len(values) != channels:
+      raise UserError(
+          f'model.{field} = {tuple(values)} for images of {channels} channels: give '
+          'one value a channel')
+  shift, scale = (jnp.array(v, jnp.float32).reshape(1, 1, 1, -1) for v in (mean, std))
+
+  def forward(images, batch_stats):
+    sides = (padding, padding)
+    images = jnp.pad(images, ((0, 0), sides, sides, (0, 0)))
+    return network_of()((images - shift) / scale, batch_stats)
+
+  network = hk.without_apply_rng(hk.transform_with_state(forward))
+
+  def init(rng):
+    return network.init(rng, jnp.zeros((1, *image_shape)), batch_stats=True)
+
+  def apply(params, net_state, images, batch_stats):
+    return network.apply(params, net_state, images, batch_stats)
+
+  return Model(init, apply)
+
+
+def from_config(config, info) -> Model:
+  """`build` for the `model` part of a config and a data set's DatasetInfo."""
+  return build(
+      config.name, num_classes=info.num_classes, image_shape=info.image_shape,
+      activation=config.activation, mean=config.mean, std=config.std,
+      padding=config.padding, group_size=config.batch_norm_group)
+
+
+def _activation(name):
+  """The elementwise function of that name."""
+  if name not in ACTIVATIONS:
+    raise UserError(
+        f'model.activation = {name!r}: use one of {", ".join(ACTIVATIONS)}')
+  return getattr(jax.nn, name)
+
+
+def _network(name, num_classes, activation, group_size):
+  """Makes the Haiku module, when called inside a transformed function."""
+  if name == 'preact-resnet-18':
+    return lambda: PreActResNet18(num_classes, activation, group_size)
+  match = re.fullmatch(r'wrn-(\d+)-(\d+)', name)
+  depth, width = (int(n) for n in match.groups()) if match else (0, 0)
+  if depth < 10 or (depth - 4) % 6 or width < 1:
+    raise UserError(
+        f'model.name = {name!r}: use preact-resnet-18, or wrn-DEPTH-WIDTH with a '
+        'DEPTH of 10, 16, 22, 28, … (6 n + 4), such as wrn-28-10')
+  return lambda: WideResNet(depth, width, num_classes, activation, group_size)

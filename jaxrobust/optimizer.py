@@ -1,0 +1,48 @@
+"""The learning rate's schedule, and SGD with momentum."""
+
+import jax.numpy as jnp
+import optax
+
+
+def schedule(name: str, *, learning_rate: float, num_steps: int, warmup_steps: int):
+  """Learning rate as a function of the number of completed updates.
+
+  A linear warm-up from 0, then: `cosine`, half a cosine to 0 at the last step;
+  `step`, a drop to a tenth at two thirds of the run; `constant`. Source: the released
+  recipe (cosine); Rice et al. 2020 and Gowal et al. 2020 (step).
+
+  Args:
+    name: of the schedule.
+    learning_rate: at the end of the warm-up.
+    num_steps: updates of the run, warm-up included.
+    warmup_steps: updates of the warm-up; longer than the run leaves only the warm-up.
+
+  Returns:
+    A function of the step (int) to the learning rate (float).
+  """
+  warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
+  if warmup_steps >= num_steps:
+    return warmup
+  if name == 'cosine':
+    main = optax.cosine_decay_schedule(learning_rate, num_steps - warmup_steps)
+  elif name == 'step':
+    # The drop is at two thirds of the whole run. The released code counts it from the
+    # end of the warm-up, by its use of joined schedules.
+    drop = max(num_steps * 2 // 3 - warmup_steps, 0)
+    main = optax.piecewise_constant_schedule(learning_rate, {drop: 0.1})
+  else:
+    main = optax.constant_schedule(learning_rate)
+  return optax.join_schedules([warmup, main], [warmup_steps])
+
+
+def make(config, derived) -> optax.GradientTransformation:
+  """SGD with momentum; weight decay is part of the loss (the released recipe)."""
+  learning_rate = schedule(
+      config.schedule, learning_rate=derived.learning_rate,
+      num_steps=derived.num_steps, warmup_steps=derived.warmup_steps)
+  return optax.sgd(learning_rate, config.momentum, nesterov=config.nesterov)
+
+
+def ema_decay(decay: float, step):
+  """Decay of the averaged parameters at `step`, small at first so that they warm up."""
+  return jnp.minimum(decay, (1.0 + step) / (10.0 + step))

@@ -1,0 +1,180 @@
+"""Devices and processes: the one module that names pmap and its axis.
+
+A program is written for one device, as a function of its shard of the batch;
+`pmap` runs it on all of them. What crosses devices goes through the three
+collectives here. Arrays that enter and leave carry a leading axis of the local
+devices: `replicate` and `shard` add it, `unreplicate` and `gather` remove it.
+"""
+
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxrobust.errors import UserError
+
+AXIS = 'devices'
+
+
+def initialize(coordinator: str = '', num_processes: int = 0, process_id: int = 0):
+  """Joins this process to a run of several; call before any other use of jax.
+
+  Args:
+    coordinator: `host:port` of process 0; `auto` where jax finds it by itself
+      (Cloud TPU, Slurm, Open MPI); empty for a run of a single process.
+    num_processes: number of processes of the run.
+    process_id: index of this process, from 0.
+  """
+  if coordinator == 'auto':
+    jax.distributed.initialize()
+  elif coordinator:
+    if not 0 <= process_id < num_processes:
+      raise UserError(
+          f'process_id = {process_id} of num_processes = {num_processes}: '
+          'number the processes 0 .. num_processes - 1')
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def is_writer() -> bool:
+  """Whether this process writes logs and results (one of them does)."""
+  return jax.process_index() == 0
+
+
+def num_devices() -> int:
+  """Devices of the whole run, over all processes."""
+  return jax.device_count()
+
+
+def num_local_devices() -> int:
+  """Devices of this process."""
+  return jax.local_device_count()
+
+
+def pmap(fn, donate_argnums=()):
+  """Maps `fn` over all devices; inside, the collectives below may be used."""
+  return jax.pmap(fn, axis_name=AXIS, donate_argnums=donate_argnums)
+
+
+def mean_over_devices(tree):
+  """Mean of every leaf over all devices (inside `pmap`).
+
+  Leaves of integers, such as step counts, agree on all devices and stay as they are.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  inexact = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  means = jax.lax.pmean([leaves[i] for i in inexact], AXIS)
+  for i, mean in zip(inexact, means, strict=True):
+    leaves[i] = mean
+  return jax.tree.unflatten(treedef, leaves)
+
+
+def mean_in_group(x: jax.Array, devices_per_group: int) -> jax.Array:
+  """Mean of `x` over each aligned group of consecutive devices (inside `pmap`)."""
+  devices = jax.lax.axis_size(AXIS)
+  if devices % devices_per_group:
+    raise UserError(
+        f'a BatchNorm group spans {devices_per_group} devices, which does not '
+        f'divide the {devices} of this run: change model.batch_norm_group or the '
+        'number of devices')
+  groups = np.arange(devices).reshape(-1, devices_per_group).tolist()
+  return jax.lax.pmean(x, AXIS, axis_index_groups=groups)
+
+
+def all_gather(tree):
+  """Concatenates every leaf [b, ...] over all devices, as [B, ...] (inside `pmap`)."""
+  return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), tree)
+
+
+def _local_sharding():
+  mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ('local',))
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('local'))
+
+
+def replicate(tree):
+  """Copies a tree to every local device, with a leading device axis."""
+  sharding, count = _local_sharding(), jax.local_device_count()
+  place = lambda x: jax.device_put(
+      np.broadcast_to(np.asarray(x), (count, *np.shape(x))), sharding)
+  return jax.tree.map(place, tree)
+
+
+def unreplicate(tree):
+  """The first local device's copy of a replicated tree, as numpy."""
+  first = lambda x: x.addressable_shards[0].data
+  return jax.tree.map(lambda x: np.asarray(x)[0], jax.tree.map(first, tree))
+
+
+def shard(tree):
+  """Spreads numpy arrays [b, ...] of this process over its devices, [d, b / d, ...]."""
+  count, sharding = jax.local_device_count(), _local_sharding()
+  place = lambda x: jax.device_put(
+      np.reshape(x, (count, x.shape[0] // count, *x.shape[1:])), sharding)
+  return jax.tree.map(place, tree)
+
+
+def gather(tree):
+  """Concatenates sharded arrays [d, b, ...] of all processes, as numpy [B, ...]."""
+  if jax.process_count() > 1:
+    tree = multihost_utils.process_allgather(jax.tree.map(jax.device_get, tree))
+    merge = lambda x: np.reshape(x, (-1, *x.shape[3:]))
+  else:
+    merge = lambda x: np.reshape(x, (-1, *x.shape[2:]))
+  return jax.tree.map(lambda x: merge(np.asarray(x)), tree)
+
+
+def process_slots(batch_size: int) -> tuple[int, int]:
+  """The global slots [start, stop) of a batch that this process feeds.
+
+  Raises:
+    UserError: if the batch does not divide over the devices.
+  """
+  if batch_size % jax.device_count():
+    raise UserError(
+        f'a batch of {batch_size} does not divide over {jax.device_count()} '
+        'devices: use a multiple of that number')
+  local = batch_size // jax.device_count() * jax.local_device_count()
+  start = jax.process_index() * local
+  return start, start + local
+
+
+class Preemption:
+  """Tells all processes at the same step that one of them was asked to stop."""
+
+  def __init__(self):
+    self._asked = False
+    # With several processes jax's own service listens for SIGTERM and agrees on
+    # the step; a handler of ours would hide the signal from it.
+    signals = [signal.SIGINT]
+    if jax.process_count() == 1:
+      signals.append(signal.SIGTERM)
+    self._previous = {s: signal.signal(s, self._ask) for s in signals}
+
+  def _ask(self, signum, frame):
+    del frame
+    if self._asked:  # A second Ctrl-C means now.
+      raise KeyboardInterrupt(f'signal {signum}')
+    self._asked = True
+
+  def reached(self, step: int) -> bool:
+    """Whether to save and stop after `step`; every process asks at every step."""
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._asked
+
+  def close(self):
+    """Gives the signals back."""
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+
+def barrier(name: str):
+  """Waits until every process is here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def key_per_slot(rng: jax.Array, slots: jax.Array) -> jax.Array:
+  """One key for each global slot [b], so that no draw depends on the layout."""
+  return jax.vmap(lambda slot: jax.random.fold_in(rng, slot))(jnp.asarray(slots))

@@ -1,0 +1,143 @@
+"""Shows the runs of a folder side by side: one table, one figure.
+
+Usage:
+  python -m jaxrobust.report --workdir=FOLDER_OF_WORKDIRS
+
+Example:
+  python -m jaxrobust.report --workdir=runs/quickstart
+
+Prints a table of every evaluation in the folder's workdirs and writes it to report.md;
+draws report.png: accuracy against step of the adversarially trained runs, real,
+generated and adversarial images.
+"""
+
+import io
+
+import matplotlib
+import numpy as np
+from etils import epath
+
+from jaxrobust import cli, metrics
+from jaxrobust import config as configs
+from jaxrobust import workdir as workdirs
+from jaxrobust.data import datasets, samples
+from jaxrobust.errors import UserError
+
+_SHOWN = 10  # images in a row of the figure
+
+
+def main(config, workdir):
+  """Writes table and figure of the workdirs below `workdir`."""
+  if config is not None:
+    raise UserError('--config has no use here: a report shows runs as they were made')
+  folder = epath.Path(workdir)
+  runs = find_runs(folder)
+  if not runs:
+    raise UserError(f'{folder} holds no workdir of a training run: give the folder in '
+                    'which the workdirs are')
+  text = table(runs)
+  print(text, end='')
+  workdirs.write(folder / 'report.md', text)
+  workdirs.write(folder / 'report.png', figure(runs))
+  print(f'figure: {folder / "report.png"}')
+
+
+def find_runs(folder: epath.Path) -> list[tuple[epath.Path, object]]:
+  """(workdir, config) of each classifier's run directly below `folder`, by name."""
+  found = []
+  children = sorted(folder.iterdir()) if folder.is_dir() else []
+  for child in children:
+    path = child / 'config.json'
+    if path.exists() and 'threat' in (config := configs.from_json(path.read_text())):
+      found.append((child, config))
+  return found
+
+
+def table(runs) -> str:
+  """Markdown: a line an evaluation; accuracies in percent."""
+  lines = ['| run | data | clean | robust | suite | images |',
+           '|---|---|---|---|---|---|']
+  for folder, config in runs:
+    data = f'{config.data.real_fraction:.0%} real' if config.data.samples else 'real'
+    results = workdirs.read_results(folder) or [None]
+    for entry in results:
+      if entry is None:
+        cells = ['–', '–', 'not evaluated', '–']
+      else:
+        protocol = entry['protocol']
+        cells = [f'{100 * entry["clean_accuracy"]:.2f}',
+                 f'{100 * entry["robust_accuracy"]:.2f}',
+                 f'{protocol["suite"]}, {protocol["norm"]} {protocol["epsilon"]:.4g}',
+                 f'{protocol["num_images"]} {protocol["split"]}']
+      lines.append(f'| {" | ".join([folder.name, data, *cells])} |')
+  return '\n'.join(lines) + '\n'
+
+
+def figure(runs) -> bytes:
+  """A PNG: accuracies against step, then rows of images."""
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+
+  robust = [(f, c) for f, c in runs if c.loss.name != 'standard']
+  rows = image_rows(robust)
+  fig = plt.figure(figsize=(11, 4.2 + 1.05 * len(rows)), layout='constrained')
+  curves, images = fig.subfigures(2, 1, height_ratios=(4.2, max(1.05 * len(rows), 0.1)))
+  clean_axis, robust_axis = curves.subplots(1, 2, sharex=True)
+  for number, (folder, _) in enumerate(robust):
+    _draw_curves(clean_axis, robust_axis, folder, f'C{number}')
+  for axis, title in ((clean_axis, 'clean accuracy'), (robust_axis, 'robust accuracy')):
+    axis.set(title=f'{title}, averaged parameters', xlabel='step')
+    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axis.grid(alpha=0.3)
+  robust_axis.legend(fontsize=8)
+  if rows:
+    grid = images.subplots(len(rows), _SHOWN, squeeze=False)
+    for axes, (title, row) in zip(grid, rows, strict=True):
+      for axis, image in zip(axes, row, strict=True):
+        axis.imshow(image, cmap='gray', vmin=0, vmax=1, interpolation='nearest')
+        axis.set(xticks=[], yticks=[])
+      axes[0].set_ylabel(title, rotation=0, ha='right', va='center', fontsize=8)
+  buffer = io.BytesIO()
+  fig.savefig(buffer, format='png', dpi=110)
+  plt.close(fig)
+  return buffer.getvalue()
+
+
+def _draw_curves(clean_axis, robust_axis, folder: epath.Path, color: str):
+  """Validation accuracy of a run, and the accuracy on its training batches, dotted."""
+  lines = metrics.read(folder)
+  attack = next((k for line in lines for k in line
+                 if k.startswith('eval_ema/') and 'clean' not in k), None)
+  for axis, validation, training in (
+      (clean_axis, 'eval_ema/clean_accuracy', 'train/clean_accuracy'),
+      (robust_axis, attack, 'train/adv_accuracy')):
+    for key, style, label in ((validation, '-', f'{folder.name}: validation'),
+                              (training, ':', f'{folder.name}: training batches')):
+      points = [(x['step'], x[key]) for x in lines if x.get(key) is not None]
+      if points:
+        axis.plot(*zip(*points, strict=True), style, color=color, label=label)
+
+
+def image_rows(runs) -> list[tuple[str, np.ndarray]]:
+  """(title, images [_SHOWN, H, W, C] in [0, 1]) of what the runs saw and met."""
+  rows = []
+  for folder, _ in runs:
+    path = folder / 'figures' / 'examples.npz'
+    if path.exists():
+      with np.load(io.BytesIO(path.read_bytes())) as file:
+        if not rows:
+          rows.append(('test images', file['images'][:_SHOWN] / 255))
+        rows.append((f'adversarial for\n{folder.name}', file['adversarial'][:_SHOWN]))
+  for source in sorted({c.data.samples for _, c in runs if c.data.samples}):
+    if epath.Path(source).exists():
+      sample_set = samples.SampleSet.open(source)
+      rows.append((f'generated\n{epath.Path(source).parent.name}',
+                   sample_set.gather(np.arange(_SHOWN)) / 255))
+  if runs and runs[0][1].dataset.name == 'digits':
+    real = datasets.load('digits', 'train', train_images=_SHOWN)
+    rows.insert(0, ('real, training', real.images / 255))
+  return [(title, row) for title, row in rows if len(row) == _SHOWN]
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,191 @@
+"""The training step: augment → attack → loss → gradient → update → average.
+
+A step is a function of one device's shard of the batch, to be mapped by
+`parallel.pmap`. Whatever is random is drawn from (seed, step, global slot), so that
+a run does not depend on how its batch is spread over devices, and a resumed run
+repeats nothing and misses nothing.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrobust import losses, parallel
+from jaxrobust import optimizer as optimizers
+from jaxrobust.attacks import norms, objectives, pgd
+from jaxrobust.data import augment
+from jaxrobust.errors import UserError
+
+
+class TrainState(NamedTuple):
+  """What a run is after `step` updates.
+
+  Attributes:
+    params: parameters being trained.
+    net_state: BatchNorm statistics of `params`.
+    opt_state: of the optimizer.
+    ema_params: averaged parameters.
+    ema_net_state: BatchNorm statistics that go with `ema_params`.
+    step: completed updates, int32 [].
+  """
+  params: Any
+  net_state: Any
+  opt_state: Any
+  ema_params: Any
+  ema_net_state: Any
+  step: jax.Array
+
+
+class Batch(NamedTuple):
+  """A device's shard of the global batch.
+
+  Attributes:
+    images: uint8 [b, H, W, C].
+    labels: int32 [b].
+    is_generated: bool [b].
+    slots: int32 [b], positions in the global batch.
+  """
+  images: jax.Array
+  labels: jax.Array
+  is_generated: jax.Array
+  slots: jax.Array
+
+
+def init_state(config, model, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state before the first update; a function of `config.seed`."""
+  params, net_state = model.init(_stream(config.seed, 'init'))
+  return TrainState(
+      params=params, net_state=net_state, opt_state=optimizer.init(params),
+      ema_params=params, ema_net_state=net_state, step=jnp.zeros([], jnp.int32))
+
+
+def make_step(config, model, optimizer: optax.GradientTransformation,
+              num_classes: int):
+  """Builds the training step of the released recipe, or a variant of it.
+
+  BatchNorm: the clean pass and every pass of the attack use the statistics of their
+  own batch and leave the running ones alone; the adversarial pass updates them. The
+  running statistics are averaged over devices at each step.
+  Deviation: the released code keeps those of each device apart and saves the first
+  device's. The average does not depend on the layout, and training does not see it.
+
+  Args:
+    config: a classifier's config.
+    model: of `models.build`.
+    optimizer: of `optimizer.make`.
+    num_classes: K.
+
+  Returns:
+    `step(state, batch) -> (state, metrics)` for one device inside `parallel.pmap`;
+    metrics are means over the global batch, float32 [].
+  """
+  loss_of = _make_loss(config, model, num_classes)
+
+  def step(state: TrainState, batch: Batch):
+    images, targets, attack_rngs = _augmented(config, num_classes, state.step, batch)
+    (_, (net_state, adv_images, metrics)), grads = jax.value_and_grad(
+        loss_of, has_aux=True)(
+            state.params, state.net_state, images, targets, attack_rngs)
+    grads, net_state, metrics = parallel.mean_over_devices(
+        (grads, net_state, metrics))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = optimizers.ema_decay(config.ema.decay, state.step)
+    ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
+    if config.ema.batch_norm == 'own':
+      _, ema_net_state = model.apply(
+          ema_params, state.ema_net_state, adv_images, batch_stats=True)
+      ema_net_state = parallel.mean_over_devices(ema_net_state)
+    else:
+      ema_net_state = net_state
+    return TrainState(params, net_state, opt_state, ema_params, ema_net_state,
+                      state.step + 1), metrics
+
+  return step
+
+
+def _make_loss(config, model, num_classes):
+  """`loss(params, net_state, images, targets, rngs) -> (loss, (net_state, …))`."""
+  name = config.loss.name
+  if name not in ('standard', 'adversarial', 'trades'):
+    raise UserError(
+        f'config.loss.name = {name!r}: use standard, adversarial or trades')
+  attack = None
+  if name != 'standard':
+    attack = pgd.from_config(
+        config.attack, norms.get(config.threat.norm, config.threat.epsilon))
+  reference_of = _make_reference(config, num_classes)
+
+  def loss_fn(params, net_state, images, targets, rngs):
+    forward = lambda p, x: model.apply(p, net_state, x, batch_stats=True)
+    labels = jnp.argmax(targets, axis=-1)
+    accuracy = lambda logits: jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+    metrics = {}
+    adv_images = images
+    if name == 'standard':
+      logits, net_state = forward(params, images)
+      metrics['train/clean_accuracy'] = accuracy(logits)
+      loss = jnp.mean(losses.cross_entropy(logits, targets))
+    else:
+      # One clean pass serves the loss and, held fixed, the attack: both use the
+      # statistics of the same batch and the same parameters.
+      clean_logits = forward(params, images)[0]
+      frozen = jax.lax.stop_gradient(params)
+      adv_images = attack(
+          lambda x: forward(frozen, x)[0], rngs, images,
+          reference_of(jax.lax.stop_gradient(clean_logits), targets))
+      adv_logits, net_state = forward(params, adv_images)
+      metrics['train/clean_accuracy'] = accuracy(clean_logits)
+      metrics['train/adv_accuracy'] = accuracy(adv_logits)
+      if name == 'trades':
+        loss = losses.trades(clean_logits, adv_logits, targets, config.loss.beta)
+      else:
+        loss = jnp.mean(losses.cross_entropy(adv_logits, targets))
+    loss += config.loss.weight_decay * losses.weight_decay(params)
+    metrics['train/loss'] = loss
+    return loss, (net_state, adv_images, metrics)
+
+  return loss_fn
+
+
+def _make_reference(config, num_classes):
+  """`(clean logits, targets) → what the attack moves away from`."""
+  wants = objectives.REFERENCES[config.attack.objective]
+  if wants == 'labels':
+    if config.augment.cutmix:
+      raise UserError(
+          f'config.attack.objective = {config.attack.objective!r} wants hard labels, '
+          'which CutMix mixes: use kl_divergence or cross_entropy')
+    return lambda clean_logits, targets: jnp.argmax(targets, axis=-1)
+  if wants == 'probabilities' and not config.augment.cutmix:
+    return lambda clean_logits, targets: jax.nn.softmax(clean_logits)
+  # With CutMix the published attack moves away from the mixed targets.
+  return lambda clean_logits, targets: targets
+
+
+def _augmented(config, num_classes, step, batch: Batch):
+  """Images [b, H, W, C] in [0, 1], targets [b, K] and the attack's keys [b]."""
+  rng = lambda name: jax.random.fold_in(_stream(config.seed, name), step)
+  images = augment.augment(
+      batch.images, parallel.key_per_slot(rng('augment'), batch.slots),
+      pad=config.augment.pad, flip=config.augment.flip)
+  targets = augment.one_hot_targets(
+      batch.labels, batch.is_generated, num_classes, config.augment.label_smoothing)
+  if config.augment.cutmix:
+    # The partner may be on another device: mix the whole batch, keep our slots.
+    slots, all_images, all_targets = parallel.all_gather(
+        (batch.slots, images, targets))
+    order = jnp.argsort(slots)
+    images, targets = augment.cutmix(
+        all_images[order], all_targets[order], rng('cutmix'),
+        num_workers=config.augment.cutmix_workers)
+    images, targets = images[batch.slots], targets[batch.slots]
+  return images, targets, parallel.key_per_slot(rng('attack'), batch.slots)
+
+
+def _stream(seed: int, name: str) -> jax.Array:
+  """The root key of one use of randomness."""
+  streams = ('init', 'augment', 'cutmix', 'attack')
+  return jax.random.fold_in(jax.random.key(seed), streams.index(name))

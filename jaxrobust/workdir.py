@@ -1,0 +1,101 @@
+"""A folder that is the identity of a run: its config and its results.
+
+Files are written to a temporary name and renamed, so that none is ever half there.
+Paths may be local or `gs://`.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+
+import jax
+from etils import epath
+
+from jaxrobust import config as configs
+from jaxrobust import parallel
+from jaxrobust.errors import UserError
+
+_PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'numpy')
+
+
+def claim(workdir: str, config) -> epath.Path:
+  """Makes `workdir` the home of `config`, or checks that it is already.
+
+  Args:
+    workdir: a folder, made if absent.
+    config: the resolved config.
+
+  Returns:
+    The folder.
+
+  Raises:
+    UserError: if another config lives there; the message shows the difference.
+  """
+  folder = epath.Path(workdir)
+  path = folder / 'config.json'
+  if path.exists():
+    if changed := configs.differences(configs.from_json(path.read_text()), config):
+      raise UserError(
+          f'{folder} holds a run with another config ({"; ".join(changed)}): use '
+          'another --workdir, or the same config')
+  elif parallel.is_writer():
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      write(path, configs.to_json(config))
+    except OSError as e:
+      raise UserError(f'cannot write to {folder}: {e.strerror or e}') from e
+  return folder
+
+
+def write(path: epath.Path, content: str | bytes):
+  """Writes a whole file, or nothing."""
+  temporary = path.with_name(f'{path.name}.tmp')
+  if isinstance(content, bytes):
+    temporary.write_bytes(content)
+  else:
+    temporary.write_text(content)
+  temporary.replace(path)
+
+
+def read_results(folder: epath.Path) -> list[dict]:
+  """The entries of `results.json`, one an evaluation; none if it is absent."""
+  path = folder / 'results.json'
+  return json.loads(path.read_text()) if path.exists() else []
+
+
+def find_result(folder: epath.Path, protocol: dict) -> dict | None:
+  """The entry of an evaluation by the same protocol, if it was made."""
+  protocol = json.loads(json.dumps(protocol))
+  matches = (r for r in read_results(folder) if r['protocol'] == protocol)
+  return next(matches, None)
+
+
+def add_result(folder: epath.Path, protocol: dict, figures: dict) -> dict:
+  """Adds an evaluation to `results.json`.
+
+  Args:
+    folder: the workdir.
+    protocol: what was evaluated and how (JSON values).
+    figures: counts and accuracies as fractions.
+
+  Returns:
+    The entry: protocol, figures, versions and time.
+  """
+  entry = {
+      'protocol': protocol,
+      **figures,
+      'versions': versions(),
+      'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+  }
+  results = [*read_results(folder), entry]
+  write(folder / 'results.json', json.dumps(results, indent=2) + '\n')
+  return entry
+
+
+def versions() -> dict:
+  """Versions of this package and of what the numbers depend on, and the device."""
+  found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  from jaxrobust import __version__
+  return {'jaxrobust': __version__, 'python': platform.python_version(), **found,
+          'device': jax.devices()[0].device_kind, 'num_devices': jax.device_count()}

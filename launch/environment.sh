@@ -1,0 +1,39 @@
+# Sourced by the other scripts: makes the environment once and sets $PYTHON.
+# It is .venv in the repository, or $JAXROBUST_VENV.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${JAXROBUST_VENV:-$root/.venv}
+PYTHON=$venv/bin/python
+
+find_python() {
+  local name
+  for name in python3 python3.11 python3.12 python3.13 python3.14 python; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$name"
+      return
+    fi
+  done
+  echo 'error: no Python 3.11 or newer on the PATH: install one, then run this again' >&2
+  exit 1
+}
+
+# The stamp holds the checksum of what was installed, so that an interrupted or an
+# outdated installation is done again.
+wanted=$(cksum < "$root/requirements.txt")
+if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$wanted" ]; then
+  base=$(find_python) || exit 1
+  echo "making the environment in $venv (a few minutes, once)"
+  if ! "$base" -m venv "$venv"; then
+    echo "error: $base cannot make an environment in $venv: install its venv module" \
+      '(Debian: apt-get install python3-venv), or set JAXROBUST_VENV' >&2
+    exit 1
+  fi
+  if ! "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+    -r "$root/requirements.txt"; then
+    echo 'error: the installation failed, see above; run this again to repeat it' >&2
+    exit 1
+  fi
+  echo "$wanted" > "$venv/.installed"
+fi
+cd "$root" || exit 1
+# Compiled programs are kept: the second of two equal runs starts at once.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$venv/compiled}

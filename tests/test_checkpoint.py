@@ -1,0 +1,127 @@
+"""The authors' file format, refusal of what is not it, and the run's checkpoints."""
+
+import os
+
+import numpy as np
+import pytest
+from etils import epath
+
+from jaxrobust import checkpoint
+from jaxrobust.errors import UserError
+
+
+@pytest.fixture
+def trees():
+  params = {'net/~/conv': {'w': np.arange(6, dtype=np.float32).reshape(2, 3)}}
+  state = {'net/~/bn/~/mean_ema': {'counter': np.int32(3), 'average': np.ones(3)}}
+  return params, state
+
+
+def test_round_trip_is_exact_and_numpy_reads_it(tmp_path, trees):
+  path = epath.Path(tmp_path) / 'checkpoint.npy'
+  checkpoint.export_npy(path, *trees)
+  for read in (checkpoint.import_npy(path), np.load(path, allow_pickle=True)):
+    params, state = read
+    np.testing.assert_array_equal(
+      params['net/~/conv']['w'], trees[0]['net/~/conv']['w'])
+    assert state['net/~/bn/~/mean_ema']['counter'] == 3
+
+
+def test_reads_what_np_save_of_a_tuple_writes(tmp_path, trees):
+  """The released files were written so."""
+  path = tmp_path / 'released.npy'
+  np.save(path, np.array(trees, dtype=object), allow_pickle=True)
+  params, _ = checkpoint.import_npy(path)
+  assert list(params) == ['net/~/conv']
+
+
+class Bomb:
+  """Creates a file when it is unpickled."""
+
+  def __init__(self, path):
+    self._path = str(path)
+
+  def __reduce__(self):
+    return os.mkdir, (self._path,)
+
+
+def test_a_malicious_file_runs_nothing(tmp_path, trees):
+  path, proof = tmp_path / 'bad.npy', tmp_path / 'it-ran'
+  pair = np.empty(2, dtype=object)
+  pair[0], pair[1] = {'a': {'w': Bomb(proof)}}, trees[1]
+  np.save(path, pair, allow_pickle=True)
+  with pytest.raises(UserError, match='bad.npy.*mkdir, which is refused'):
+    checkpoint.import_npy(path)
+  assert not proof.exists()
+
+
+def test_absent_truncated_and_foreign_files_are_named(tmp_path, trees):
+  with pytest.raises(UserError, match='no checkpoint at .*none.npy'):
+    checkpoint.import_npy(tmp_path / 'none.npy')
+  whole = tmp_path / 'whole.npy'
+  checkpoint.export_npy(epath.Path(whole), *trees)
+  cut = tmp_path / 'cut.npy'
+  cut.write_bytes(whole.read_bytes()[:-40])
+  with pytest.raises(UserError, match='cut.npy is not a checkpoint'):
+    checkpoint.import_npy(cut)
+  numbers = tmp_path / 'numbers.npy'
+  np.save(numbers, np.ones(3))
+  with pytest.raises(UserError, match='numbers.npy is not a checkpoint'):
+    checkpoint.import_npy(numbers)
+  page = tmp_path / 'page.npy'
+  page.write_text('<html>404</html>')
+  with pytest.raises(UserError, match='page.npy is not a checkpoint'):
+    checkpoint.import_npy(page)
+  other = tmp_path / 'other.npy'
+  np.save(other, np.array([{'a': 'text'}, {}], dtype=object), allow_pickle=True)
+  with pytest.raises(UserError, match='something else than dictionaries of arrays'):
+    checkpoint.import_npy(other)
+
+
+def test_failed_export_leaves_the_old_file(tmp_path, trees, monkeypatch):
+  path = epath.Path(tmp_path) / 'checkpoint.npy'
+  checkpoint.export_npy(path, *trees)
+  before = path.read_bytes()
+
+  def full_disk(self, data):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(type(path), 'write_bytes', full_disk)
+  with pytest.raises(OSError):
+    checkpoint.export_npy(path, {}, {})
+  monkeypatch.undo()
+  assert path.read_bytes() == before
+
+
+def test_keeps_the_last_ones_and_the_best(tmp_path):
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=2)
+  for step, score in ((1, 0.2), (2, 0.9), (3, 0.4), (4, None), (5, 0.5), (6, None)):
+    manager.save(step, {'x': np.full(3, step, np.float32)}, score)
+  manager.wait()
+  assert manager.last_step() == 6
+  assert manager.best_step() == 2
+  like = {'x': np.zeros(3, np.float32)}
+  assert manager.restore(like, 2)['x'][0] == 2
+  assert manager.restore(like)['x'][0] == 6
+  kept = {p.name for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()}
+  assert kept == {'2', '5', '6'}
+  manager.close()
+
+
+def test_nothing_to_restore(tmp_path):
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=1)
+  assert manager.restore({'x': np.zeros(1)}) is None
+  manager.close()
+
+
+def test_falls_back_to_the_checkpoint_before_a_damaged_one(tmp_path):
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  for step in (1, 2):
+    manager.save(step, {'x': np.full(3, step, np.float32)})
+  manager.close()
+  for file in (tmp_path / 'checkpoints' / '2' / 'state').rglob('*'):
+    if file.is_file():
+      file.write_bytes(b'')
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  assert manager.restore({'x': np.zeros(3, np.float32)})['x'][0] == 1
+  manager.close()

@@ -1,0 +1,82 @@
+"""The convolution's own gradient rule, in float64."""
+
+import itertools
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxrobust.models import convolution
+
+SHAPES = ((8, 8), (7, 4), (1, 1))
+
+
+def plain(images, kernel, stride):
+  return lax.conv_general_dilated(
+      images, kernel, (stride, stride), 'SAME',
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+@pytest.mark.parametrize('size', (1, 2, 3, 5))
+@pytest.mark.parametrize('stride', (1, 2, 3))
+def test_value_and_gradients_are_those_of_lax(float64, size, stride):
+  def value_and_gradients(convolve, images, kernel, cotangent):
+    outputs, vjp = jax.vjp(lambda x, k: convolve(x, k, stride), images, kernel)
+    return outputs, *vjp(cotangent)
+
+  rng = np.random.default_rng(0)
+  for height, width in SHAPES:
+    arguments = [rng.normal(size=shape) for shape in (
+        (2, height, width, 3), (size, size, 3, 4),
+        (2, -(-height // stride), -(-width // stride), 4))]
+    results = jax.jit(lambda *args: [
+        value_and_gradients(f, *args) for f in (convolution.conv2d, plain)])(*arguments)
+    for ours, theirs in zip(*results, strict=True):
+      # Sums of at most some hundred products of normals: rounding stays near 1e-14.
+      np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize('size, stride', itertools.product((1, 3), (1, 2)))
+def test_gradients_are_differences(float64, size, stride):
+  rng = np.random.default_rng(1)
+  images = rng.normal(size=(1, 5, 4, 2))
+  kernel = rng.normal(size=(size, size, 2, 3))
+  weights = rng.normal(size=plain(images, kernel, stride).shape)
+  f = jax.jit(lambda x, k: jnp.sum(weights * convolution.conv2d(x, k, stride)))
+  for argnum, array in enumerate((images, kernel)):
+    gradient = jax.grad(f, argnum)(images, kernel)
+    for index in np.ndindex(array.shape):
+      step = np.zeros_like(array)
+      step[index] = 0.5
+      arguments = [images, kernel]
+      arguments[argnum] = array + step
+      above = f(*arguments)
+      arguments[argnum] = array - step
+      # The function is linear in each argument, so that a long step is exact.
+      np.testing.assert_allclose(gradient[index], above - f(*arguments), atol=1e-12)
+
+
+def test_gradient_is_the_same_inside_a_loop():
+  rng = np.random.default_rng(2)
+  images = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, 3, 8)).astype(np.float32)
+  gradient = jax.grad(lambda x: jnp.sum(convolution.conv2d(x, kernel, 2) ** 2))
+  step = lambda x: x - 0.01 * gradient(x)
+  looped = jax.jit(lambda x: lax.fori_loop(0, 3, lambda _, x: step(x), x))(images)
+  np.testing.assert_allclose(
+      looped, step(step(step(images))), rtol=1e-4, atol=1e-5)  # float32
+
+
+def test_module_is_compatible_with_haiku():
+  images = jnp.ones((2, 8, 8, 5))
+  ours, theirs = (hk.transform(f) for f in (
+      lambda x: convolution.Conv2D(7, 3, 2, name='c')(x),
+      lambda x: hk.Conv2D(7, 3, 2, with_bias=False, name='c')(x)))
+  params = theirs.init(jax.random.key(0), images)
+  jax.tree.map(
+      np.testing.assert_array_equal, params, ours.init(jax.random.key(0), images))
+  np.testing.assert_allclose(
+      ours.apply(params, None, images), theirs.apply(params, None, images), atol=1e-6)

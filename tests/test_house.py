@@ -1,0 +1,107 @@
+"""The rules of the layout, enforced by parsing imports and names."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / 'jaxrobust'
+PROGRAMS = {'train', 'evaluate', 'generate', 'report'}
+MODULES = sorted(PACKAGE.rglob('*.py'))
+
+
+def imports(path: pathlib.Path) -> set[str]:
+  """Dotted names of all modules that a file imports, wherever it does."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      found |= {node.module} | {f'{node.module}.{a.name}' for a in node.names}
+  return found
+
+
+def top_level_imports(path: pathlib.Path) -> set[str]:
+  """Those imported as soon as the module is."""
+  tree = ast.parse(path.read_text())
+  tree.body = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+  found = set()
+  for node in tree.body:
+    names = [a.name for a in node.names]
+    if isinstance(node, ast.Import):
+      found |= set(names)
+    elif node.module:
+      found |= {node.module} | {f'{node.module}.{name}' for name in names}
+  return found
+
+
+def names(path: pathlib.Path) -> set[str]:
+  """Every attribute and variable that a file names."""
+  tree = ast.parse(path.read_text())
+  return {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {
+    n.id for n in ast.walk(tree) if isinstance(n, ast.Name)
+  }
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+class TestHouse:
+  def test_parts_import_no_program_and_nothing_imports_experiments(self, path):
+    used = imports(path)
+    assert not {m for m in used if m.split('.')[0] == 'experiments'}
+    programs = {m for m in used for p in PROGRAMS if m == f'jaxrobust.{p}'}
+    assert not programs, 'programs import parts, never each other'
+
+  def test_only_data_imports_tensorflow(self, path):
+    used = {m.split('.')[0] for m in imports(path)}
+    if path.parent != PACKAGE / 'data':
+      assert not used & {'tensorflow', 'tensorflow_datasets'}
+
+  def test_only_parallel_names_devices(self, path):
+    if path != PACKAGE / 'parallel.py':
+      allowed = {'versions'} if path == PACKAGE / 'workdir.py' else set()
+      forbidden = {
+        'pmap', 'pmean', 'psum', 'axis_index', 'process_index', 'process_count',
+        'local_devices', 'local_device_count', 'shard_map', 'axis_name',
+      }
+      module_names = names(path) - allowed
+      if 'parallel' in {m.split('.')[-1] for m in imports(path)}:
+        module_names -= {'pmap'}  # parallel.pmap
+      assert not module_names & forbidden
+
+  def test_only_programs_read_flags(self, path):
+    if path != PACKAGE / 'cli.py':
+      assert not {m for m in imports(path) if m in ('absl.flags', 'absl.app')}
+
+  def test_attacks_know_no_model_and_no_dataset(self, path):
+    if path.parent == PACKAGE / 'attacks':
+      used = {m for m in imports(path) if m.startswith('jaxrobust')}
+      assert not {m for m in used if '.models' in m or '.data' in m}
+
+  def test_is_not_too_long(self, path):
+    assert len(path.read_text().splitlines()) <= 400
+
+  def test_has_a_docstring(self, path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_the_step_imports_without_tensorflow():
+  """Follows the imports of the step, the models and the attacks."""
+  seen, todo = set(), ['update', 'losses', 'models', 'attacks.suites', 'optimizer']
+  while todo:
+    name = todo.pop()
+    path = PACKAGE / f'{name.replace(".", "/")}.py'
+    path = path if path.exists() else PACKAGE / name.replace('.', '/') / '__init__.py'
+    if name in seen or not path.exists():
+      continue
+    seen.add(name)
+    used = top_level_imports(path)
+    assert not {m for m in used if m.split('.')[0].startswith('tensorflow')}, name
+    todo += [m.removeprefix('jaxrobust.') for m in used if m.startswith('jaxrobust.')]
+  assert 'data.augment' in seen
+
+
+def test_experiments_import_no_jax():
+  for path in (ROOT / 'experiments').glob('*.py'):
+    used = {m.split('.')[0] for m in imports(path)}
+    assert used <= {'re', 'ml_collections', 'experiments'}, path

@@ -1,0 +1,97 @@
+"""The launch scripts, against stand-ins for python and pip that record their calls."""
+
+import os
+import pathlib
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Plays `python -m venv`, pip and the programs of a finished environment.
+STAND_IN = """#!/bin/bash
+echo "$(basename "$0") $*" >> "$RECORD"
+case "$*" in
+  "-c import sys"*) exit "${OLD_PYTHON:-0}" ;;
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  "-m pip "*) exit "${PIP_EXIT:-0}" ;;
+  "-m jaxrobust.${FAILING:-none} "*) exit "${FAIL_WITH:-1}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def call(tmp_path):
+  """Runs a script with every python replaced; returns its result and the calls."""
+  tools = tmp_path / 'tools'
+  tools.mkdir()
+  for name in ('python3', 'python3.11', 'python3.12', 'python3.13', 'python3.14',
+               'python'):
+    (tools / name).write_text(STAND_IN)
+    (tools / name).chmod(0o755)
+  record = tmp_path / 'record'
+
+  def run(script, *args, **variables):
+    record.write_text('')
+    environment = {**os.environ, 'PATH': f'{tools}:/usr/bin:/bin',
+                   'RECORD': str(record), 'JAXROBUST_VENV': str(tmp_path / 'venv'),
+                   **variables}
+    done = subprocess.run(['bash', str(ROOT / 'launch' / script), *args],
+                          env=environment, capture_output=True, text=True)
+    return done, record.read_text().splitlines()
+
+  return run
+
+
+def test_environment_is_made_once(call):
+  done, calls = call('test.sh', '-k', 'nothing')
+  assert done.returncode == 0, done.stderr
+  assert any('-m venv' in c for c in calls)
+  assert any('pip install' in c and 'requirements.txt' in c for c in calls)
+  assert calls[-1] == 'python -m pytest -k nothing'
+  _, calls = call('test.sh')
+  assert calls == ['python -m pytest']
+
+
+def test_an_interrupted_installation_is_repeated(call):
+  done, calls = call('test.sh', PIP_EXIT='1')
+  assert done.returncode == 1
+  assert 'error: the installation failed' in done.stderr
+  assert not any('-m pytest' in c for c in calls)
+  done, calls = call('test.sh')
+  assert done.returncode == 0
+  assert any('pip install' in c for c in calls)
+
+
+def test_an_old_python_is_refused_in_one_line(call):
+  done, calls = call('test.sh', OLD_PYTHON='1')
+  assert done.returncode == 1
+  assert done.stderr.startswith('error: no Python 3.11 or newer')
+  assert not any('venv' in c for c in calls)
+
+
+def test_local_runs_the_public_programs_in_order(call, tmp_path):
+  done, calls = call('local.sh', str(tmp_path / 'out'))
+  assert done.returncode == 0, done.stderr
+  programs = [c.split('-m jaxrobust.')[1].split()[0] for c in calls if 'jaxrobust.' in c]
+  assert programs == ['train', 'generate', 'train', 'train', 'evaluate', 'evaluate',
+                      'report']
+  assert all(f'--workdir={tmp_path}/out' in c for c in calls if 'jaxrobust.' in c)
+
+
+@pytest.mark.parametrize('code', [1, 42, 134])
+def test_local_stops_with_the_code_of_the_program_that_failed(call, tmp_path, code):
+  done, calls = call('local.sh', str(tmp_path), FAILING='generate',
+                     FAIL_WITH=str(code))
+  assert done.returncode == code
+  assert 'jaxrobust.generate' in calls[-1]
+
+
+def test_help_of_local(call):
+  done, calls = call('local.sh', '--help')
+  assert done.returncode == 0
+  assert 'bash launch/local.sh' in done.stdout
+  assert not calls
+  done, _ = call('local.sh', '--fast')
+  assert done.returncode == 1
+  assert done.stderr.startswith('error: --fast is not an option')

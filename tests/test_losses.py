@@ -1,0 +1,146 @@
+"""Losses against float64, with gradients by finite differences."""
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrobust import losses
+
+RNG = np.random.default_rng(0)
+CLEAN = RNG.normal(size=(6, 5)) * 2
+ADV = CLEAN + RNG.normal(size=(6, 5))
+TARGETS = RNG.dirichlet(np.ones(5), size=6)
+
+
+def log_softmax(logits):
+  logits = logits - logits.max(axis=-1, keepdims=True)
+  return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def numpy_cross_entropy(logits, targets):
+  return -(targets * log_softmax(logits)).sum(-1)
+
+
+def numpy_kl(p_logits, q_logits):
+  p, q = log_softmax(p_logits), log_softmax(q_logits)
+  return (np.exp(p) * (p - q)).sum(-1)
+
+
+def numpy_trades(clean, adv, targets, beta):
+  return (numpy_cross_entropy(clean, targets).mean()
+          + beta * numpy_kl(clean, adv).mean())
+
+
+def finite_differences(function, x, step=1e-6):
+  """Central differences in float64: error about step^2."""
+  gradient = np.zeros_like(x)
+  for index in np.ndindex(*x.shape):
+    shift = np.zeros_like(x)
+    shift[index] = step
+    gradient[index] = (function(x + shift) - function(x - shift)) / (2 * step)
+  return gradient
+
+
+def test_values():
+  clean, adv, targets = map(jnp.float32, (CLEAN, ADV, TARGETS))
+  # Single precision: values of about 5, so 1e-5 is 20 roundings.
+  np.testing.assert_allclose(
+      losses.cross_entropy(clean, targets), numpy_cross_entropy(CLEAN, TARGETS),
+      rtol=1e-5)
+  np.testing.assert_allclose(
+      losses.kl_divergence(clean, adv), numpy_kl(CLEAN, ADV), rtol=1e-5)
+  np.testing.assert_allclose(
+      losses.trades(clean, adv, targets, 6.0), numpy_trades(CLEAN, ADV, TARGETS, 6.0),
+      rtol=1e-5)
+
+
+def test_by_hand():
+  flat, sure = jnp.zeros((1, 2)), jnp.log(jnp.array([[0.8, 0.2]]))
+  np.testing.assert_allclose(
+      losses.cross_entropy(sure, jnp.array([[1.0, 0.0]])), [-np.log(0.8)], rtol=1e-6)
+  np.testing.assert_allclose(
+      losses.kl_divergence(flat, sure),
+      [0.5 * np.log(0.5 / 0.8) + 0.5 * np.log(0.5 / 0.2)], rtol=1e-5)
+
+
+@pytest.mark.usefixtures('float64')
+class TestGradients:
+  """In float64, where central differences are good to about 1e-9."""
+
+  def test_cross_entropy(self):
+    gradient = jax.grad(lambda x: losses.cross_entropy(x, TARGETS).sum())(CLEAN)
+    expected = finite_differences(
+        lambda x: numpy_cross_entropy(x, TARGETS).sum(), CLEAN)
+    np.testing.assert_allclose(gradient, expected, atol=1e-8)
+
+  def test_kl_divergence_through_both(self):
+    gradients = jax.grad(
+        lambda p, q: losses.kl_divergence(p, q).sum(), argnums=(0, 1))(CLEAN, ADV)
+    expected = (finite_differences(lambda p: numpy_kl(p, ADV).sum(), CLEAN),
+                finite_differences(lambda q: numpy_kl(CLEAN, q).sum(), ADV))
+    for found, wanted in zip(gradients, expected, strict=True):
+      assert np.abs(wanted).max() > 0.1
+      np.testing.assert_allclose(found, wanted, atol=1e-8)
+
+  def test_trades_through_both(self):
+    gradients = jax.grad(losses.trades, argnums=(0, 1))(CLEAN, ADV, TARGETS, 6.0)
+    expected = (
+        finite_differences(lambda x: numpy_trades(x, ADV, TARGETS, 6.0), CLEAN),
+        finite_differences(lambda x: numpy_trades(CLEAN, x, TARGETS, 6.0), ADV))
+    for found, wanted in zip(gradients, expected, strict=True):
+      np.testing.assert_allclose(found, wanted, atol=1e-8)
+
+
+def test_kl_divergence_of_equals_is_0_and_flat():
+  logits = jnp.float32(CLEAN)
+  np.testing.assert_array_equal(losses.kl_divergence(logits, logits), 0)
+  # A constant added to the logits changes no probability.
+  np.testing.assert_allclose(losses.kl_divergence(logits, logits + 3), 0, atol=1e-6)
+  for gradient in jax.grad(
+      lambda p, q: losses.kl_divergence(p, q).sum(), argnums=(0, 1))(logits, logits):
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+def test_trades_without_beta_is_cross_entropy():
+  clean, adv, targets = map(jnp.float32, (CLEAN, ADV, TARGETS))
+  np.testing.assert_allclose(
+      losses.trades(clean, adv, targets, 0.0),
+      losses.cross_entropy(clean, targets).mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize('size', [1e3, 1e10, 1e20])
+def test_saturated_logits_are_finite_and_right(size):
+  clean = jnp.float32(size) * jnp.array([[1.0, 0.0, -1.0]])
+  adv, targets = -clean, jnp.array([[0.0, 1.0, 0.0]])
+  np.testing.assert_allclose(losses.cross_entropy(clean, targets), size, rtol=1e-6)
+  np.testing.assert_allclose(losses.kl_divergence(clean, adv), 2 * size, rtol=1e-6)
+  gradients = jax.grad(losses.trades, argnums=(0, 1))(clean, adv, targets, 6.0)
+  assert all(jnp.isfinite(g).all() for g in gradients)
+
+
+def test_half_precision_logits_are_summed_in_single():
+  logits = jnp.asarray(CLEAN, jnp.bfloat16)
+  found = losses.cross_entropy(logits, jnp.float32(TARGETS))
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(
+      found, numpy_cross_entropy(np.float64(logits), TARGETS), rtol=1e-5)
+
+
+def test_weight_decay_counts_weights_and_biases_only():
+
+  def network(images):
+    x = hk.Conv2D(3, 3, name='conv')(images)
+    x = hk.BatchNorm(True, True, 0.9)(x, is_training=True)
+    return hk.Linear(2)(x.mean((1, 2)))
+
+  params, _ = hk.transform_with_state(network).init(
+      jax.random.key(0), jnp.ones((2, 4, 4, 1)))
+  params = jax.tree.map(lambda x: jnp.full_like(x, 2.0), params)
+  counted = 3 * 3 * 1 * 3 + 3 + 3 * 2 + 2
+  assert losses.weight_decay(params) == 0.5 * 4 * counted
+  gradient = jax.grad(losses.weight_decay)(params)
+  np.testing.assert_array_equal(gradient['linear']['w'], params['linear']['w'])
+  np.testing.assert_array_equal(gradient['batch_norm']['scale'], 0)
+  np.testing.assert_array_equal(gradient['batch_norm']['offset'], 0)

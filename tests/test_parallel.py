@@ -1,0 +1,78 @@
+"""pmap on four virtual devices, its collectives, and its shard_map twin."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxrobust import parallel
+from jaxrobust.errors import UserError
+
+
+def test_shard_gather_round_trip():
+  x = {'a': np.arange(24).reshape(8, 3), 'b': np.arange(8)}
+  sharded = parallel.shard(x)
+  assert sharded['a'].shape == (4, 2, 3)
+  np.testing.assert_array_equal(parallel.gather(sharded)['a'], x['a'])
+  np.testing.assert_array_equal(parallel.gather(sharded)['b'], x['b'])
+
+
+def test_replicate_round_trip():
+  x = {'a': np.arange(3.0), 'step': np.int32(5)}
+  copies = parallel.replicate(x)
+  assert copies['a'].shape == (4, 3)
+  assert parallel.unreplicate(copies)['step'] == 5
+
+
+def test_mean_over_devices_leaves_integers_alone():
+  out = parallel.pmap(parallel.mean_over_devices)(
+    {'x': jnp.arange(4.0), 'n': jnp.full(4, 7)})
+  np.testing.assert_array_equal(out['x'], [1.5] * 4)
+  np.testing.assert_array_equal(out['n'], [7] * 4)
+  assert out['n'].dtype == jnp.int32
+
+
+def test_mean_in_group_of_consecutive_devices():
+  out = parallel.pmap(lambda x: parallel.mean_in_group(x, 2))(jnp.arange(4.0))
+  np.testing.assert_array_equal(out, [0.5, 0.5, 2.5, 2.5])
+  with pytest.raises(UserError, match='spans 3 devices'):
+    parallel.pmap(lambda x: parallel.mean_in_group(x, 3))(jnp.arange(4.0))
+
+
+def test_all_gather_keeps_the_order_of_devices():
+  out = parallel.pmap(parallel.all_gather)(jnp.arange(8.0).reshape(4, 2))
+  np.testing.assert_array_equal(out, np.tile(np.arange(8.0), (4, 1)))
+
+
+def test_process_slots():
+  assert parallel.process_slots(16) == (0, 16)
+  with pytest.raises(UserError, match='batch of 18 does not divide over 4 devices'):
+    parallel.process_slots(18)
+
+
+def test_keys_depend_on_the_slot_only():
+  rng = jax.random.key(3)
+  keys = lambda slots: jax.random.key_data(parallel.key_per_slot(rng, slots))
+  np.testing.assert_array_equal(keys(np.arange(8))[5:], keys(np.arange(5, 8)))
+  assert len(np.unique(keys(np.arange(64)), axis=0)) == 64
+
+
+def test_shard_map_twin_gives_the_same_gradient():
+  """The other way to write a step, with variance checks off, equals pmap."""
+  w = np.float32([1.0, -2.0, 0.5])
+  x = np.random.RandomState(0).normal(size=(8, 3)).astype(np.float32)
+
+  def gradient(w, x):
+    loss = lambda w: jnp.mean(jnp.tanh(x @ w) ** 2)
+    return parallel.mean_over_devices(jax.grad(loss)(w))
+
+  mapped = parallel.pmap(gradient)(parallel.replicate(w), parallel.shard(x))
+  mesh = Mesh(np.array(jax.devices()), (parallel.AXIS,))
+  twin = jax.jit(jax.shard_map(
+    gradient, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(parallel.AXIS)),
+    out_specs=PartitionSpec(), check_vma=False))(w, x)
+  np.testing.assert_array_equal(parallel.unreplicate(mapped), twin)
+  # The mean over devices of equal shards is the gradient over the whole batch.
+  whole = jax.grad(lambda w: jnp.mean(jnp.tanh(x @ w) ** 2))(w)
+  np.testing.assert_allclose(twin, whole, rtol=1e-5)

@@ -1,0 +1,316 @@
+"""The programs as users run them: the whole path, resume, refusals, exit codes."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxrobust import checkpoint
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = [
+  '--config=experiments/digits.py:wrn-10-1',
+  '--config.data.batch_size=32', '--config.model.batch_norm_group=8',
+  '--config.training.num_steps=12', '--config.training.epoch_examples=128',
+  '--config.evaluation.interval_epochs=1', '--config.checkpoint.interval_epochs=0.5',
+  '--config.log.interval_epochs=0.25', '--config.dataset.validation_images=32',
+  '--config.attack.num_steps=2', '--config.evaluation.attack.num_steps=3',
+  '--config.evaluation.batch_size=256', '--config.optimizer.warmup_epochs=0.5',
+]
+
+
+@pytest.fixture(scope='module')
+def compiled(tmp_path_factory):
+  """One compilation cache for all runs of this file."""
+  return str(tmp_path_factory.mktemp('compiled'))
+
+
+@pytest.fixture(scope='module')
+def start(compiled):
+  """Starts a program; `devices` virtual devices."""
+
+  def run(program, *args, devices=1):
+    environment = {
+      **os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices),
+      'JAX_COMPILATION_CACHE_DIR': compiled,
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+    return subprocess.Popen(
+      [sys.executable, '-m', f'jaxrobust.{program}', *args], cwd=ROOT,
+      env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def call(start):
+  """Runs a program to its end: (exit code, stdout, stderr)."""
+
+  def run(*args, **kwargs):
+    process = start(*args, **kwargs)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def trained(call, tmp_path_factory):
+  """The workdir of an uninterrupted tiny run."""
+  workdir = tmp_path_factory.mktemp('trained')
+  code, _, err = call('train', f'--workdir={workdir}', *TINY)
+  assert code == 0, err
+  return workdir
+
+
+def assert_same_file(a, b):
+  for x, y in zip(checkpoint.import_npy(a), checkpoint.import_npy(b), strict=True):
+    for module in x:
+      for leaf in x[module]:
+        np.testing.assert_array_equal(x[module][leaf], y[module][leaf])
+
+
+@pytest.mark.slow
+def test_training_writes_what_the_contract_says(trained, call):
+  assert json.loads((trained / 'config.json').read_text())['seed'] == 0
+  lines = [json.loads(x) for x in (trained / 'metrics.jsonl').read_text().splitlines()]
+  assert [x['step'] for x in lines if 'train/loss' in x] == list(range(1, 13))
+  last = [x for x in lines if 'eval_ema/pgd3_accuracy' in x]
+  assert [x['step'] for x in last] == [4, 8, 12]
+  assert {'eval/clean_accuracy', 'eval_ema/clean_accuracy'} <= set(last[-1])
+  assert list(trained.glob('events.*'))
+  assert (trained / 'checkpoint.npy').exists()
+  code, _, err = call('train', f'--workdir={trained}', *TINY)
+  assert code == 0
+  assert 'is finished' in err
+
+
+@pytest.mark.slow
+def test_another_config_in_the_workdir_is_refused(trained, call):
+  before = (trained / 'config.json').read_bytes()
+  code, _, err = call('train', f'--workdir={trained}', *TINY, '--config.loss.beta=5')
+  assert code == 1
+  assert err.count('\n') == 1
+  assert 'loss.beta: 6.0 → 5.0' in err
+  assert (trained / 'config.json').read_bytes() == before
+
+
+@pytest.mark.slow
+def test_kill_and_resume_is_bit_identical(trained, start, call, tmp_path):
+  process = start('train', f'--workdir={tmp_path}', *TINY)
+  wait_for_step(process, tmp_path, np.random.randint(3, 10))
+  process.kill()
+  process.communicate()
+  assert not (tmp_path / 'checkpoint.npy').exists()
+  code, _, err = call('train', f'--workdir={tmp_path}', *TINY)
+  assert code == 0, err
+  assert_same_file(trained / 'checkpoint.npy', tmp_path / 'checkpoint.npy')
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  steps = [x['step'] for x in map(json.loads, lines) if 'train/loss' in x]
+  assert steps == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_42(trained, start, call, tmp_path):
+  process = start('train', f'--workdir={tmp_path}', *TINY)
+  wait_for_step(process, tmp_path, 3)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 42, err
+  step = int(re.search(r'stopped after step (\d+)', err)[1])
+  code, _, err = call('train', f'--workdir={tmp_path}', *TINY)
+  assert code == 0
+  assert f'resuming after step {step}' in err
+  assert_same_file(trained / 'checkpoint.npy', tmp_path / 'checkpoint.npy')
+
+
+def wait_for_step(process, workdir, step):
+  """Returns once the run has logged `step`."""
+  deadline = time.monotonic() + 200
+  path = workdir / 'metrics.jsonl'
+  while time.monotonic() < deadline and process.poll() is None:
+    if path.exists() and len(path.read_text().splitlines()) >= step:
+      return
+    time.sleep(0.01)
+  raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.slow
+def test_processes_and_devices_give_the_same_run(start, tmp_path):
+  """1 x 4 and 2 x 2 processes and devices, and their files."""
+  one = start('train', f'--workdir={tmp_path}/1x4', *TINY, devices=4)
+  out, err = one.communicate(timeout=300)
+  assert one.returncode == 0, err
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  two = [
+    start('train', f'--workdir={tmp_path}/2x2', *TINY,
+          f'--coordinator=localhost:{port}', '--num_processes=2',
+          f'--process_id={i}', devices=2) for i in range(2)]
+  for process in two:
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+  a, b = (checkpoint.import_npy(tmp_path / x / 'checkpoint.npy')
+          for x in ('1x4', '2x2'))
+  for x, y in zip(a, b, strict=True):
+    for module in x:
+      for leaf in x[module]:
+        # The order of the sum over devices differs: 12 steps of float32 rounding.
+        np.testing.assert_allclose(x[module][leaf], y[module][leaf], rtol=2e-3,
+                                   atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_run(call, tmp_path):
+  code, _, err = call('train', f'--workdir={tmp_path}', *TINY,
+                      '--config.optimizer.learning_rate=1e18')
+  assert code == 1
+  message = err.strip().splitlines()[-1]
+  assert re.match(r'error: the loss is (nan|inf) at step \d+', message)
+  assert not (tmp_path / 'checkpoint.npy').exists()
+  # What was saved before is finite.
+  step = int(re.search(r'at step (\d+)', message)[1])
+  saved = [int(p.name) for p in (tmp_path / 'checkpoints').glob('*')
+           if p.name.isdigit()]
+  assert all(s < step for s in saved)
+
+
+@pytest.mark.slow
+def test_evaluate_judges_every_image_once_and_remembers(trained, call):
+  code, out, err = call('evaluate', f'--workdir={trained}')
+  assert code == 0, err
+  assert '797 test images' in out
+  [entry] = json.loads((trained / 'results.json').read_text())
+  assert entry['protocol']['num_images'] == 797
+  assert 0 <= entry['robust_correct'] <= entry['clean_correct'] <= 797
+  assert entry['clean_accuracy'] == entry['clean_correct'] / 797
+  with np.load(trained / 'figures' / 'examples.npz') as examples:
+    moved = np.abs(examples['adversarial'] - examples['images'] / 255)
+    assert moved.max() <= 0.2 + 1e-6
+  # Devices change nothing; the same protocol is shown, not repeated.
+  code, again, _ = call('evaluate', f'--workdir={trained}', devices=4)
+  assert again == out
+  assert len(json.loads((trained / 'results.json').read_text())) == 1
+  code, out, _ = call('evaluate', f'--workdir={trained}', *TINY,
+                      '--config.evaluation.suite=clean',
+                      '--config.evaluation.num_images=100')
+  assert code == 0
+  assert '100 test images' in out
+  assert len(json.loads((trained / 'results.json').read_text())) == 2
+
+
+@pytest.mark.slow
+def test_evaluation_does_not_depend_on_devices_or_batches(trained, call, tmp_path):
+  counts = []
+  for devices, size in ((1, 797), (4, 100)):
+    workdir = tmp_path / str(devices)
+    code, _, err = call(
+      'evaluate', f'--workdir={workdir}', *TINY, f'--config.evaluation.batch_size={size}',
+      f'--config.evaluation.checkpoint={trained}', devices=devices)
+    assert code == 0, err
+    [entry] = json.loads((workdir / 'results.json').read_text())
+    counts.append((entry['clean_correct'], entry['robust_correct']))
+  assert counts[0] == counts[1]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_network_is_refused(trained, call, tmp_path):
+  code, _, err = call('evaluate', f'--workdir={tmp_path / "x"}', *TINY,
+                      '--config.model.name=wrn-10-2',
+                      f'--config.evaluation.checkpoint={trained}')
+  assert code == 1
+  assert err.count('\n') == 1
+  assert 'does not fit the network' in err
+  assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.slow
+def test_generate_then_train_on_the_samples_then_report(call, tmp_path):
+  code, _, err = call('train', f'--workdir={tmp_path}/labeller', *TINY,
+                      '--config.loss.name=standard', '--config.training.num_steps=60')
+  assert code == 0, err
+  generate = ['generate', f'--workdir={tmp_path}/gaussian',
+              '--config=experiments/digits_gaussian.py', '--config.samples.count=95',
+              '--config.samples.batch_size=64', '--config.samples.shard_size=40',
+              f'--config.labeller={tmp_path}/labeller']
+  code, _, err = call(*generate)
+  assert code == 0, err
+  metadata = json.loads((tmp_path / 'gaussian/samples/metadata.json').read_text())
+  assert metadata['selection'] == 'balanced'
+  assert metadata['labeller']['experiment'] == 'digits_standard_wrn-10-1_real'
+  labels = np.concatenate([
+    np.load(p) for p in sorted((tmp_path / 'gaussian/samples').glob('labels-*'))])
+  assert np.bincount(labels).tolist() == [10] * 5 + [9] * 5
+  code, _, err = call(*generate)
+  assert code == 0
+  assert 'is finished: 95 samples' in err
+
+  mixed = ['train', f'--workdir={tmp_path}/mixed', *TINY,
+           f'--config.data.samples={tmp_path}/gaussian/samples',
+           '--config.data.real_fraction=0.25']
+  code, _, err = call(*mixed)
+  assert code == 0, err
+  assert '8 real and 24 generated' in err
+  assert call('evaluate', f'--workdir={tmp_path}/mixed')[0] == 0
+  code, out, err = call('report', f'--workdir={tmp_path}')
+  assert code == 0, err
+  [entry] = json.loads((tmp_path / 'mixed/results.json').read_text())
+  assert f'| mixed | 25% real | {100 * entry["clean_accuracy"]:.2f} |' in out
+  assert '| labeller | real | – | – | not evaluated | – |' in out
+  assert (tmp_path / 'report.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_fraction_that_devices_cannot_share(call, tmp_path):
+  code, _, err = call('train', f'--workdir={tmp_path / "x"}', *TINY,
+                      '--config.data.samples=/nowhere',
+                      '--config.data.real_fraction=0.3', devices=2)
+  assert code == 1
+  assert err.count('\n') == 1
+  assert 'real_fraction' in err
+  assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('args, words', [
+  (['train', '--workdir=x'], '--config is missing'),
+  (['train', '--config=experiments/digits.py'], '--workdir is missing'),
+  (['train', '--workdir=x', '--config=experiments/none.py'], 'none.py'),
+  (['train', '--workdir=x', '--config=experiments/digits.py',
+    '--config.data.batchsize=3'], 'batchsize'),
+  (['train', '--workdir=x', '--config=experiments/digits.py',
+    '--config.loss.beta=six'], 'six'),
+  (['train', '--workdir=x', '--config=experiments/digits.py', '--confg.seed=1'],
+   'confg'),
+  (['train', '--workdir=x', '--config=experiments/digits.py:wrn-11-1'], 'wrn-11-1'),
+  (['train', '--workdir=x', '--config=experiments/cifar10_linf.py:real',
+    '--config.dataset.data_dir=/nowhere'], 'cifar10'),
+  (['train', '--workdir=x', '--config=experiments/digits.py', 'stray'], 'stray'),
+  (['evaluate', '--workdir=x'], 'config.json is absent'),
+  (['generate', '--workdir=x', '--config=experiments/digits_gaussian.py'],
+   'config.labeller is not set'),
+  (['report', '--workdir=x'], 'holds no workdir'),
+], ids=lambda x: ' '.join(x[-1:]) if isinstance(x, list) else '')
+def test_mistakes_are_told_in_one_line(call, args, words, tmp_path):
+  args = [a.replace('=x', f'={tmp_path}/x') if a == '--workdir=x' else a for a in args]
+  code, out, err = call(*args)
+  assert code == 1
+  assert err.startswith('error: ')
+  assert err.count('\n') == 1, err
+  assert words in err
+  assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('program', ['train', 'evaluate', 'generate', 'report'])
+def test_help_is_a_page(call, program):
+  code, out, err = call(program, '--help')
+  assert code == 0
+  assert f'python -m jaxrobust.{program} --workdir=' in out
+  assert 'Example' in out
+  assert 'Exit codes' in out

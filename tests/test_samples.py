@@ -1,0 +1,321 @@
+"""Sample sets: what is written is read, and what is damaged is refused by name."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+
+from jaxrobust.data import npz, samples
+from jaxrobust.errors import UserError
+
+N, SHAPE, K = 23, (4, 6, 3), 5
+METADATA = {'generator': 'noise', 'seed': 7, 'labeller': None, 'selection': 'none'}
+
+
+def make_arrays(n=N):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (n, *SHAPE), np.uint8)
+  return images, rng.integers(0, K, n)
+
+
+def write(path, batches=None, **kwargs):
+  kwargs = {'metadata': METADATA, 'num_classes': K, 'shard_size': 10, **kwargs}
+  return samples.write(path, [make_arrays()] if batches is None else batches, **kwargs)
+
+
+def edit_metadata(path, edit):
+  metadata = json.loads((path / 'metadata.json').read_text())
+  edit(metadata)
+  (path / 'metadata.json').write_text(json.dumps(metadata))
+
+
+def test_round_trip_in_shards_from_uneven_batches(tmp_path):
+  images, labels = make_arrays()
+  cuts = [0, 1, 8, 8, 20, N]
+  batches = (
+    (images[a:b], labels[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+  )
+  write(tmp_path / 'set', batches)
+  found = samples.SampleSet.open(tmp_path / 'set')
+  assert (len(found), found.image_shape, found.num_classes) == (N, SHAPE, K)
+  order = np.array([22, 0, 9, 10, 19, 20, 9, 1])
+  np.testing.assert_array_equal(found.gather(order), images[order])
+  np.testing.assert_array_equal(found.gather_labels(order), labels[order])
+  assert found.gather(order).dtype == np.uint8
+  assert found.gather_labels(order).dtype == np.int32
+  assert found.gather(np.zeros(0, np.int64)).shape == (0, *SHAPE)
+
+
+def test_contract_of_the_folder(tmp_path):
+  images, labels = make_arrays()
+  write(tmp_path / 'set', metadata={**METADATA, 'note': 'mine'})
+  names = [f'{k}-0000{i}-of-00003.npy' for i in range(3) for k in ('images', 'labels')]
+  found = sorted(file.name for file in (tmp_path / 'set').iterdir())
+  assert found == sorted([*names, 'metadata.json'])
+  last = np.load(tmp_path / 'set' / 'images-00002-of-00003.npy')
+  np.testing.assert_array_equal(last, images[20:])
+  last = np.load(tmp_path / 'set' / 'labels-00002-of-00003.npy')
+  np.testing.assert_array_equal(last, labels[20:])
+  assert last.dtype == np.int32
+  metadata = json.loads((tmp_path / 'set' / 'metadata.json').read_text())
+  assert metadata['counts'] == {
+    'total': N,
+    'per_class': [int((labels == k).sum()) for k in range(K)],
+    'per_shard': [10, 10, 3],
+  }
+  assert sorted(metadata['sha256']) == sorted(names)
+  assert metadata['image_shape'] == list(SHAPE) and metadata['num_classes'] == K
+  assert metadata['generator'] == 'noise' and metadata['seed'] == 7
+  assert metadata['note'] == 'mine' and metadata['format_version'] == 1
+
+
+def test_gather_into_given_places_and_refuses_indices_outside(tmp_path):
+  images, _ = make_arrays()
+  found = write(tmp_path / 'set')
+  out = np.zeros((4, *SHAPE), np.uint8)
+  found.gather(np.array([12, 3]), out=[out[3], out[1]])
+  np.testing.assert_array_equal(out[[3, 1]], images[[12, 3]])
+  assert not out[[0, 2]].any()
+  for bad in (-1, N):
+    with pytest.raises(IndexError):
+      found.gather(np.array([0, bad]))
+
+
+def test_crash_while_writing_leaves_nothing(tmp_path):
+  images, labels = make_arrays()
+
+  def broken():
+    yield images, labels
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    write(tmp_path / 'set', broken())
+  assert not list(tmp_path.iterdir())
+
+
+def test_folder_appears_only_when_complete(tmp_path):
+  images, labels = make_arrays()
+
+  def batches():
+    yield images, labels
+    assert not (tmp_path / 'set').exists()
+
+  write(tmp_path / 'set', batches())
+  assert [file.name for file in tmp_path.iterdir()] == ['set']
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (lambda x, y: [(x.astype(np.float32), y)], 'uint8'),
+    (lambda x, y: [(x[0], y)], r'\[n, H, W, C\]'),
+    (lambda x, y: [(x, y[1:])], 'labels'),
+    (lambda x, y: [(x, y * 0 + K)], f'{K}..{K}; 5 classes allow 0..4'),
+    (lambda x, y: [(x, y - K)], '5 classes'),
+    (lambda x, y: [(x, y.astype(float))], 'integers'),
+    (lambda x, y: [(x, y), (x[:, 1:], y)], 'all must be equal'),
+    (lambda x, y: [], 'at least one'),
+  ],
+)
+def test_write_refuses(tmp_path, change, message):
+  with pytest.raises(UserError, match=message):
+    write(tmp_path / 'set', change(*make_arrays()))
+  assert not list(tmp_path.iterdir())
+
+
+def test_write_never_overwrites_and_needs_local_disk(tmp_path):
+  write(tmp_path / 'set')
+  with pytest.raises(UserError, match='never overwritten'):
+    write(tmp_path / 'set')
+  for call in (write, samples.SampleSet.open):
+    with pytest.raises(UserError, match='copy it first'):
+      call('gs://bucket/set')
+  with pytest.raises(UserError, match="'counts'"):
+    write(tmp_path / 'other', metadata={'counts': 1})
+  with pytest.raises(UserError, match='shard_size = 0'):
+    write(tmp_path / 'other', shard_size=0)
+
+
+IMAGES, LABELS = 'images-00001-of-00003.npy', 'labels-00001-of-00003.npy'
+
+
+def truncate(path, name, by=1):
+  content = (path / name).read_bytes()
+  (path / name).write_bytes(content[:-by])
+
+
+def relabel(path, label):
+  labels = np.load(path / LABELS)
+  labels[0] = label(labels[0])
+  np.save(path / LABELS, labels)
+
+
+@pytest.mark.parametrize(
+  'damage, message',
+  [
+    (lambda p: truncate(p, IMAGES), f'{IMAGES} has .* bytes'),
+    (lambda p: truncate(p, LABELS), f'{LABELS} has .* bytes'),
+    (lambda p: (p / IMAGES).write_bytes(b''), f'{IMAGES} is no .npy file'),
+    (lambda p: (p / IMAGES).write_bytes(b'x' * 999), f'{IMAGES} is no .npy file'),
+    (lambda p: (p / IMAGES).unlink(), f'{IMAGES} is missing'),
+    (lambda p: (p / LABELS).unlink(), f'{LABELS} is missing'),
+    (
+      lambda p: (p / IMAGES).rename(p / 'images-00001-of-00004.npy'),
+      'images-00001-of-00004.npy does not belong',
+    ),
+    (lambda p: np.save(p / IMAGES, np.zeros((10, *SHAPE))), f'{IMAGES} holds float64'),
+    (
+      lambda p: np.save(p / IMAGES, np.asfortranarray(np.load(p / IMAGES))),
+      f'{IMAGES} is in Fortran order',
+    ),
+    (
+      lambda p: np.save(p / IMAGES, np.zeros((10, 5, 6, 3), np.uint8)),
+      rf'{IMAGES} holds uint8 \[10, 5, 6, 3\]',
+    ),
+    (lambda p: np.save(p / LABELS, np.zeros(10, np.int64)), f'{LABELS} holds int64'),
+    (lambda p: np.save(p / LABELS, np.zeros(9, np.int32)), rf'{LABELS} .* \[9\]'),
+    (lambda p: relabel(p, lambda _: K), f'{LABELS} holds labels 0..5'),
+    (lambda p: relabel(p, lambda _: -1), f'{LABELS} holds labels -1'),
+    (lambda p: relabel(p, lambda y: (y + 1) % K), 'mislabelled'),
+    (lambda p: (p / 'metadata.json').unlink(), 'no metadata.json'),
+    (lambda p: (p / 'metadata.json').write_text('{'), 'metadata.json is damaged'),
+    (lambda p: edit_metadata(p, lambda m: m.pop('counts')), "damaged .*'counts'"),
+    (
+      lambda p: edit_metadata(p, lambda m: m.update(format_version=2)),
+      'format_version 2',
+    ),
+    (
+      lambda p: edit_metadata(p, lambda m: m['counts'].update(total=N + 1)),
+      'contradicts itself',
+    ),
+    (
+      lambda p: edit_metadata(p, lambda m: m.update(num_classes=K + 1)),
+      'contradicts itself',
+    ),
+  ],
+)
+def test_open_refuses_by_name(tmp_path, damage, message):
+  path = tmp_path / 'set'
+  write(path)
+  damage(path)
+  with pytest.raises(UserError, match=message) as caught:
+    samples.SampleSet.open(path)
+  assert str(path) in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_verify_names_every_corrupt_file(tmp_path):
+  path = tmp_path / 'set'
+  found = write(path)
+  found.verify()
+  for name in (IMAGES, 'images-00002-of-00003.npy'):
+    content = bytearray((path / name).read_bytes())
+    content[-1] ^= 1
+    (path / name).write_bytes(content)
+  with pytest.raises(UserError) as caught:
+    samples.SampleSet.open(path).verify()
+  assert IMAGES in str(caught.value) and '00002-of-00003' in str(caught.value)
+  assert '00000-of-00003' not in str(caught.value)
+
+
+def test_verify_is_done_once(tmp_path, monkeypatch):
+  found = write(tmp_path / 'set')
+  calls = []
+  digest = samples._sha256
+  monkeypatch.setattr(samples, '_sha256', lambda f: calls.append(f) or digest(f))
+  seen = []
+  found.verify(lambda files: seen.extend(files) or files)
+  assert len(calls) == len(seen) == 6
+  samples.SampleSet.open(tmp_path / 'set').verify()
+  assert len(calls) == 6
+  (tmp_path / 'set' / IMAGES).touch()
+  found.verify()
+  assert len(calls) == 12
+
+
+def test_gather_notices_a_file_that_shrinks(tmp_path):
+  found = write(tmp_path / 'set')
+  truncate(tmp_path / 'set', IMAGES)
+  with pytest.raises(UserError, match=f'{IMAGES} has been truncated'):
+    found.gather(np.array([19]))
+
+
+@pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
+@pytest.mark.parametrize('chunk', [7, 100])
+def test_npz_import_and_export(tmp_path, save, chunk, monkeypatch):
+  monkeypatch.setattr(npz, '_CHUNK', chunk)
+  images, labels = make_arrays()
+  labels[0] = K - 1
+  save(tmp_path / 'in.npz', image=images, label=labels)
+  found = npz.import_npz(
+    tmp_path / 'in.npz', tmp_path / 'set', metadata=METADATA, shard_size=10
+  )
+  assert found.num_classes == K
+  np.testing.assert_array_equal(found.gather(np.arange(N)), images)
+  npz.export_npz(found, tmp_path / 'out.npz')
+  with np.load(tmp_path / 'out.npz') as out:
+    assert sorted(out) == ['image', 'label']
+    np.testing.assert_array_equal(out['image'], images)
+    np.testing.assert_array_equal(out['label'], labels)
+  with pytest.raises(UserError, match='out.npz exists'):
+    npz.export_npz(found, tmp_path / 'out.npz')
+
+
+def flip_a_byte(path):
+  content = bytearray(path.read_bytes())
+  with zipfile.ZipFile(path) as archive:
+    content[archive.getinfo('image.npy').header_offset + 400] ^= 1
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+  'arrays, message',
+  [
+    ({'image': make_arrays()[0]}, r"\['image'\]; it needs image and label"),
+    ({'image': make_arrays()[0], 'label': np.zeros(N - 1, int)}, '22 labels'),
+    ({'image': make_arrays()[0] / 1.0, 'label': np.zeros(N, int)}, 'float64'),
+    ({'image': make_arrays()[0], 'label': np.zeros(N)}, 'must be integers'),
+    ({'image': make_arrays()[0], 'label': np.zeros((N, 2), int)}, 'must be integers'),
+    ({'image': make_arrays()[0], 'label': np.array([None] * N)}, 'damaged'),
+  ],
+)
+def test_import_refuses(tmp_path, arrays, message):
+  np.savez(tmp_path / 'in.npz', **arrays)
+  with pytest.raises(UserError, match=message) as caught:
+    npz.import_npz(tmp_path / 'in.npz', tmp_path / 'set', metadata=METADATA)
+  assert 'in.npz' in str(caught.value)
+  assert [file.name for file in tmp_path.iterdir()] == ['in.npz']
+
+
+@pytest.mark.parametrize(
+  'damage, message',
+  [
+    (flip_a_byte, 'in.npz is damaged.*CRC'),
+    (lambda p: p.write_bytes(p.read_bytes()[:1000]), 'in.npz is damaged'),
+    (lambda p: p.unlink(), 'in.npz does not exist'),
+  ],
+)
+def test_import_refuses_damaged_files(tmp_path, damage, message):
+  images, labels = make_arrays()
+  np.savez(tmp_path / 'in.npz', image=images, label=labels)
+  damage(tmp_path / 'in.npz')
+  with pytest.raises(UserError, match=message):
+    npz.import_npz(tmp_path / 'in.npz', tmp_path / 'set', metadata=METADATA)
+  assert not (tmp_path / 'set').exists()
+
+
+def test_command_line(tmp_path, capsys):
+  images, labels = make_arrays()
+  np.savez(tmp_path / 'in.npz', image=images, label=labels)
+  path = str(tmp_path / 'set')
+  command = ['import', str(tmp_path / 'in.npz'), path, '--generator=ddpm']
+  assert npz.main([*command, f'--num_classes={K}']) == 0
+  assert npz.main(['verify', path]) == 0
+  assert npz.main(['export', path, str(tmp_path / 'out.npz')]) == 0
+  capsys.readouterr()
+  assert npz.main(['info', path]) == 0
+  shown = json.loads(capsys.readouterr().out)
+  assert shown['generator'] == 'ddpm' and shown['imported_from'] == 'in.npz'
+  assert shown['counts']['total'] == N
+  assert npz.main(['info', str(tmp_path)]) == 1
+  assert capsys.readouterr().err.startswith('error: ')

@@ -1,0 +1,283 @@
+"""One whole step against an independent float64 derivation, and its invariances.
+
+The derivation is written in numpy from the formulas: convolution by shifted sums,
+BatchNorm by means over each group, swish, TRADES, and gradients by central
+differences along random directions.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import digits
+from jaxrobust import config as configs
+from jaxrobust import losses, models, optimizer, parallel, update
+from jaxrobust.attacks import norms, pgd
+from jaxrobust.data import datasets
+from jaxrobust.errors import UserError
+
+GROUP, BATCH = 4, 16
+
+
+@pytest.fixture(scope='module')
+def batch():
+  rng = np.random.RandomState(0)
+  real = datasets.load('digits', 'train')
+  return update.Batch(
+    real.images[:BATCH], real.labels[:BATCH], rng.rand(BATCH) < 0.5,
+    np.arange(BATCH, dtype=np.int32))
+
+
+def make_config(**overrides):
+  config = digits.get_config('wrn-10-1').unlock()
+  config.data.batch_size = BATCH
+  config.model.batch_norm_group = GROUP
+  config.optimizer.warmup_epochs = 0.0
+  config.update_from_flattened_dict(overrides)
+  return config
+
+
+class Setup:
+  """A network with a last layer that is not zero, and its step on all devices."""
+
+  def __init__(self, **overrides):
+    self.config = config = make_config(**overrides)
+    derived = configs.resolve(config)
+    self.model = models.from_config(config.model, datasets.INFO['digits'])
+    self.sgd = optimizer.make(config.optimizer, derived)
+    self.learning_rate = derived.learning_rate
+    state = jax.jit(lambda: update.init_state(config, self.model, self.sgd))()
+    params = dict(state.params)
+    last = next(k for k in params if k.endswith('logits'))
+    rng = np.random.RandomState(1)
+    params[last] = {k: jnp.float32(0.3 * rng.normal(size=v.shape))
+                    for k, v in params[last].items()}
+    self.state = state._replace(params=params, ema_params=params)
+    self.step = parallel.pmap(
+      update.make_step(config, self.model, self.sgd, 10))
+
+  def run(self, batch):
+    state, metrics = self.step(parallel.replicate(self.state), parallel.shard(batch))
+    return parallel.unreplicate(state), parallel.unreplicate(metrics)
+
+
+# The derivation in float64.
+
+
+def conv(x, w, stride):
+  """'SAME' convolution as TensorFlow pads: the odd pixel at the end."""
+  size, taps = x.shape[1], w.shape[0]
+  out = -(-size // stride)
+  total = max((out - 1) * stride + taps - size, 0)
+  low, high = total // 2, total - total // 2
+  x = np.pad(x, ((0, 0), (low, high), (low, high), (0, 0)))
+  y = np.zeros((len(x), out, out, w.shape[3]))
+  for i in range(taps):
+    for j in range(taps):
+      patch = x[:, i:i + (out - 1) * stride + 1:stride,
+                j:j + (out - 1) * stride + 1:stride]
+      y += patch @ w[i, j]
+  return y
+
+
+def batch_norm(x, p, seen, name):
+  """Normalises each group of images; appends its mean and variance to `seen`."""
+  groups = x.reshape(-1, GROUP, *x.shape[1:])
+  mean = groups.mean((1, 2, 3), keepdims=True)
+  var = groups.var((1, 2, 3), keepdims=True)
+  seen.setdefault(name, []).append((mean.mean(0).ravel(), var.mean(0).ravel()))
+  y = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+  return y * p[name]['scale'] + p[name]['offset']
+
+
+def swish(x):
+  return x / (1 + np.exp(-x))
+
+
+def forward(p, images, seen):
+  """WRN-10-1: (10 - 4) / 6 = 1 block in each of three groups."""
+  net = 'wide_res_net/~/'
+  x = conv((images - 0.5) / 0.5, p[f'{net}init_conv']['w'], 1)
+  for layer, stride in enumerate((1, 2, 2)):
+    block = f'{net}resnet_lay_{layer}_block_0/~/'
+    y = swish(batch_norm(x, p, seen, f'{block}batchnorm_0'))
+    shortcut = conv(y, p[f'{block}shortcut']['w'], stride)
+    y = conv(y, p[f'{block}conv_0']['w'], stride)
+    y = swish(batch_norm(y, p, seen, f'{block}batchnorm_1'))
+    x = conv(y, p[f'{block}conv_1']['w'], 1) + shortcut
+  x = swish(batch_norm(x, p, seen, f'{net}batchnorm')).mean((1, 2))
+  return x @ p[f'{net}logits']['w'] + p[f'{net}logits']['b']
+
+
+def log_softmax(x):
+  x = x - x.max(-1, keepdims=True)
+  return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def trades(p, images, adv_images, targets, beta=6.0, decay=5e-4, seen=None):
+  """CE(clean) + beta * KL(clean || adversarial) + decay / 2 * squares of w and b."""
+  clean = log_softmax(forward(p, images, {}))
+  adv = log_softmax(forward(p, adv_images, {} if seen is None else seen))
+  kl = (np.exp(clean) * (clean - adv)).sum(-1).mean()
+  squares = sum((leaf**2).sum() for module in p.values()
+                for name, leaf in module.items() if name in ('w', 'b'))
+  return -(targets * clean).sum(-1).mean() + beta * kl + decay / 2 * squares
+
+
+def float64(tree):
+  return {m: {k: np.float64(v) for k, v in leaves.items()}
+          for m, leaves in tree.items()}
+
+
+@pytest.fixture(scope='module')
+def plain():
+  return Setup()
+
+
+@pytest.fixture(scope='module')
+def cutmix():
+  return Setup(**{'augment.cutmix': True})
+
+
+@pytest.fixture(scope='module')
+def case(batch, plain):
+  """A step, and the images and targets that went into its loss."""
+  setup = plain
+  config, state = setup.config, setup.state
+  after, metrics = setup.run(batch)
+  images, targets, rngs = update._augmented(
+    config, 10, 0, jax.tree.map(jnp.asarray, batch))
+  attack = pgd.from_config(
+    config.attack, norms.get(config.threat.norm, config.threat.epsilon))
+  logits_fn = lambda x: setup.model.apply(
+    state.params, state.net_state, x, batch_stats=True)[0]
+  probabilities = jax.nn.softmax(logits_fn(images))
+  adv_images = jax.jit(lambda: attack(logits_fn, rngs, images, probabilities))()
+  p = float64(state.params)
+  inputs = [np.float64(x) for x in (images, adv_images, targets)]
+  return setup, after, metrics, p, inputs
+
+
+def test_inputs_of_the_loss(batch, case):
+  images, adv_images, targets = case[-1]
+  np.testing.assert_allclose(images, batch.images / 255, atol=1e-7)
+  smooth = np.where(batch.is_generated, 0.1, 0.0)[:, None]
+  expected = np.eye(10)[batch.labels] * (1 - smooth) + smooth / 10
+  np.testing.assert_allclose(targets, expected, atol=1e-7)
+  assert np.abs(adv_images - images).max() <= 0.2 + 1e-6
+  assert np.abs(adv_images - images).max() > 0.1
+
+
+def test_loss_and_accuracies(case):
+  _, _, metrics, p, (images, adv_images, targets) = case
+  expected = trades(p, images, adv_images, targets)
+  # Ten float32 steps of the attack on four devices and on one differ in rounding.
+  np.testing.assert_allclose(metrics['train/loss'], expected, rtol=2e-4)
+  labels = targets.argmax(-1)
+  for name, x in (('clean', images), ('adv', adv_images)):
+    accuracy = (forward(p, x, {}).argmax(-1) == labels).mean()
+    np.testing.assert_allclose(metrics[f'train/{name}_accuracy'], accuracy, atol=1e-6)
+
+
+def test_gradient_by_central_differences(case):
+  """The update of the first step is -lr * (1 + momentum) * gradient (Nesterov)."""
+  setup, after, _, p, inputs = case
+  scale = -setup.learning_rate * 1.9
+  gradient = jax.tree.map(
+    lambda new, old: (np.float64(new) - np.float64(old)) / scale,
+    float64(after.params), float64(setup.state.params))
+  rng = np.random.RandomState(2)
+  for name, module in p.items():
+    for leaf in module:
+      direction = rng.normal(size=module[leaf].shape)
+      direction /= np.linalg.norm(direction)
+      moved = lambda t, n=name, k=leaf, d=direction: {
+        **p, n: {**p[n], k: p[n][k] + t * d}}
+      h = 1e-5
+      numeric = (trades(moved(h), *inputs) - trades(moved(-h), *inputs)) / (2 * h)
+      # The gradient is read off float32 parameters: 1e-7 of them over the step size.
+      np.testing.assert_allclose(
+        (gradient[name][leaf] * direction).sum(), numeric, rtol=5e-3, atol=2e-4)
+
+
+def test_batch_norm_statistics_come_from_the_adversarial_pass(case):
+  _, after, _, p, (images, adv_images, targets) = case
+  seen = {}
+  trades(p, images, adv_images, targets, seen=seen)
+  for name, [(mean, var)] in seen.items():
+    state = after.net_state[f'{name}/~/mean_ema']
+    np.testing.assert_allclose(state['average'].ravel(), mean, rtol=2e-3, atol=2e-4)
+    np.testing.assert_allclose(state['hidden'].ravel(), 0.01 * mean, rtol=2e-3,
+                               atol=2e-6)
+    assert state['counter'] == 1
+    state = after.net_state[f'{name}/~/var_ema']
+    np.testing.assert_allclose(state['average'].ravel(), var, rtol=2e-3, atol=2e-4)
+
+
+def test_averaged_parameters(case):
+  setup, after, _, p, _ = case
+  new = float64(after.params)
+  for name, module in float64(after.ema_params).items():
+    for leaf, value in module.items():
+      # At step 0 the decay is (1 + 0) / (10 + 0).
+      np.testing.assert_allclose(
+        value, 0.1 * p[name][leaf] + 0.9 * new[name][leaf], rtol=1e-5, atol=1e-7)
+  assert after.step == 1
+
+
+# What must not matter, and what must.
+
+
+def tree_difference(a, b):
+  return max(float(np.abs(np.float64(x) - np.float64(y)).max())
+             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_one_and_four_devices_give_the_same_update(batch, plain):
+  """Groups of 4 images on 4 devices, and as ghost groups on one device."""
+  setup = plain
+  four, _ = setup.run(batch)
+  step = update.make_step(setup.config, setup.model, setup.sgd, 10)
+  one = jax.pmap(step, axis_name=parallel.AXIS, devices=jax.devices()[:1])
+  lead = lambda tree: jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
+  state, _ = one(lead(setup.state), lead(batch))
+  state = jax.tree.map(lambda x: x[0], state)
+  assert tree_difference(four.params, state.params) < 1e-4
+
+
+@pytest.mark.parametrize('name', ['plain', 'cutmix'])
+def test_the_order_of_the_slots_does_not_matter(batch, name, request):
+  """Whole BatchNorm groups may sit on any device."""
+  setup = request.getfixturevalue(name)
+  order = np.arange(BATCH).reshape(4, GROUP)[[2, 0, 3, 1]].ravel()
+  straight, _ = setup.run(batch)
+  moved, metrics = setup.run(update.Batch(*(x[order] for x in batch)))
+  assert tree_difference(straight.params, moved.params) < 1e-4
+  assert 0 <= metrics['train/adv_accuracy'] <= 1  # CutMix does not stop it.
+
+
+def test_own_statistics_of_the_averaged_parameters(batch, plain):
+  raw, _ = plain.run(batch)
+  own, _ = Setup(**{'ema.batch_norm': 'own'}).run(batch)
+  np.testing.assert_array_equal(
+    *(jax.tree.leaves(s.net_state)[1] for s in (raw, own)))
+  assert tree_difference(raw.ema_net_state, raw.net_state) == 0
+  assert tree_difference(own.ema_net_state, own.net_state) > 1e-4
+
+
+def test_standard_loss_is_cross_entropy_of_one_pass(batch):
+  setup = Setup(**{'loss.name': 'standard', 'loss.weight_decay': 0.0})
+  after, metrics = setup.run(batch)
+  images, targets, _ = update._augmented(
+    setup.config, 10, 0, jax.tree.map(jnp.asarray, batch))
+  logits = setup.model.apply(
+    setup.state.params, setup.state.net_state, images, batch_stats=True)[0]
+  np.testing.assert_allclose(
+    metrics['train/loss'], losses.cross_entropy(logits, targets).mean(), rtol=1e-5)
+  assert 'train/adv_accuracy' not in metrics
+
+
+def test_margin_with_cutmix_is_refused():
+  with pytest.raises(UserError, match='wants hard labels'):
+    Setup(**{'attack.objective': 'margin', 'augment.cutmix': True})

@@ -1,0 +1,66 @@
+"""A workdir belongs to one config, and its files are whole or absent."""
+
+import json
+
+import pytest
+from etils import epath
+
+from experiments import digits
+from jaxrobust import metrics, workdir
+from jaxrobust.errors import UserError
+
+
+def test_claim_is_idempotent_and_refuses_another_config(tmp_path):
+  config = digits.get_config()
+  folder = workdir.claim(str(tmp_path / 'run'), config)
+  assert json.loads((folder / 'config.json').read_text())['loss']['beta'] == 6.0
+  assert workdir.claim(str(tmp_path / 'run'), config) == folder
+  other = digits.get_config().unlock()
+  other.loss.beta = 5.0
+  other.seed = 1
+  with pytest.raises(UserError) as e:
+    workdir.claim(str(tmp_path / 'run'), other)
+  assert 'loss.beta: 6.0 → 5.0; seed: 0 → 1' in str(e.value)
+  assert json.loads((folder / 'config.json').read_text())['loss']['beta'] == 6.0
+
+
+def test_claim_under_a_file_is_one_line(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='cannot write to .*file/run'):
+    workdir.claim(str(tmp_path / 'file' / 'run'), digits.get_config())
+
+
+def test_results_are_added_and_found_by_protocol(tmp_path):
+  folder = epath.Path(tmp_path)
+  protocol = {'suite': 'pgd-40', 'sizes': (1, 2)}
+  assert workdir.find_result(folder, protocol) is None
+  workdir.add_result(folder, protocol, {'robust_accuracy': 0.5})
+  workdir.add_result(folder, {'suite': 'clean'}, {'robust_accuracy': 0.9})
+  assert len(workdir.read_results(folder)) == 2
+  found = workdir.find_result(folder, protocol)
+  assert found['robust_accuracy'] == 0.5
+  assert found['versions']['jax']
+  assert not list(tmp_path.glob('*.tmp'))
+
+
+def test_metrics_forget_what_was_written_after_the_checkpoint(tmp_path):
+  folder = epath.Path(tmp_path)
+  writer = metrics.Writer(folder, 0)
+  for step in (1, 2, 3):
+    writer.write(step, {'train/loss': step / 2, 'bad': float('nan')})
+  writer.close()
+  with (tmp_path / 'metrics.jsonl').open('a') as f:
+    f.write('{"step": 4, "train/lo')  # Cut short by a kill.
+  assert [x['step'] for x in metrics.read(folder)] == [1, 2, 3]
+  writer = metrics.Writer(folder, 2)
+  writer.write(3, {'train/loss': 9.0})
+  writer.close()
+  lines = metrics.read(folder)
+  assert [(x['step'], x['train/loss']) for x in lines] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+  assert lines[0]['bad'] is None
+  assert list(tmp_path.glob('events.*'))
+
+
+def test_durations():
+  assert metrics.duration(59.6) == '1:00'
+  assert metrics.duration(3_725) == '1:02:05'
