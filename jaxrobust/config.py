@@ -99,7 +99,8 @@ def check(config):
   positive = ('data.batch_size', 'data.real_repeats', 'training.num_epochs',
               'training.epoch_examples', 'evaluation.batch_size', 'threat.epsilon',
               'evaluation.interval_epochs', 'checkpoint.interval_epochs',
-              'checkpoint.keep', 'log.interval_epochs', 'model.batch_norm_group')
+              'checkpoint.keep', 'log.interval_epochs', 'model.batch_norm_group',
+              'augment.cutmix_workers')
   for field in positive:
     if (value := _get(config, field)) <= 0:
       raise UserError(f'config.{field} = {value}: use a number above 0')

@@ -88,8 +88,9 @@ def all_gather(tree):
 
 
 def _local_sharding():
-  mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ('local',))
-  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('local'))
+  """That of what pmap returns; with any other, the second call compiles again."""
+  mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
 
 
 def replicate(tree):

@@ -19,11 +19,13 @@ goes on where it was and ends with the same parameters, bit for bit.
 """
 
 import dataclasses
+import functools
 import math
 import time
 
 import jax
 import numpy as np
+import tqdm
 from absl import logging
 from etils import epath
 
@@ -70,7 +72,8 @@ def load_data(config):
   if config.data.samples:
     generated = samples.SampleSet.open(config.data.samples)
     if config.data.verify_samples:
-      generated.verify()
+      logging.info('comparing checksums of %s (once)', config.data.samples)
+      generated.verify(functools.partial(tqdm.tqdm, desc='checksums', disable=None))
   validation = load('validation') if config.dataset.validation_images else None
   return load('train'), validation, generated
 
@@ -91,7 +94,7 @@ class Run:
   def __init__(self, config, derived: configs.Derived, folder: epath.Path, model, info,
                real, validation, generated):
     self._config, self._derived, self._folder = config, derived, folder
-    self._model = model
+    self._model, self._num_classes = model, info.num_classes
     self._real, self._validation, self._generated = real, validation, generated
     self._checkpoints = checkpoint.Checkpoints(folder, config.checkpoint.keep)
     sgd = optimizer.make(config.optimizer, derived)
@@ -125,7 +128,8 @@ class Run:
         self._real, self._generated, batch_size=config.data.batch_size,
         real_fraction=derived.real_fraction, real_repeats=config.data.real_repeats,
         seed=config.seed, start_step=self._start,
-        num_steps=derived.num_steps, slots=slots)
+        num_steps=derived.num_steps - self._start, slots=slots,
+        num_classes=self._num_classes)
     positions = np.arange(*slots, dtype=np.int32)
     preemption = parallel.Preemption()
     progress = metrics.Progress('train', derived.num_steps, 'steps', self._start)

@@ -25,6 +25,21 @@ def test_replicate_round_trip():
   assert parallel.unreplicate(copies)['step'] == 5
 
 
+def test_a_step_compiles_once():
+  """What goes in is placed as what comes out, so the second call is not another."""
+  traces = []
+
+  @parallel.pmap
+  def step(state, batch):
+    traces.append(None)
+    return jax.tree.map(lambda x: x + batch.sum().astype(x.dtype), state)
+
+  state = parallel.replicate({'a': np.ones(3, np.float32), 'n': np.int32(0)})
+  for _ in range(3):
+    state = step(state, parallel.shard(np.ones((8, 2), np.float32)))
+  assert len(traces) == 1
+
+
 def test_mean_over_devices_leaves_integers_alone():
   out = parallel.pmap(parallel.mean_over_devices)(
     {'x': jnp.arange(4.0), 'n': jnp.full(4, 7)})

@@ -213,7 +213,8 @@ def test_evaluation_does_not_depend_on_devices_or_batches(trained, call, tmp_pat
   for devices, size in ((1, 797), (4, 100)):
     workdir = tmp_path / str(devices)
     code, _, err = call(
-      'evaluate', f'--workdir={workdir}', *TINY, f'--config.evaluation.batch_size={size}',
+      'evaluate', f'--workdir={workdir}', *TINY,
+      f'--config.evaluation.batch_size={size}',
       f'--config.evaluation.checkpoint={trained}', devices=devices)
     assert code == 0, err
     [entry] = json.loads((workdir / 'results.json').read_text())

@@ -1,13 +1,11 @@
 """Convolution with a gradient rule that is fast inside loops on CPU."""
 
 import functools
+import itertools
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
-from jax import lax
-
-_LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -22,8 +20,7 @@ def conv2d(images: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
   Returns:
     [B, ceil(H / stride), ceil(W / stride), O].
   """
-  return lax.conv_general_dilated(
-      images, kernel, (stride, stride), 'SAME', dimension_numbers=_LAYOUT)
+  return _convolve(images, kernel, stride, 'SAME')
 
 
 def _forward(images, kernel, stride):
@@ -32,11 +29,22 @@ def _forward(images, kernel, stride):
 
 def _backward(stride, residuals, cotangent):
   images, kernel = residuals
-  return (_images_gradient(cotangent, kernel, stride, images.shape),
-          _kernel_gradient(images, cotangent, stride, kernel.shape))
+  _, vjp = jax.vjp(lambda x, k: _convolve(x, k, stride, 'SAME'), images, kernel)
+  ordinary = lambda: vjp(cotangent)
+  on_cpu = lambda: (
+      _images_gradient(cotangent, kernel, stride, images.shape),
+      _kernel_gradient(images, cotangent, kernel.shape) if stride == 1
+      else ordinary()[1])
+  return jax.lax.platform_dependent(cpu=on_cpu, default=ordinary)
 
 
 conv2d.defvjp(_forward, _backward)
+
+
+def _convolve(images, kernel, stride, padding):
+  return jax.lax.conv_general_dilated(
+      images, kernel, (stride, stride), padding,
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
 def _low_padding(size, taps, stride):
@@ -46,44 +54,48 @@ def _low_padding(size, taps, stride):
 
 
 def _images_gradient(cotangent, kernel, stride, shape):
-  """Gradient with respect to images, an ordinary convolution of the cotangent.
+  """Gradient with respect to images, as ordinary convolutions of the cotangent.
 
-  Pixel `stride * m + p` of an axis gets from output `m + d` the tap
-  `p + low - stride * d`. So the pixels of phase p are a convolution over d, with
-  every stride-th tap in reverse order, and all phases together are one convolution
-  with stride² times the channels.
+  Along an axis, pixel `stride * m + p` gets from output `m + d` the tap
+  `p + low - stride * d`: each phase p is a convolution of the cotangent with every
+  stride-th tap, in reverse order.
   """
-  taps, phases = [], []
-  for axis in (0, 1):
-    size, low = kernel.shape[axis], _low_padding(
-        shape[1 + axis], kernel.shape[axis], stride)
-    front = -low % stride
-    taps.append((front, -(front + size) % stride))
-    after = (low + front) // stride
-    count = (sum(taps[-1]) + size) // stride
-    pixels = -(-shape[1 + axis] // stride)
-    phases.append((count, count - 1 - after, after, pixels))
-  (rows, *row_padding, height), (columns, *column_padding, width) = phases
-  _, _, channels, features = kernel.shape
-  kernel = jnp.pad(kernel, (*taps, (0, 0), (0, 0)))
-  kernel = kernel.reshape(rows, stride, columns, stride, channels, features)
-  kernel = kernel[::-1, :, ::-1].transpose(0, 2, 5, 1, 3, 4)
-  kernel = kernel.reshape(rows, columns, features, stride * stride * channels)
-  gradient = lax.conv_general_dilated(
-      cotangent, kernel, (1, 1), (row_padding, column_padding),
-      dimension_numbers=_LAYOUT)
-  gradient = gradient.reshape(-1, height, width, stride, stride, channels)
-  gradient = gradient.transpose(0, 1, 3, 2, 4, 5)
-  gradient = gradient.reshape(-1, height * stride, width * stride, channels)
+  batch, outputs, channels = len(cotangent), cotangent.shape[1:3], shape[-1]
+  lows = [_low_padding(shape[1 + i], kernel.shape[i], stride) for i in (0, 1)]
+  phases = []
+  for phase in itertools.product(range(stride), repeat=2):
+    shifts = [(p + low) // stride for p, low in zip(phase, lows, strict=True)]
+    first = [(p + low) % stride for p, low in zip(phase, lows, strict=True)]
+    taps = kernel[first[0]::stride, first[1]::stride][::-1, ::-1]
+    if 0 in taps.shape:
+      phases.append(jnp.zeros((batch, *outputs, channels), cotangent.dtype))
+      continue
+    padding = [(n - 1 - d, d) for n, d in zip(taps.shape, shifts, strict=False)]
+    phases.append(_convolve(cotangent, taps.swapaxes(2, 3), 1, padding))
+  gradient = jnp.stack(phases, 3).reshape(batch, *outputs, stride, stride, channels)
+  gradient = gradient.swapaxes(2, 3).reshape(
+      batch, outputs[0] * stride, outputs[1] * stride, channels)
   return gradient[:, :shape[1], :shape[2]]
 
 
-def _kernel_gradient(images, cotangent, stride, shape):
-  """Gradient with respect to the kernel."""
-  _, vjp = jax.vjp(lambda k: lax.conv_general_dilated(
-      images, k, (stride, stride), 'SAME', dimension_numbers=_LAYOUT),
-      jnp.zeros(shape, images.dtype))
-  return vjp(cotangent)[0]
+def _kernel_gradient(images, cotangent, shape):
+  """Gradient with respect to the kernel at stride 1, a matrix product a row of it.
+
+  A row of the kernel shifts the images. A column shifts the cotangent the other way
+  instead, so that one set of shifted copies serves all rows.
+  """
+  rows, columns, channels, features = shape
+  height, width = images.shape[1:3]
+  images = jnp.pad(images, ((0, 0), ((rows - 1) // 2, rows // 2), (0, 0), (0, 0)))
+  cotangent = jnp.pad(
+      cotangent, ((0, 0), (0, 0), (columns // 2, (columns - 1) // 2), (0, 0)))
+  shifted = jnp.stack(
+      [cotangent[:, :, j:j + width] for j in reversed(range(columns))], 3)
+  shifted = shifted.reshape(-1, columns * features)
+  gradient = jnp.stack([
+      jnp.tensordot(images[:, i:i + height].reshape(-1, channels), shifted, (0, 0))
+      for i in range(rows)])
+  return gradient.reshape(rows, channels, columns, features).swapaxes(1, 2)
 
 
 class Conv2D(hk.Module):

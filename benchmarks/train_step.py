@@ -1,0 +1,258 @@
+"""Seconds of a TRADES-PGD-10 step against PyTorch and against a plain gradient rule.
+
+  python benchmarks/train_step.py [--rounds 7] [--threads 2] [--cases wrn-16-4:64 …]
+
+The rivals, each in a process of its own; turns alternate in order, so that what else
+the machine does meets all of them:
+  ours         `update.make_step` as `train` runs it, the attack in a `fori_loop`
+  plain        the same with jax's own gradient rule for convolutions
+  torch        PyTorch eager: same architecture, batch and arithmetic
+  torch-last   the same in the channels-last layout
+  (PyTorch is needed for the last two only.)
+
+The arithmetic: one clean pass for the loss and the attack's target, 10 steps of PGD
+with Adam on the KL divergence, one adversarial pass, gradient of both, SGD with
+Nesterov momentum, weight decay, averaged parameters, float32. PyTorch is spared
+augmentation; its stride-2 convolutions pad both sides, at the same cost; its attack
+asks only for the gradient of the images. Figures are medians with their range;
+ratios are of the turns of one round, rival's time over ours.
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import statistics
+import time
+
+EPSILON, NUM_STEPS, BETA = 8 / 255, 10, 6.0
+CASES = ('wrn-16-4:64', 'wrn-28-4:32')
+
+
+def jax_step(name, batch_size, plain=False):
+  """A function that makes one step, waits for it and returns the loss."""
+  import jax
+  import numpy as np
+
+  from experiments import cifar10_linf
+  from jaxrobust import config as configs
+  from jaxrobust import models, optimizer, parallel, update
+  from jaxrobust.data import datasets
+  from jaxrobust.models import convolution
+
+  if plain:
+    convolution.conv2d = lambda images, kernel, stride: (
+      jax.lax.conv_general_dilated(
+        images, kernel, (stride, stride), 'SAME',
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC')))
+  config = cifar10_linf.get_config(name).unlock()
+  config.data.batch_size = config.model.batch_norm_group = batch_size
+  model = models.from_config(config.model, datasets.INFO['cifar10'])
+  sgd = optimizer.make(config.optimizer, configs.resolve(config))
+  state = parallel.replicate(
+    jax.jit(lambda: update.init_state(config, model, sgd))())
+  step_fn = parallel.pmap(
+    update.make_step(config, model, sgd, 10), donate_argnums=0)
+  rng = np.random.RandomState(0)
+  batch = parallel.shard(update.Batch(
+    rng.randint(0, 256, (batch_size, 32, 32, 3)).astype(np.uint8),
+    rng.randint(0, 10, batch_size).astype(np.int32), np.zeros(batch_size, bool),
+    np.arange(batch_size, dtype=np.int32)))
+
+  def step():
+    nonlocal state
+    state, metrics = step_fn(state, batch)
+    return float(jax.block_until_ready(metrics)['train/loss'][0])
+
+  return step
+
+
+def torch_step(name, batch_size, threads, channels_last=False):
+  """The same in PyTorch."""
+  import copy
+
+  import torch
+  from torch import nn
+  from torch.nn import functional
+
+  torch.set_num_threads(threads)
+  torch.manual_seed(0)
+  depth, width = map(int, name.split('-')[1:])
+
+  class Norm(nn.BatchNorm2d):
+    """Batch statistics; the running ones move only when told to."""
+    moves = False
+
+    def forward(self, x):
+      running = (self.running_mean, self.running_var) if self.moves else (None, None)
+      return functional.batch_norm(
+        x, *running, self.weight, self.bias, True, 0.01, 1e-5)
+
+  class Block(nn.Module):
+    def __init__(self, before, channels, stride, projects):
+      super().__init__()
+      self.norms = nn.ModuleList([Norm(before), Norm(channels)])
+      self.convs = nn.ModuleList([
+        nn.Conv2d(before, channels, 3, stride, 1, bias=False),
+        nn.Conv2d(channels, channels, 3, 1, 1, bias=False)])
+      self.shortcut = (
+        nn.Conv2d(before, channels, 1, stride, bias=False) if projects else None)
+
+    def forward(self, inputs):
+      x = functional.silu(self.norms[0](inputs))
+      shortcut = self.shortcut(x) if self.shortcut else inputs
+      return shortcut + self.convs[1](
+        functional.silu(self.norms[1](self.convs[0](x))))
+
+  class Network(nn.Module):
+    def __init__(self):
+      super().__init__()
+      layers, before = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)], 16
+      for channels, stride in ((16, 1), (32, 2), (64, 2)):
+        for index in range((depth - 4) // 6):
+          layers.append(Block(
+            before, channels * width, stride if index == 0 else 1, index == 0))
+          before = channels * width
+      self.layers = nn.Sequential(*layers, Norm(before), nn.SiLU())
+      self.logits = nn.Linear(before, 10)
+      nn.init.zeros_(self.logits.weight)
+      nn.init.zeros_(self.logits.bias)
+      self.register_buffer(
+        'mean', torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1))
+      self.register_buffer(
+        'std', torch.tensor([0.2471, 0.2435, 0.2616]).view(1, 3, 1, 1))
+
+    def forward(self, images):
+      return self.logits(self.layers((images - self.mean) / self.std).mean((2, 3)))
+
+  network = Network()
+  images = torch.rand(batch_size, 3, 32, 32)
+  if channels_last:
+    network = network.to(memory_format=torch.channels_last)
+    images = images.to(memory_format=torch.channels_last)
+  labels = torch.randint(0, 10, (batch_size,))
+  norms = [m for m in network.modules() if isinstance(m, Norm)]
+  decayed = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)]
+  decayed += list(network.logits.parameters())
+  others = [p for m in norms for p in m.parameters()]
+  sgd = torch.optim.SGD(
+    [{'params': decayed, 'weight_decay': 5e-4}, {'params': others}], lr=0.1,
+    momentum=0.9, nesterov=True)
+  average = copy.deepcopy(network)
+  divergence = lambda log_q, log_p: functional.kl_div(
+    log_q, log_p, log_target=True, reduction='sum')
+
+  def attack(log_p):
+    x = images + torch.empty_like(images).uniform_(-EPSILON, EPSILON)
+    x = x.clamp_(0, 1)
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    for i in range(NUM_STEPS):
+      x.requires_grad_(True)
+      loss = divergence(functional.log_softmax(network(x), 1), log_p)
+      gradient, = torch.autograd.grad(loss, x)
+      with torch.no_grad():
+        first.mul_(0.9).add_(gradient, alpha=0.1)
+        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        update = (first / (1 - 0.9 ** (i + 1))).div_(
+          (second / (1 - 0.999 ** (i + 1))).sqrt_().add_(1e-9))
+        x = x.detach() + (0.1 if i < 5 else 0.01) * update
+        x = torch.min(torch.max(x, images - EPSILON), images + EPSILON).clamp_(0, 1)
+    return x
+
+  def step():
+    log_p = functional.log_softmax(network(images), 1)
+    # Only the images' gradient is wanted, and only it is computed.
+    adversarial = attack(log_p.detach())
+    for norm in norms:
+      norm.moves = True
+    log_q = functional.log_softmax(network(adversarial), 1)
+    for norm in norms:
+      norm.moves = False
+    loss = functional.nll_loss(log_p, labels) + (
+      BETA * divergence(log_q, log_p) / batch_size)
+    sgd.zero_grad()
+    loss.backward()
+    sgd.step()
+    with torch.no_grad():
+      for old, new in zip(average.parameters(), network.parameters(), strict=True):
+        old.lerp_(new, 0.005)
+    return loss.item()
+
+  return step
+
+
+def serve(pipe, rival, name, batch_size, threads):
+  """Makes a step and answers with its seconds, each time it is asked."""
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+  os.environ['OMP_NUM_THREADS'] = str(threads)
+  os.environ['JAX_NUM_CPU_DEVICES'] = '1'
+  if rival.startswith('torch'):
+    step = torch_step(name, batch_size, threads, rival == 'torch-last')
+  else:
+    step = jax_step(name, batch_size, rival == 'plain')
+  for _ in range(2):  # compiles, then warms up
+    step()
+  pipe.send('ready')
+  while pipe.recv():
+    start = time.perf_counter(), time.process_time()
+    step()
+    pipe.send((time.perf_counter() - start[0], time.process_time() - start[1]))
+
+
+def measure(rivals, name, batch_size, threads, rounds):
+  """Seconds of each rival's step in each round, (wall, processor)."""
+  context = multiprocessing.get_context('spawn')
+  pipes, processes = {}, []
+  for rival in rivals:
+    pipes[rival], theirs = context.Pipe()
+    processes.append(context.Process(
+      target=serve, args=(theirs, rival, name, batch_size, threads), daemon=True))
+    processes[-1].start()
+    pipes[rival].recv()
+  seconds = {rival: [] for rival in rivals}
+  for index in range(rounds):
+    for rival in rivals if index % 2 == 0 else reversed(rivals):
+      pipes[rival].send(True)
+      seconds[rival].append(pipes[rival].recv())
+  for pipe in pipes.values():
+    pipe.send(False)
+  for process in processes:
+    process.join()
+  return seconds
+
+
+def spread(values, form):
+  """Median (least … greatest)."""
+  return (f'{statistics.median(values):{form}} ({min(values):{form}} … '
+          f'{max(values):{form}})')
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--rounds', type=int, default=7)
+  parser.add_argument('--threads', type=int, default=2)
+  parser.add_argument('--cases', nargs='+', default=CASES, help='MODEL:BATCH')
+  parser.add_argument('--rivals', nargs='+', default=['plain', 'torch', 'torch-last'])
+  args = parser.parse_args()
+  rivals = ['ours', *args.rivals]
+  if importlib.util.find_spec('torch') is None:
+    print('PyTorch is not installed (pip install torch): without its rivals')
+    rivals = [r for r in rivals if not r.startswith('torch')]
+  print(f'{args.threads} threads, {args.rounds} rounds')
+  for case in args.cases:
+    name, batch_size = case.split(':')
+    seconds = measure(rivals, name, int(batch_size), args.threads, args.rounds)
+    print(f'{name}, batch {batch_size}')
+    for rival in rivals:
+      line = f'  {rival:<10} {spread([s[0] for s in seconds[rival]], ".2f")} s a step'
+      if rival != 'ours':
+        for index, kind in enumerate(('', ' in processor time')):
+          ratios = [theirs[index] / ours[index] for theirs, ours in zip(
+            seconds[rival], seconds['ours'], strict=True)]
+          line += f'   {spread(ratios, ".2f")} x{kind}'
+      print(line, flush=True)
+
+
+if __name__ == '__main__':
+  main()
