@@ -73,7 +73,8 @@ def test_an_old_python_is_refused_in_one_line(call):
 def test_local_runs_the_public_programs_in_order(call, tmp_path):
   done, calls = call('local.sh', str(tmp_path / 'out'))
   assert done.returncode == 0, done.stderr
-  programs = [c.split('-m jaxrobust.')[1].split()[0] for c in calls if 'jaxrobust.' in c]
+  programs = [c.split('-m jaxrobust.')[1].split()[0]
+              for c in calls if '-m jaxrobust.' in c]
   assert programs == ['train', 'generate', 'train', 'train', 'evaluate', 'evaluate',
                       'report']
   assert all(f'--workdir={tmp_path}/out' in c for c in calls if 'jaxrobust.' in c)

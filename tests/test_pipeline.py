@@ -250,16 +250,3 @@ def test_train_batches_refuses(sources):
     batches(real, sample_set, num_classes=10)
   with pytest.raises(UserError, match='slots 8..17'):
     batches(real, sample_set, slots=(8, 17))
-
-
-def test_padded_batches_show_every_image_once():
-  images, labels = numbered(10), np.arange(10)
-  for size, count in ((4, 3), (5, 2), (16, 1)):
-    run = list(pipeline.padded_batches(images, labels, size))
-    assert len(run) == count
-    assert all(len(x) == size for batch in run for x in batch)
-    mask = np.concatenate([b[2] for b in run])
-    assert mask.dtype == bool and mask.sum() == 10
-    np.testing.assert_array_equal(np.concatenate([b[0] for b in run])[mask], images)
-    np.testing.assert_array_equal(np.concatenate([b[1] for b in run])[mask], labels)
-    assert not np.concatenate([b[0] for b in run])[~mask].any()

@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from jaxrobust.data import npz, samples
+from jaxrobust.data import npz, samples, shards
 from jaxrobust.errors import UserError
 
 N, SHAPE, K = 23, (4, 6, 3), 5
@@ -221,8 +221,8 @@ def test_verify_names_every_corrupt_file(tmp_path):
 def test_verify_is_done_once(tmp_path, monkeypatch):
   found = write(tmp_path / 'set')
   calls = []
-  digest = samples._sha256
-  monkeypatch.setattr(samples, '_sha256', lambda f: calls.append(f) or digest(f))
+  digest = shards.sha256
+  monkeypatch.setattr(shards, 'sha256', lambda f: calls.append(f) or digest(f))
   seen = []
   found.verify(lambda files: seen.extend(files) or files)
   assert len(calls) == len(seen) == 6

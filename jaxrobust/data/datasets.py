@@ -169,6 +169,16 @@ def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
     ) from error
 
 
+def import_tensorflow():
+  """Imports and returns tensorflow, quiet and on the CPU alone."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  import tensorflow as tf
+
+  # Else tensorflow would take the memory of the GPU that jax computes on.
+  tf.config.set_visible_devices([], 'GPU')
+  return tf
+
+
 def _check_name(name: str) -> None:
   """Refuses a name that is not in `INFO`."""
   if name not in INFO:
@@ -224,8 +234,7 @@ def _open_prepared(
 
 def _read(builder, instruction: str, size: int) -> Split:
   """Decodes `size` examples in stored order."""
-  tfds = _import_tfds()
-  import tensorflow as tf
+  tf, tfds = import_tensorflow(), _import_tfds()
 
   # One file after the other: by default tfds reads 16 files in turns, which would
   # make the order depend on the number of files. Its cache would hold every
@@ -275,11 +284,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _import_tfds():
-  """Imports tensorflow-datasets, with tensorflow quiet and on the CPU alone."""
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  import tensorflow as tf
+  """Imports tensorflow-datasets, after tensorflow."""
+  import_tensorflow()
   import tensorflow_datasets as tfds
 
-  # Else tensorflow would take the memory of the GPU that jax computes on.
-  tf.config.set_visible_devices([], 'GPU')
   return tfds

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from jaxrobust.data import samples
+from jaxrobust.data import samples, shards
 from jaxrobust.errors import UserError
 
 _CHUNK = 2**13  # images held in memory while a file is copied
@@ -84,14 +84,14 @@ def export_npz(sample_set: samples.SampleSet, npz_path: str | os.PathLike) -> No
   Raises:
     UserError: The file exists.
   """
-  npz_path = samples.local_path(npz_path)
+  npz_path = shards.local_path(npz_path)
   if npz_path.exists():
     raise UserError(f'{npz_path} exists; remove it or choose another name')
   temporary = npz_path.with_name(f'.{npz_path.name}.{uuid.uuid4().hex}')
   try:
     with zipfile.ZipFile(temporary, 'w') as archive:
       with archive.open('image.npy', 'w', force_zip64=True) as member:
-        samples.write_header(member, (len(sample_set), *sample_set.image_shape))
+        shards.write_header(member, (len(sample_set), *sample_set.image_shape))
         for start in range(0, len(sample_set), _CHUNK):
           stop = min(start + _CHUNK, len(sample_set))
           member.write(sample_set.gather(np.arange(start, stop)).data)
@@ -105,7 +105,7 @@ def export_npz(sample_set: samples.SampleSet, npz_path: str | os.PathLike) -> No
 
 def _npz_batches(member, labels, name) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields (images, labels) from an open member `image.npy`."""
-  shape, dtype = samples.read_header(member, f'image in {name}')
+  shape, dtype = shards.read_header(member, f'image in {name}')
   if len(shape) != 4 or dtype != np.uint8 or shape[0] != len(labels):
     raise UserError(
       f'{name} holds image {dtype} {list(shape)} and {len(labels)} labels; it '

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
+from jaxrobust.data import datasets
 from jaxrobust.data.datasets import Split
 from jaxrobust.data.samples import SampleSet
 from jaxrobust.errors import UserError
+
+tf = datasets.import_tensorflow()
 
 _REAL, _GENERATED = 0, 1  # the two sources, part of the key of a shuffle
 _PARALLEL_CALLS = 4  # They overlap disk reads; cached reads gain nothing from 2 on.
@@ -173,29 +175,6 @@ def train_batches(
     .prefetch(2)
   )
   return (Batch(*arrays, ~is_real) for arrays in dataset.as_numpy_iterator())
-
-
-def padded_batches(
-  images: np.ndarray, labels: np.ndarray, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """Yields every image once, in order, in batches of one size.
-
-  Args:
-    images: [n, H, W, C].
-    labels: int [n].
-    batch_size: Images in a batch, at least 1.
-
-  Yields:
-    (images [batch_size, H, W, C], labels [batch_size], mask bool [batch_size]);
-    the last batch ends in zeros whose mask is False.
-  """
-  for start in range(0, len(images), batch_size):
-    part = images[start : start + batch_size], labels[start : start + batch_size]
-    missing = batch_size - len(part[1])
-    padded = [
-      np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]) for x in part
-    ]
-    yield *padded, np.arange(batch_size) < batch_size - missing
 
 
 def _nearest_fractions(num_real, batch_size, multiple):

@@ -10,11 +10,9 @@ per_class, per_shard) and the sha256 of each shard file.
 
 import concurrent.futures
 import contextlib
-import hashlib
 import io
 import json
 import os
-import pathlib
 import shutil
 import sys
 import uuid
@@ -23,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrobust.data import shards
 from jaxrobust.errors import UserError
 
 FORMAT_VERSION = 1
@@ -71,10 +70,10 @@ class SampleSet:
         is missing, superfluous, truncated, of the wrong shape or type, or holds
         labels outside the classes or other than the metadata counts.
     """
-    path = local_path(path)
+    path = shards.local_path(path)
     metadata = _read_metadata(path)
     counts, num_classes = metadata['counts'], metadata['num_classes']
-    names = _shard_names(len(counts['per_shard']))
+    names = shards.shard_names(len(counts['per_shard']))
     expected = {name for pair in names for name in pair}
     for file in sorted(path.glob('*.npy')):
       if file.name not in expected:
@@ -86,8 +85,8 @@ class SampleSet:
     narrow = np.min_scalar_type(num_classes - 1)
     for (image_name, label_name), n in zip(names, counts['per_shard'], strict=True):
       shape = (n, *metadata['image_shape'])
-      offsets.append(_check_array(path / image_name, shape, np.uint8))
-      offset = _check_array(path / label_name, (n,), np.int32)
+      offsets.append(shards.check_array(path / image_name, shape, np.uint8))
+      offset = shards.check_array(path / label_name, (n,), np.int32)
       shard = np.fromfile(path / label_name, np.int32, offset=offset)
       if shard.min() < 0 or shard.max() >= num_classes:
         raise UserError(
@@ -187,7 +186,7 @@ class SampleSet:
       if json.loads(stamp_file.read_text()) == stamp:
         return
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      digests = pool.map(_sha256, files)
+      digests = pool.map(shards.sha256, files)
       corrupt = [
         str(file)
         for file, digest in zip(progress(files), digests, strict=True)
@@ -230,7 +229,7 @@ def write(
     UserError: The folder exists or is remote, or the images, labels or metadata
       are not as above.
   """
-  path = local_path(path)
+  path = shards.local_path(path)
   if path.exists():
     raise UserError(f'{path} exists; a sample set is never overwritten: remove it '
                     'or choose another folder')
@@ -245,12 +244,12 @@ def write(
     per_class, per_shard, image_shape = _write_shards(
       folder, batches, num_classes, shard_size
     )
-    names = _shard_names(len(per_shard))
+    names = shards.shard_names(len(per_shard))
     sha256 = {}
     for shard, pair in enumerate(names):
       for kind, name in zip(('images', 'labels'), pair, strict=True):
         (folder / f'{kind}-{shard}').rename(folder / name)
-        sha256[name] = _sha256(folder / name)
+        sha256[name] = shards.sha256(folder / name)
     content = {
       'format_version': FORMAT_VERSION,
       **dict.fromkeys(PROVENANCE),
@@ -270,28 +269,6 @@ def write(
   return SampleSet.open(path)
 
 
-def local_path(path):
-  """Returns the path as pathlib's; raises UserError where it is remote."""
-  if '://' in str(path):
-    raise UserError(
-      f'{path} is remote, but sample sets are read at random from local disk; '
-      f'copy it first: gcloud storage cp -r {path} /local/folder'
-    )
-  return pathlib.Path(path)
-
-
-def _shard_names(n):
-  """Returns the (images, labels) file names of n shards."""
-  suffixes = [f'{k:05d}-of-{n:05d}.npy' for k in range(n)]
-  return [(f'images-{suffix}', f'labels-{suffix}') for suffix in suffixes]
-
-
-def _sha256(path):
-  """Returns the sha256 of a file in hex."""
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
 def _read_metadata(path):
   """Reads and checks metadata.json."""
   file = path / 'metadata.json'
@@ -308,13 +285,13 @@ def _read_metadata(path):
         f'reads {FORMAT_VERSION}: update it or make the set again'
       )
     counts, num_classes = metadata['counts'], metadata['num_classes']
-    shards = counts['per_shard']
-    names = {name for pair in _shard_names(len(shards)) for name in pair}
+    sizes = counts['per_shard']
+    names = {name for pair in shards.shard_names(len(sizes)) for name in pair}
     consistent = (
       len(metadata['image_shape']) == 3
-      and min(len(shards), *shards, *metadata['image_shape'], num_classes) > 0
+      and min(len(sizes), *sizes, *metadata['image_shape'], num_classes) > 0
       and len(counts['per_class']) == num_classes
-      and sum(counts['per_class']) == sum(shards) == counts['total']
+      and sum(counts['per_class']) == sum(sizes) == counts['total']
       and set(metadata['sha256']) == names
     )
   except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -324,60 +301,6 @@ def _read_metadata(path):
     raise UserError(f'{file} contradicts itself (shapes, classes, counts or file '
                     'names); fetch or make the set again')
   return metadata
-
-
-def read_header(file, name):
-  """Reads the header of a .npy file.
-
-  Args:
-    file: The file, open at its start; it is left at the data.
-    name: How errors name it.
-
-  Returns:
-    (shape, dtype) of the array.
-
-  Raises:
-    UserError: It is in Fortran order or of a version that numpy.save rarely writes.
-    ValueError: It is no .npy file.
-  """
-  version = np.lib.format.read_magic(file)
-  if version != (1, 0):
-    raise UserError(f'{name} is .npy version {version}; version (1, 0) is read: '
-                    'save it again with numpy.save')
-  shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-  if fortran and len(shape) > 1:
-    raise UserError(f'{name} is in Fortran order; save it in C order')
-  return shape, dtype
-
-
-def write_header(file, shape):
-  """Writes the .npy header of images uint8 of `shape` to an open file."""
-  header = {'descr': '|u1', 'fortran_order': False, 'shape': tuple(shape)}
-  np.lib.format.write_array_header_1_0(file, header)
-
-
-def _check_array(path, shape, dtype):
-  """Checks header and size of a .npy file; returns the offset of its data."""
-  if not path.is_file():
-    raise UserError(f'{path} is missing; fetch or make the sample set again')
-  with open(path, 'rb') as file:
-    try:
-      found_shape, found_dtype = read_header(file, path)
-    except UserError:
-      raise
-    except ValueError as error:
-      raise UserError(f'{path} is no .npy file ({error}); fetch it again') from None
-    offset = file.tell()
-  if found_shape != tuple(shape) or found_dtype != dtype:
-    raise UserError(
-      f'{path} holds {found_dtype} {list(found_shape)}; its metadata.json says '
-      f'{np.dtype(dtype)} {list(shape)}; fetch or make the set again'
-    )
-  size = offset + int(np.prod(shape)) * np.dtype(dtype).itemsize
-  if path.stat().st_size != size:
-    raise UserError(f'{path} has {path.stat().st_size} bytes, {size} are right '
-                    '(truncated or appended to); fetch or make it again')
-  return offset
 
 
 def _check_batch(images, labels, image_shape, num_classes):
@@ -408,7 +331,7 @@ def _write_shards(folder, batches, num_classes, shard_size):
     count = sum(map(len, shard_labels))
     # The header of numpy has room for any count, so it is rewritten in place.
     file.seek(0)
-    write_header(file, (count, *image_shape))
+    shards.write_header(file, (count, *image_shape))
     file.close()
     with open(folder / f'labels-{len(per_shard)}', 'wb') as label_file:
       np.save(label_file, np.concatenate(shard_labels))
@@ -425,7 +348,7 @@ def _write_shards(folder, batches, num_classes, shard_size):
         if not shard_labels:
           name = folder / f'images-{len(per_shard)}'
           file = stack.enter_context(open(name, 'wb'))
-          write_header(file, (shard_size, *image_shape))
+          shards.write_header(file, (shard_size, *image_shape))
         n = min(len(labels), shard_size - sum(map(len, shard_labels)))
         file.write(images[:n].data)
         shard_labels.append(labels[:n].astype(np.int32))

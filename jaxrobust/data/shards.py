@@ -1,0 +1,85 @@
+"""The files of a sample set: their names, checksums and `.npy` headers."""
+
+import hashlib
+import os
+import pathlib
+
+import numpy as np
+
+from jaxrobust.errors import UserError
+
+
+def local_path(path: str | os.PathLike) -> pathlib.Path:
+  """Returns the path as pathlib's; raises UserError where it is remote."""
+  if '://' in str(path):
+    raise UserError(
+      f'{path} is remote, but sample sets are read at random from local disk; '
+      f'copy it first: gcloud storage cp -r {path} /local/folder'
+    )
+  return pathlib.Path(path)
+
+
+def shard_names(n):
+  """Returns the (images, labels) file names of n shards."""
+  suffixes = [f'{k:05d}-of-{n:05d}.npy' for k in range(n)]
+  return [(f'images-{suffix}', f'labels-{suffix}') for suffix in suffixes]
+
+
+def sha256(path):
+  """Returns the sha256 of a file in hex."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def read_header(file, name):
+  """Reads the header of a .npy file.
+
+  Args:
+    file: The file, open at its start; it is left at the data.
+    name: How errors name it.
+
+  Returns:
+    (shape, dtype) of the array.
+
+  Raises:
+    UserError: It is in Fortran order or of a version that numpy.save rarely writes.
+    ValueError: It is no .npy file.
+  """
+  version = np.lib.format.read_magic(file)
+  if version != (1, 0):
+    raise UserError(f'{name} is .npy version {version}; version (1, 0) is read: '
+                    'save it again with numpy.save')
+  shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+  if fortran and len(shape) > 1:
+    raise UserError(f'{name} is in Fortran order; save it in C order')
+  return shape, dtype
+
+
+def write_header(file, shape):
+  """Writes the .npy header of images uint8 of `shape` to an open file."""
+  header = {'descr': '|u1', 'fortran_order': False, 'shape': tuple(shape)}
+  np.lib.format.write_array_header_1_0(file, header)
+
+
+def check_array(path, shape, dtype):
+  """Checks header and size of a .npy file; returns the offset of its data."""
+  if not path.is_file():
+    raise UserError(f'{path} is missing; fetch or make the sample set again')
+  with open(path, 'rb') as file:
+    try:
+      found_shape, found_dtype = read_header(file, path)
+    except UserError:
+      raise
+    except ValueError as error:
+      raise UserError(f'{path} is no .npy file ({error}); fetch it again') from None
+    offset = file.tell()
+  if found_shape != tuple(shape) or found_dtype != dtype:
+    raise UserError(
+      f'{path} holds {found_dtype} {list(found_shape)}; its metadata.json says '
+      f'{np.dtype(dtype)} {list(shape)}; fetch or make the set again'
+    )
+  size = offset + int(np.prod(shape)) * np.dtype(dtype).itemsize
+  if path.stat().st_size != size:
+    raise UserError(f'{path} has {path.stat().st_size} bytes, {size} are right '
+                    '(truncated or appended to); fetch or make it again')
+  return offset
