@@ -12,7 +12,7 @@ Published, clean / robust accuracy under AA+MT in percent (paper, table of resul
 
 DATA is `real`, a name NAME for the sample set data/cifar10_NAME, or a folder. The
 authors' file cifar10_ddpm.npz becomes data/cifar10_ddpm by
-  python -m jaxrobust.data.samples import cifar10_ddpm.npz data/cifar10_ddpm
+  python -m jaxrobust.data import cifar10_ddpm.npz data/cifar10_ddpm
 
 Uncertain: steps and real fraction of the runs with 100M samples were not published;
 here they are those of 1M samples. The papers hold out 1,024 training images to choose

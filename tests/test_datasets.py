@@ -23,7 +23,8 @@ from sklearn.datasets import load_digits
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.image_classification import mnist
 
-from jaxrobust.data import datasets, prepare, tiny_imagenet
+from jaxrobust.data import __main__ as command
+from jaxrobust.data import datasets, tiny_imagenet
 from jaxrobust.errors import UserError
 
 TRAIN, TEST = 60, 20
@@ -186,7 +187,7 @@ def prepared(registry, tmp_path_factory):
       WRITERS[name](archives, splits)
       register_archives(registry, name, archives)
       arguments = [name, f'--data_dir={data_dir}', f'--archives={archives}']
-      assert prepare.main(arguments) == 0
+      assert command.main(['prepare', *arguments]) == 0
       done[name] = splits, str(data_dir), archives
     return done[name]
 
@@ -332,7 +333,7 @@ def test_absent_dataset_names_the_remedy(tmp_path, name):
     datasets.load(name, 'test', data_dir=str(tmp_path))
   told = str(error.value)
   assert '\n' not in told and str(tmp_path) in told
-  assert f'python -m jaxrobust.data.prepare {name} --data_dir={tmp_path}' in told
+  assert f'python -m jaxrobust.data prepare {name} --data_dir={tmp_path}' in told
   assert '--archives=' in told
 
 
@@ -356,7 +357,7 @@ def test_unknown_name():
 def test_prepare_names_missing_archives(tmp_path, capsys):
   (tmp_path / 'train_32x32.mat').touch()
   arguments = ['svhn', f'--data_dir={tmp_path}', f'--archives={tmp_path}']
-  assert prepare.main(arguments) == 1
+  assert command.main(['prepare', *arguments]) == 1
   told = capsys.readouterr().err
   assert told.startswith('error: ') and told.count('\n') == 1
   assert 'lacks extra_32x32.mat, test_32x32.mat:' in told

@@ -6,6 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from jaxrobust.data import __main__ as command_line
 from jaxrobust.data import npz, samples, shards
 from jaxrobust.errors import UserError
 
@@ -309,13 +310,13 @@ def test_command_line(tmp_path, capsys):
   np.savez(tmp_path / 'in.npz', image=images, label=labels)
   path = str(tmp_path / 'set')
   command = ['import', str(tmp_path / 'in.npz'), path, '--generator=ddpm']
-  assert npz.main([*command, f'--num_classes={K}']) == 0
-  assert npz.main(['verify', path]) == 0
-  assert npz.main(['export', path, str(tmp_path / 'out.npz')]) == 0
+  assert command_line.main([*command, f'--num_classes={K}']) == 0
+  assert command_line.main(['verify', path]) == 0
+  assert command_line.main(['export', path, str(tmp_path / 'out.npz')]) == 0
   capsys.readouterr()
-  assert npz.main(['info', path]) == 0
+  assert command_line.main(['info', path]) == 0
   shown = json.loads(capsys.readouterr().out)
   assert shown['generator'] == 'ddpm' and shown['imported_from'] == 'in.npz'
   assert shown['counts']['total'] == N
-  assert npz.main(['info', str(tmp_path)]) == 1
+  assert command_line.main(['info', str(tmp_path)]) == 1
   assert capsys.readouterr().err.startswith('error: ')

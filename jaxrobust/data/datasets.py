@@ -119,7 +119,7 @@ def load(
 
 
 def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
-  """Writes a dataset where `load` finds it; `python -m jaxrobust.data.prepare`.
+  """Writes a dataset where `load` finds it; `python -m jaxrobust.data prepare`.
 
   Runs the tensorflow-datasets builder, which checks every archive's checksum. A
   dataset that is already there is left as it is.
@@ -219,7 +219,7 @@ def _open_prepared(
     place = f' --data_dir={data_dir}' if data_dir else ''
     raise UserError(
       f'{name} is not prepared in {builder.data_dir}: run `python -m '
-      f'jaxrobust.data.prepare {name}{place}`, which downloads it; without a network '
+      f'jaxrobust.data prepare {name}{place}`, which downloads it; without a network '
       f'add --archives=FOLDER, a folder with {", ".join(_archive_names(builder))}'
     )
   if name == 'tiny_imagenet' and official_split == 'test':

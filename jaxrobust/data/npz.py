@@ -1,20 +1,16 @@
-"""Sample sets from and to `.npz` files, and the command line of sample sets.
+"""Sample sets from and to `.npz` files.
 
 The authors of the paper release generated images as one file with the arrays
-`image` and `label`; later work keeps to it. Run as `python -m jaxrobust.data.samples`.
+`image` and `label`; later work keeps to it.
 """
 
-import argparse
-import json
 import os
-import sys
 import uuid
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from jaxrobust.data import samples, shards
 from jaxrobust.errors import UserError
@@ -119,58 +115,3 @@ def _npz_batches(member, labels, name) -> Iterator[tuple[np.ndarray, np.ndarray]
       raise UserError(f'image in {name} is truncated; fetch the file again')
     images = np.frombuffer(content, np.uint8).reshape(n, *shape[1:])
     yield images, labels[start : start + n]
-
-
-def _parser():
-  """Returns the parser of the command line."""
-  parser = argparse.ArgumentParser(
-    prog='python -m jaxrobust.data.samples',
-    description='Import, export, describe and verify sample sets.',
-  )
-  commands = parser.add_subparsers(dest='command', required=True)
-  command = commands.add_parser('import', help='.npz (image, label) → sample set')
-  command.add_argument('npz')
-  command.add_argument('out', help='the folder to make')
-  command.add_argument('--num_classes', type=int, help='default: largest label + 1')
-  command.add_argument('--shard_size', type=int, default=samples.SHARD_SIZE)
-  for field in samples.PROVENANCE:
-    command.add_argument(f'--{field}', help='noted in metadata.json')
-  command = commands.add_parser('export', help='sample set → .npz (image, label)')
-  command.add_argument('set')
-  command.add_argument('npz', help='the file to make')
-  for name, text in (
-    ('info', 'check the set and print its metadata'),
-    ('verify', 'compare the sha256 of each file with the metadata'),
-  ):
-    commands.add_parser(name, help=text).add_argument('set')
-  return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command line and returns the exit code, 0 or 1."""
-  args = _parser().parse_args(argv)
-  try:
-    if args.command == 'import':
-      metadata = {field: getattr(args, field) for field in samples.PROVENANCE}
-      sample_set = import_npz(
-        args.npz,
-        args.out,
-        metadata={**metadata, 'imported_from': os.path.basename(args.npz)},
-        num_classes=args.num_classes,
-        shard_size=args.shard_size,
-      )
-      print(f'{sample_set.path}: {len(sample_set)} images')
-      return 0
-    sample_set = samples.SampleSet.open(args.set)
-    if args.command == 'export':
-      export_npz(sample_set, args.npz)
-    elif args.command == 'verify':
-      sample_set.verify(tqdm.tqdm)
-      print(f'{sample_set.path}: {len(sample_set)} images, every file as written')
-    else:
-      shown = {k: v for k, v in sample_set.metadata.items() if k != 'sha256'}
-      print(json.dumps(shown, indent=2))
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  return 0

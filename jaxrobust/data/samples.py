@@ -5,7 +5,7 @@ A set holds `images-00000-of-00016.npy` (uint8 [n, H, W, C]), a
 (generator, seed, labeller, selection), image_shape, num_classes, counts (total,
 per_class, per_shard) and the sha256 of each shard file.
 
-  python -m jaxrobust.data.samples {import,export,info,verify} --help
+  python -m jaxrobust.data {import,export,info,verify} --help
 """
 
 import concurrent.futures
@@ -14,7 +14,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -275,7 +274,7 @@ def _read_metadata(path):
   if not file.is_file():
     raise UserError(
       f'{path} is no sample set: it has no metadata.json; make one by '
-      '`python -m jaxrobust.generate` or `python -m jaxrobust.data.samples import`'
+      '`python -m jaxrobust.generate` or `python -m jaxrobust.data import`'
     )
   try:
     metadata = json.loads(file.read_text())
@@ -360,9 +359,3 @@ def _write_shards(folder, batches, num_classes, shard_size):
   if not per_shard:
     raise UserError('no images were given; a sample set holds at least one')
   return per_class.tolist(), per_shard, image_shape
-
-
-if __name__ == '__main__':
-  from jaxrobust.data import npz
-
-  sys.exit(npz.main())

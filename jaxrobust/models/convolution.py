@@ -7,6 +7,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from jaxrobust.models import winograd
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv2d(images: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
@@ -20,7 +22,11 @@ def conv2d(images: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
   Returns:
     [B, ceil(H / stride), ceil(W / stride), O].
   """
-  return _convolve(images, kernel, stride, 'SAME')
+  if stride > 1:
+    return _convolve(images, kernel, stride, 'SAME')
+  return jax.lax.platform_dependent(
+      images, kernel, cpu=_convolve_on_cpu,
+      default=lambda x, k: _convolve(x, k, 1, 'SAME'))
 
 
 def _forward(images, kernel, stride):
@@ -47,6 +53,13 @@ def _convolve(images, kernel, stride, padding):
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
+def _convolve_on_cpu(images, kernel):
+  """Stride 1, 'SAME'."""
+  if winograd.suits(images.shape, kernel.shape):
+    return winograd.convolve(images, kernel)
+  return _convolve(images, kernel, 1, 'SAME')
+
+
 def _low_padding(size, taps, stride):
   """Zeros before the first of `size` pixels in 'SAME' padding."""
   outputs = -(-size // stride)
@@ -60,6 +73,8 @@ def _images_gradient(cotangent, kernel, stride, shape):
   `p + low - stride * d`: each phase p is a convolution of the cotangent with every
   stride-th tap, in reverse order.
   """
+  if stride == 1 and all(n % 2 for n in kernel.shape[:2]):
+    return _convolve_on_cpu(cotangent, kernel[::-1, ::-1].swapaxes(2, 3))
   batch, outputs, channels = len(cotangent), cotangent.shape[1:3], shape[-1]
   lows = [_low_padding(shape[1 + i], kernel.shape[i], stride) for i in (0, 1)]
   phases = []

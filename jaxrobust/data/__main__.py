@@ -1,0 +1,106 @@
+"""Makes data sets and sample sets ready: `python -m jaxrobust.data --help`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+import tqdm
+
+from jaxrobust.data import datasets, npz, samples
+from jaxrobust.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs the command.
+
+  Args:
+    arguments: what follows the command's name; None for `sys.argv`.
+
+  Returns:
+    The exit code: 0 done, 1 an error told in one line.
+  """
+  args = _parser().parse_args(arguments)
+  try:
+    if args.command == 'prepare':
+      datasets.prepare(args.name, data_dir=args.data_dir, archives=args.archives)
+      print(f'{args.name} is ready')
+    elif args.command == 'import':
+      found = npz.import_npz(
+        args.npz,
+        args.out,
+        metadata={
+          **{field: getattr(args, field) for field in samples.PROVENANCE},
+          'imported_from': os.path.basename(args.npz),
+        },
+        num_classes=args.num_classes,
+        shard_size=args.shard_size,
+      )
+      print(f'{found.path}: {len(found)} images')
+    else:
+      _use(args, samples.SampleSet.open(args.set))
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  return 0
+
+
+def _use(args: argparse.Namespace, found: samples.SampleSet) -> None:
+  """The commands on a sample set that exists."""
+  if args.command == 'export':
+    npz.export_npz(found, args.npz)
+  elif args.command == 'verify':
+    found.verify(tqdm.tqdm)
+    print(f'{found.path}: {len(found)} images, every file as written')
+  else:
+    shown = {k: v for k, v in found.metadata.items() if k != 'sha256'}
+    print(json.dumps(shown, indent=2))
+
+
+def _parser() -> argparse.ArgumentParser:
+  """Returns the parser of the command line."""
+  parser = argparse.ArgumentParser(
+    prog='python -m jaxrobust.data',
+    description='Makes data sets and sample sets ready. Each command has its --help.',
+  )
+  commands = parser.add_subparsers(dest='command', required=True)
+  command = commands.add_parser(
+    'prepare',
+    help='a data set, downloaded or from its official archives',
+    description='Downloads a data set, or takes its official archives from a folder, '
+    "and writes it in the form the programs read (tensorflow-datasets').",
+  )
+  command.add_argument('name', help=', '.join(datasets.INFO))
+  command.add_argument(
+    '--data_dir',
+    default='',
+    help='where to write it, local or gs:// (default: $TFDS_DATA_DIR or '
+    '~/tensorflow_datasets); pass the same folder to the programs',
+  )
+  command.add_argument(
+    '--archives',
+    default='',
+    help='folder with the official archives under their official names; nothing is '
+    'downloaded then',
+  )
+  command = commands.add_parser('import', help='.npz (image, label) → sample set')
+  command.add_argument('npz')
+  command.add_argument('out', help='the folder to make')
+  command.add_argument('--num_classes', type=int, help='default: largest label + 1')
+  command.add_argument('--shard_size', type=int, default=samples.SHARD_SIZE)
+  for field in samples.PROVENANCE:
+    command.add_argument(f'--{field}', help='noted in metadata.json')
+  command = commands.add_parser('export', help='sample set → .npz (image, label)')
+  command.add_argument('set')
+  command.add_argument('npz', help='the file to make')
+  for name, text in (
+    ('info', 'check a sample set and print its metadata'),
+    ('verify', 'compare the sha256 of each file of a sample set with its metadata'),
+  ):
+    commands.add_parser(name, help=text).add_argument('set')
+  return parser
+
+
+if __name__ == '__main__':
+  sys.exit(main())
