@@ -140,7 +140,9 @@ def experiment_name(config) -> str:
   """
   dataset = config.dataset.name
   norm = 'standard' if config.loss.name == 'standard' else config.threat.norm
-  samples = os.path.basename(config.data.samples.rstrip('/'))
+  folder, samples = os.path.split(config.data.samples.rstrip('/'))
+  if samples == 'samples':  # In the workdir of the program that made them.
+    samples = os.path.basename(folder)
   data = samples.removeprefix(f'{dataset}_') or 'real'
   parts = [dataset, norm, config.model.name, data, config.variant]
   return '_'.join(filter(None, parts))

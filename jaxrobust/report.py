@@ -6,12 +6,14 @@ Usage:
 Example:
   python -m jaxrobust.report --workdir=runs/quickstart
 
-Prints a table of every evaluation in the folder's workdirs and writes it to report.md;
-draws report.png: accuracy against step of the adversarially trained runs, real,
-generated and adversarial images.
+Prints a table of the evaluations in the folder's workdirs and writes it to report.md:
+a line an experiment, mean ± standard deviation over its seeds. Draws report.png:
+accuracy against step of the adversarially trained runs, and test, adversarial and
+generated images.
 """
 
 import io
+import statistics
 
 import matplotlib
 import numpy as np
@@ -54,23 +56,35 @@ def find_runs(folder: epath.Path) -> list[tuple[epath.Path, object]]:
 
 
 def table(runs) -> str:
-  """Markdown: a line an evaluation; accuracies in percent."""
-  lines = ['| run | data | clean | robust | suite | images |',
-           '|---|---|---|---|---|---|']
+  """Markdown: a line an experiment and protocol, over its seeds; percent."""
+  cells = {}
   for folder, config in runs:
     data = f'{config.data.real_fraction:.0%} real' if config.data.samples else 'real'
-    results = workdirs.read_results(folder) or [None]
-    for entry in results:
-      if entry is None:
-        cells = ['–', '–', 'not evaluated', '–']
-      else:
-        protocol = entry['protocol']
-        cells = [f'{100 * entry["clean_accuracy"]:.2f}',
-                 f'{100 * entry["robust_accuracy"]:.2f}',
-                 f'{protocol["suite"]}, {protocol["norm"]} {protocol["epsilon"]:.4g}',
-                 f'{protocol["num_images"]} {protocol["split"]}']
-      lines.append(f'| {" | ".join([folder.name, data, *cells])} |')
+    for entry in workdirs.read_results(folder) or [None]:
+      protocol = 'not evaluated'
+      if entry:
+        p = entry['protocol']
+        protocol = (f'{p["suite"]}, {p["norm"]} {p["epsilon"]:.4g} | '
+                    f'{p["num_images"]} {p["split"]}')
+      key = (configs.experiment_name(config), data, protocol)
+      cells.setdefault(key, []).append(entry)
+  lines = ['| experiment | data | seeds | clean | robust | suite | images |',
+           '|---|---|---|---|---|---|---|']
+  for (name, data, protocol), entries in cells.items():
+    if entries[0] is None:
+      row = [name, data, str(len(entries)), '–', '–', protocol, '–']
+    else:
+      row = [name, data, str(len(entries)), _percent(entries, 'clean_accuracy'),
+             _percent(entries, 'robust_accuracy'), protocol]
+    lines.append(f'| {" | ".join(row)} |')
   return '\n'.join(lines) + '\n'
+
+
+def _percent(entries, field: str) -> str:
+  """Mean over seeds in percent, with the sample standard deviation."""
+  values = [100 * entry[field] for entry in entries]
+  mean = f'{statistics.mean(values):.2f}'
+  return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
 
 
 def figure(runs) -> bytes:
@@ -83,8 +97,10 @@ def figure(runs) -> bytes:
   fig = plt.figure(figsize=(11, 4.2 + 1.05 * len(rows)), layout='constrained')
   curves, images = fig.subfigures(2, 1, height_ratios=(4.2, max(1.05 * len(rows), 0.1)))
   clean_axis, robust_axis = curves.subplots(1, 2, sharex=True)
-  for number, (folder, _) in enumerate(robust):
-    _draw_curves(clean_axis, robust_axis, folder, f'C{number}')
+  names = list(dict.fromkeys(configs.experiment_name(c) for _, c in robust))
+  for folder, config in robust:
+    name = configs.experiment_name(config)
+    _draw_curves(clean_axis, robust_axis, folder, f'C{names.index(name)}')
   for axis, title in ((clean_axis, 'clean accuracy'), (robust_axis, 'robust accuracy')):
     axis.set(title=f'{title}, averaged parameters', xlabel='step')
     axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))

@@ -89,6 +89,7 @@ def test_misspelt_field_is_refused():
     ('wrn-70-16,ddpm', 'cifar10_linf_wrn-70-16_ddpm'),
     ('ddpm-100m,preact-resnet-18', 'cifar10_linf_preact-resnet-18_ddpm-100m'),
     ('sets/cifar10_mine/', 'cifar10_linf_wrn-28-10_mine'),
+    ('runs/gaussian/samples', 'cifar10_linf_wrn-28-10_gaussian'),
   ],
 )
 def test_names(arg, name):

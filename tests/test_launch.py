@@ -77,7 +77,17 @@ def test_local_runs_the_public_programs_in_order(call, tmp_path):
               for c in calls if '-m jaxrobust.' in c]
   assert programs == ['train', 'generate', 'train', 'train', 'evaluate', 'evaluate',
                       'report']
-  assert all(f'--workdir={tmp_path}/out' in c for c in calls if 'jaxrobust.' in c)
+  assert all(f'--workdir={tmp_path}/out' in c for c in calls if '-m jaxrobust.' in c)
+
+
+def test_local_with_several_seeds(call, tmp_path):
+  done, calls = call('local.sh', str(tmp_path / 'out'), '--seeds=3')
+  assert done.returncode == 0, done.stderr
+  trained = [c for c in calls if '-m jaxrobust.train' in c]
+  assert len(trained) == 1 + 3 * 2
+  assert len({c.split('--workdir=')[1].split()[0] for c in trained}) == 7
+  assert [sum(f'--config.seed={s}' in c for c in trained) for s in range(4)] == [
+    2, 2, 2, 0]
 
 
 @pytest.mark.parametrize('code', [1, 42, 134])
@@ -95,4 +105,4 @@ def test_help_of_local(call):
   assert not calls
   done, _ = call('local.sh', '--fast')
   assert done.returncode == 1
-  assert done.stderr.startswith('error: --fast is not an option')
+  assert done.stderr.startswith('error: --fast: give a folder')

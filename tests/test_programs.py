@@ -264,8 +264,10 @@ def test_generate_then_train_on_the_samples_then_report(call, tmp_path):
   code, out, err = call('report', f'--workdir={tmp_path}')
   assert code == 0, err
   [entry] = json.loads((tmp_path / 'mixed/results.json').read_text())
-  assert f'| mixed | 25% real | {100 * entry["clean_accuracy"]:.2f} |' in out
-  assert '| labeller | real | – | – | not evaluated | – |' in out
+  row = '| digits_linf_wrn-10-1_gaussian | 25% real | 1 |'
+  assert f'{row} {100 * entry["clean_accuracy"]:.2f} |' in out
+  row = '| digits_standard_wrn-10-1_real | real | 1 |'
+  assert f'{row} – | – | not evaluated | – |' in out
   assert (tmp_path / 'report.png').read_bytes().startswith(b'\x89PNG')
 
 
