@@ -74,14 +74,18 @@ def _run(main) -> int:
 
 def _parse(values):
   """The config, or None where none is given; UserError for what is wrong."""
+  for argument in sys.argv:
+    path = argument.removeprefix('--config=').split(':')[0]
+    if argument.startswith('--config=') and not os.path.exists(path):
+      raise UserError(f'--config={path}: no such file; run from the repository, or '
+                      'give the path of an experiment')
   try:
     rest = values(sys.argv)[1:]
     config = values.config
-  except (flags.Error, ValueError, KeyError, TypeError, AttributeError, OSError,
-          ImportError, SyntaxError) as e:
+  except Exception as e:  # Whatever an experiment's file or an override may raise.
     raise UserError(
-        f'{str(e).strip(chr(34)).splitlines()[0]} (--help shows how to use this '
-        'program, experiments/base.py every field of a config)') from e
+        f'{_one_line(e)} (--help shows how to use this program, experiments/base.py '
+        'every field of a config)') from e
   if rest:
     raise UserError(f'{rest[0]!r} is not a flag: write --name=value')
   if not values.workdir:
@@ -89,6 +93,15 @@ def _parse(values):
   if config is not None:
     config.lock()
   return config
+
+
+def _one_line(error: Exception) -> str:
+  """What a library says of a command line, without the traceback it may contain."""
+  text = str(error).replace('\\n', '\n')
+  lines = [x.strip('\'"\\ ') for x in text.splitlines() if x.strip('\'"\\ ')]
+  if any('Traceback' in x for x in lines):
+    lines = [lines[0], lines[-1]]
+  return ' '.join(lines)
 
 
 def _quiet_logs():
