@@ -3,7 +3,7 @@ r"""Class-conditional Gaussian samples of the digits, pseudo-labelled and balanc
   python -m jaxrobust.generate --workdir=runs/gaussian \
       --config=experiments/digits_gaussian.py --config.labeller=runs/labeller
 
-The covariance of 20 images a class in 64 dimensions is singular, so it is shrunk
+The covariance of 10 images a class in 64 dimensions is singular, so it is shrunk
 (Ledoit and Wolf 2004).
 """
 
@@ -11,11 +11,11 @@ from experiments import base_generator
 
 
 def get_config():
-  """10,000 samples from 200 training images."""
+  """10,000 samples from 100 training images."""
   c = base_generator.get_config().unlock()
   c.dataset.name = 'digits'
   c.dataset.validation_images = 400
-  c.dataset.train_images = 200
+  c.dataset.train_images = 100
   c.generator.covariance = 'ledoit-wolf'
   c.samples.count = 10_000
   return c.lock()

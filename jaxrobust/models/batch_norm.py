@@ -69,8 +69,9 @@ class BatchNorm(hk.Module):
 
 
 def _normalize(images, mean, var, scale, offset):
-  """Subtracts the mean and scales in one product."""
-  return (images - mean) * (scale * jax.lax.rsqrt(var + _EPSILON)) + offset
+  """One product and one sum, of which the gradient needs only the images."""
+  slope = scale * jax.lax.rsqrt(var + _EPSILON)
+  return images * slope + (offset - mean * slope)
 
 
 def _layout(batch_size, group_size):

@@ -35,22 +35,21 @@ def convolve(images: jax.Array, kernel: jax.Array) -> jax.Array:
     [B, H, W, O].
   """
   batch, height, width, channels = images.shape
-  features = kernel.shape[-1]
   padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
   # Lists of 4 rows of 4: a stacked array would cost a copy of everything.
   taps = [_transform_kernel(row) for row in _transform_kernel(kernel)]
   tiles = [
       _transform_tile([row[:, :, i:i + width - 1:2] for i in range(4)])
       for row in _transform_tile([padded[:, i:i + height - 1:2] for i in range(4)])]
-  products = [
-      [jnp.matmul(tile.reshape(-1, channels), tap) for tile, tap in zip(
-          *rows, strict=True)] for rows in zip(tiles, taps, strict=True)]
+  multiply = lambda tile, tap: jnp.matmul(
+      tile.reshape(-1, channels), tap).reshape(batch, height // 2, width // 2, -1)
+  products = [[multiply(*pair) for pair in zip(*rows, strict=True)]
+              for rows in zip(tiles, taps, strict=True)]
   columns = [_gather_outputs(row) for row in products]
-  outputs = [_gather_outputs(column) for column in zip(*columns, strict=True)]
-  # [tile's column][tile's row][tiles, O] → [tiles, row, column, O]
-  outputs = jnp.stack([jnp.stack(column, 1) for column in outputs], 2)
-  outputs = outputs.reshape(batch, height // 2, width // 2, 2, 2, features)
-  return outputs.swapaxes(2, 3).reshape(batch, height, width, features)
+  rows = [_gather_outputs(column) for column in zip(*columns, strict=True)]
+  # [column of the tile][row of the tile][B, H / 2, W / 2, O]
+  outputs = jnp.stack([jnp.stack(column, 2) for column in rows], 4)
+  return outputs.reshape(batch, height, width, -1)
 
 
 def _transform_tile(d):
