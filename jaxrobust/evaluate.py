@@ -58,6 +58,10 @@ def main(config, workdir):
       config.dataset.name, settings.split, data_dir=config.dataset.data_dir,
       train_images=config.dataset.train_images,
       validation_images=config.dataset.validation_images)
+  if settings.split == 'test' and len(images) != info.test_size:
+    raise UserError(
+        f'{info.name} has {info.test_size} test images, {len(images)} are prepared: '
+        'prepare it again (python -m jaxrobust.data prepare --help)')
   if settings.num_images is not None:
     if settings.num_images > len(images):
       raise UserError(f'config.evaluation.num_images = {settings.num_images}: the '
