@@ -35,11 +35,11 @@ class Writer:
     finite = {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
     line = {'step': step, **finite}
     self._lines.append(line)
-    if self._path.as_uri().startswith('file:'):
+    if '://' in str(self._path):  # Object stores cannot append.
+      self._flush()
+    else:
       with self._path.open('a') as f:
         f.write(json.dumps(line) + '\n')
-    else:  # Object stores cannot append.
-      self._flush()
     values = [Summary.Value(tag=k, simple_value=v) for k, v in finite.items()
               if v is not None]
     self._events.add_event(

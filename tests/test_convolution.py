@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxrobust.models import convolution
+from jaxrobust.models import convolution, winograd
 
-SHAPES = ((8, 8), (7, 4), (1, 1))
+SHAPES = ((8, 4), (7, 4), (2, 2), (1, 1))
 
 
 def plain(images, kernel, stride):
@@ -23,6 +23,15 @@ def plain(images, kernel, stride):
 @pytest.mark.parametrize('size', (1, 2, 3, 5))
 @pytest.mark.parametrize('stride', (1, 2, 3))
 def test_value_and_gradients_are_those_of_lax(float64, size, stride):
+  compare_with_lax(size, stride, 3, 4)
+
+
+def test_many_channels_are_convolved_by_winograd(float64):
+  assert winograd.suits((2, 8, 8, 32), (3, 3, 32, 40))
+  compare_with_lax(3, 1, 32, 40)
+
+
+def compare_with_lax(size, stride, channels, features):
   def value_and_gradients(convolve, images, kernel, cotangent):
     outputs, vjp = jax.vjp(lambda x, k: convolve(x, k, stride), images, kernel)
     return outputs, *vjp(cotangent)
@@ -30,8 +39,8 @@ def test_value_and_gradients_are_those_of_lax(float64, size, stride):
   rng = np.random.default_rng(0)
   for height, width in SHAPES:
     arguments = [rng.normal(size=shape) for shape in (
-        (2, height, width, 3), (size, size, 3, 4),
-        (2, -(-height // stride), -(-width // stride), 4))]
+        (2, height, width, channels), (size, size, channels, features),
+        (2, -(-height // stride), -(-width // stride), features))]
     results = jax.jit(lambda *args: [
         value_and_gradients(f, *args) for f in (convolution.conv2d, plain)])(*arguments)
     for ours, theirs in zip(*results, strict=True):
@@ -68,6 +77,18 @@ def test_gradient_is_the_same_inside_a_loop():
   looped = jax.jit(lambda x: lax.fori_loop(0, 3, lambda _, x: step(x), x))(images)
   np.testing.assert_allclose(
       looped, step(step(step(images))), rtol=1e-4, atol=1e-5)  # float32
+
+
+def test_winograd_is_as_exact_as_the_direct_sum():
+  rng = np.random.default_rng(3)
+  images = rng.normal(size=(4, 8, 8, 64))
+  kernel = rng.normal(size=(3, 3, 64, 64))
+  with jax.enable_x64(True):
+    exact = plain(images, kernel, 1)
+  images, kernel = images.astype(np.float32), kernel.astype(np.float32)
+  error = lambda outputs: np.sqrt(np.mean((outputs - exact) ** 2))
+  # It has fewer terms to sum, and larger ones.
+  assert error(winograd.convolve(images, kernel)) < 2 * error(plain(images, kernel, 1))
 
 
 def test_module_is_compatible_with_haiku():

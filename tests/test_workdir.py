@@ -43,8 +43,9 @@ def test_results_are_added_and_found_by_protocol(tmp_path):
   assert not list(tmp_path.glob('*.tmp'))
 
 
-def test_metrics_forget_what_was_written_after_the_checkpoint(tmp_path):
-  folder = epath.Path(tmp_path)
+def test_metrics_forget_what_was_written_after_the_checkpoint(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  folder = epath.Path('.')  # A relative path, as users give it.
   writer = metrics.Writer(folder, 0)
   for step in (1, 2, 3):
     writer.write(step, {'train/loss': step / 2, 'bad': float('nan')})
