@@ -7,43 +7,43 @@ import setuptools
 
 here = Path(__file__).parent
 version = re.search(
-    r"__version__ = '(.+)'", (here / 'jaxrobust' / '__init__.py').read_text())[1]
+  r"__version__ = '(.+)'", (here / 'jaxrobust' / '__init__.py').read_text()
+)[1]
 
 setuptools.setup(
-    name='jaxrobust',
-    version=version,
-    description='Robust training with generated data, in JAX and Haiku',
-    long_description=(here / 'README.md').read_text(),
-    long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    python_requires='>=3.11',
-    packages=setuptools.find_packages(include=['jaxrobust*', 'experiments*']),
-    install_requires=[
-        'absl-py>=2.1',
-        'chex>=0.1.90',
-        'dm-haiku>=0.0.14,<0.1',
-        'etils[epath]>=1.9',
-        # Imported by tensorflow-datasets, which does not ask for it.
-        'importlib_resources>=6',
-        'jax>=0.7,<0.13',
-        'matplotlib>=3.8',
-        'ml_collections>=1.0',
-        'numpy>=2.0',
-        'optax>=0.2.5',
-        'orbax-checkpoint>=0.11.20',
-        'scikit-learn>=1.5',
-        'scipy>=1.13',  # for tensorflow-datasets' SVHN
-        'tensorboard>=2.18',
-        'tensorflow-datasets>=4.9.8',
-        'tqdm>=4.66',
-        # tfds does not bring tensorflow; the CPU build is enough for tf.data.
-        'tensorflow-cpu>=2.18; sys_platform == "linux" and '
-        'platform_machine == "x86_64"',
-        'tensorflow>=2.18; sys_platform != "linux" or platform_machine != "x86_64"',
-    ],
-    extras_require={
-        'tpu': ['jax[tpu]'],
-        'cuda': ['jax[cuda13]'],
-        'dev': ['pillow', 'pre-commit', 'pytest>=8', 'ruff>=0.9'],
-    },
+  name='jaxrobust',
+  version=version,
+  description='Robust training with generated data, in JAX and Haiku',
+  long_description=(here / 'README.md').read_text(),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11,<3.14',
+  packages=setuptools.find_packages(include=['jaxrobust*', 'experiments*']),
+  install_requires=[
+    'absl-py>=2.1',
+    'chex>=0.1.90',
+    'dm-haiku>=0.0.14,<0.1',
+    'etils[epath]>=1.9',
+    # Imported by tensorflow-datasets, which does not ask for it.
+    'importlib_resources>=6',
+    'jax>=0.7,<0.13',
+    'matplotlib>=3.8',
+    'ml_collections>=1.0',
+    'numpy>=2.0',
+    'optax>=0.2.5',
+    'orbax-checkpoint>=0.11.20',
+    'scikit-learn>=1.5',
+    'scipy>=1.13',  # for tensorflow-datasets' SVHN
+    'tensorboard>=2.18',
+    'tensorflow-datasets>=4.9.8',
+    'tqdm>=4.66',
+    # tfds does not bring tensorflow; the CPU build is enough for tf.data.
+    'tensorflow-cpu>=2.18; sys_platform == "linux" and platform_machine == "x86_64"',
+    'tensorflow>=2.18; sys_platform != "linux" or platform_machine != "x86_64"',
+  ],
+  extras_require={
+    'tpu': ['jax[tpu]'],
+    'cuda': ['jax[cuda13]'],
+    'dev': ['pillow', 'pre-commit', 'pytest>=8', 'ruff>=0.9'],
+  },
 )

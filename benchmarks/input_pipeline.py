@@ -1,6 +1,6 @@
 """Images per second of the training input against a per-example tf.data pipeline.
 
-  python benchmarks/input_pipeline.py [--repeats 7] [--folder /tmp/bench_samples]
+  python benchmarks/input_pipeline.py [--repeats 7] [--folder DIR]
 
 Batches of 1,024 images of 32x32x3, 31.25 % real, from 50,000 real images and a
 sample set of 1M (a dense one, 3 GB, in the system's cache where memory allows) or
@@ -17,6 +17,7 @@ import json
 import pathlib
 import shutil
 import statistics
+import tempfile
 import time
 
 import numpy as np
@@ -99,9 +100,7 @@ def per_example(real, generated):
     for split in (real, generated)
   ]
   return (
-    tf.data.Dataset.sample_from_datasets(
-      sources, [REAL_FRACTION, 1 - REAL_FRACTION]
-    )
+    tf.data.Dataset.sample_from_datasets(sources, [REAL_FRACTION, 1 - REAL_FRACTION])
     .batch(BATCH)
     .prefetch(tf.data.AUTOTUNE)
     .as_numpy_iterator()
@@ -136,7 +135,9 @@ def main():
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--steps', type=int, default=500, help='of ours, a turn')
   parser.add_argument('--rival_steps', type=int, default=40)
-  parser.add_argument('--folder', default='/tmp/jaxrobust_input_benchmark')
+  parser.add_argument(
+    '--folder', default=f'{tempfile.gettempdir()}/jaxrobust_input_benchmark'
+  )
   parser.add_argument('--dense', type=int, default=1_000_000, help='0: leave it out')
   parser.add_argument('--keep', action='store_true', help='keep the folder')
   args = parser.parse_args()

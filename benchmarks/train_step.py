@@ -41,23 +41,28 @@ def jax_step(name, batch_size, plain=False):
   from jaxrobust.models import convolution
 
   if plain:
-    convolution.conv2d = lambda images, kernel, stride: (
-      jax.lax.conv_general_dilated(
-        images, kernel, (stride, stride), 'SAME',
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC')))
+    convolution.conv2d = lambda images, kernel, stride: jax.lax.conv_general_dilated(
+      images,
+      kernel,
+      (stride, stride),
+      'SAME',
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
   config = cifar10_linf.get_config(name).unlock()
   config.data.batch_size = config.model.batch_norm_group = batch_size
   model = models.from_config(config.model, datasets.INFO['cifar10'])
   sgd = optimizer.make(config.optimizer, configs.resolve(config))
-  state = parallel.replicate(
-    jax.jit(lambda: update.init_state(config, model, sgd))())
-  step_fn = parallel.pmap(
-    update.make_step(config, model, sgd, 10), donate_argnums=0)
+  state = parallel.replicate(jax.jit(lambda: update.init_state(config, model, sgd))())
+  step_fn = parallel.pmap(update.make_step(config, model, sgd, 10), donate_argnums=0)
   rng = np.random.RandomState(0)
-  batch = parallel.shard(update.Batch(
-    rng.randint(0, 256, (batch_size, 32, 32, 3)).astype(np.uint8),
-    rng.randint(0, 10, batch_size).astype(np.int32), np.zeros(batch_size, bool),
-    np.arange(batch_size, dtype=np.int32)))
+  batch = parallel.shard(
+    update.Batch(
+      rng.randint(0, 256, (batch_size, 32, 32, 3)).astype(np.uint8),
+      rng.randint(0, 10, batch_size).astype(np.int32),
+      np.zeros(batch_size, bool),
+      np.arange(batch_size, dtype=np.int32),
+    )
+  )
 
   def step():
     nonlocal state
@@ -81,28 +86,33 @@ def torch_step(name, batch_size, threads, channels_last=False):
 
   class Norm(nn.BatchNorm2d):
     """Batch statistics; the running ones move only when told to."""
+
     moves = False
 
     def forward(self, x):
       running = (self.running_mean, self.running_var) if self.moves else (None, None)
       return functional.batch_norm(
-        x, *running, self.weight, self.bias, True, 0.01, 1e-5)
+        x, *running, self.weight, self.bias, True, 0.01, 1e-5
+      )
 
   class Block(nn.Module):
     def __init__(self, before, channels, stride, projects):
       super().__init__()
       self.norms = nn.ModuleList([Norm(before), Norm(channels)])
-      self.convs = nn.ModuleList([
-        nn.Conv2d(before, channels, 3, stride, 1, bias=False),
-        nn.Conv2d(channels, channels, 3, 1, 1, bias=False)])
+      self.convs = nn.ModuleList(
+        [
+          nn.Conv2d(before, channels, 3, stride, 1, bias=False),
+          nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
+        ]
+      )
       self.shortcut = (
-        nn.Conv2d(before, channels, 1, stride, bias=False) if projects else None)
+        nn.Conv2d(before, channels, 1, stride, bias=False) if projects else None
+      )
 
     def forward(self, inputs):
       x = functional.silu(self.norms[0](inputs))
       shortcut = self.shortcut(x) if self.shortcut else inputs
-      return shortcut + self.convs[1](
-        functional.silu(self.norms[1](self.convs[0](x))))
+      return shortcut + self.convs[1](functional.silu(self.norms[1](self.convs[0](x))))
 
   class Network(nn.Module):
     def __init__(self):
@@ -110,17 +120,20 @@ def torch_step(name, batch_size, threads, channels_last=False):
       layers, before = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)], 16
       for channels, stride in ((16, 1), (32, 2), (64, 2)):
         for index in range((depth - 4) // 6):
-          layers.append(Block(
-            before, channels * width, stride if index == 0 else 1, index == 0))
+          layers.append(
+            Block(before, channels * width, stride if index == 0 else 1, index == 0)
+          )
           before = channels * width
       self.layers = nn.Sequential(*layers, Norm(before), nn.SiLU())
       self.logits = nn.Linear(before, 10)
       nn.init.zeros_(self.logits.weight)
       nn.init.zeros_(self.logits.bias)
       self.register_buffer(
-        'mean', torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1))
+        'mean', torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
+      )
       self.register_buffer(
-        'std', torch.tensor([0.2471, 0.2435, 0.2616]).view(1, 3, 1, 1))
+        'std', torch.tensor([0.2471, 0.2435, 0.2616]).view(1, 3, 1, 1)
+      )
 
     def forward(self, images):
       return self.logits(self.layers((images - self.mean) / self.std).mean((2, 3)))
@@ -136,11 +149,15 @@ def torch_step(name, batch_size, threads, channels_last=False):
   decayed += list(network.logits.parameters())
   others = [p for m in norms for p in m.parameters()]
   sgd = torch.optim.SGD(
-    [{'params': decayed, 'weight_decay': 5e-4}, {'params': others}], lr=0.1,
-    momentum=0.9, nesterov=True)
+    [{'params': decayed, 'weight_decay': 5e-4}, {'params': others}],
+    lr=0.1,
+    momentum=0.9,
+    nesterov=True,
+  )
   average = copy.deepcopy(network)
   divergence = lambda log_q, log_p: functional.kl_div(
-    log_q, log_p, log_target=True, reduction='sum')
+    log_q, log_p, log_target=True, reduction='sum'
+  )
 
   def attack(log_p):
     x = images + torch.empty_like(images).uniform_(-EPSILON, EPSILON)
@@ -149,12 +166,13 @@ def torch_step(name, batch_size, threads, channels_last=False):
     for i in range(NUM_STEPS):
       x.requires_grad_(True)
       loss = divergence(functional.log_softmax(network(x), 1), log_p)
-      gradient, = torch.autograd.grad(loss, x)
+      (gradient,) = torch.autograd.grad(loss, x)
       with torch.no_grad():
         first.mul_(0.9).add_(gradient, alpha=0.1)
         second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
         update = (first / (1 - 0.9 ** (i + 1))).div_(
-          (second / (1 - 0.999 ** (i + 1))).sqrt_().add_(1e-9))
+          (second / (1 - 0.999 ** (i + 1))).sqrt_().add_(1e-9)
+        )
         x = x.detach() + (0.1 if i < 5 else 0.01) * update
         x = torch.min(torch.max(x, images - EPSILON), images + EPSILON).clamp_(0, 1)
     return x
@@ -169,7 +187,8 @@ def torch_step(name, batch_size, threads, channels_last=False):
     for norm in norms:
       norm.moves = False
     loss = functional.nll_loss(log_p, labels) + (
-      BETA * divergence(log_q, log_p) / batch_size)
+      BETA * divergence(log_q, log_p) / batch_size
+    )
     sgd.zero_grad()
     loss.backward()
     sgd.step()
@@ -205,8 +224,11 @@ def measure(rivals, name, batch_size, threads, rounds):
   pipes, processes = {}, []
   for rival in rivals:
     pipes[rival], theirs = context.Pipe()
-    processes.append(context.Process(
-      target=serve, args=(theirs, rival, name, batch_size, threads), daemon=True))
+    processes.append(
+      context.Process(
+        target=serve, args=(theirs, rival, name, batch_size, threads), daemon=True
+      )
+    )
     processes[-1].start()
     pipes[rival].recv()
   seconds = {rival: [] for rival in rivals}
@@ -223,13 +245,15 @@ def measure(rivals, name, batch_size, threads, rounds):
 
 def spread(values, form):
   """Median (least … greatest)."""
-  return (f'{statistics.median(values):{form}} ({min(values):{form}} … '
-          f'{max(values):{form}})')
+  return (
+    f'{statistics.median(values):{form}} ({min(values):{form}} … {max(values):{form}})'
+  )
 
 
 def main():
   parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--threads', type=int, default=2)
   parser.add_argument('--cases', nargs='+', default=CASES, help='MODEL:BATCH')
@@ -248,8 +272,10 @@ def main():
       line = f'  {rival:<10} {spread([s[0] for s in seconds[rival]], ".2f")} s a step'
       if rival != 'ours':
         for index, kind in enumerate(('', ' in processor time')):
-          ratios = [theirs[index] / ours[index] for theirs, ours in zip(
-            seconds[rival], seconds['ours'], strict=True)]
+          ratios = [
+            theirs[index] / ours[index]
+            for theirs, ours in zip(seconds[rival], seconds['ours'], strict=True)
+          ]
           line += f'   {spread(ratios, ".2f")} x{kind}'
       print(line, flush=True)
 

@@ -4,7 +4,7 @@ from ml_collections import config_dict
 
 
 def get_config():
-  """The base config: class-conditional Gaussian for CIFAR-10, 1M balanced samples."""
+  """The base config, unlocked: Gaussian for CIFAR-10, 1M balanced samples."""
   c = config_dict.ConfigDict()
   c.seed = 0  # of the samples
 
@@ -30,4 +30,4 @@ def get_config():
   c.samples.max_draws_factor = 20.0
   c.samples.shard_size = 100_000  # images in a file
   c.samples.batch_size = 1_000  # images sampled and labelled at a time
-  return c.lock()
+  return c

@@ -14,10 +14,10 @@ cifar100_ddpm.npz). Uncertain: as for CIFAR-10.
 from experiments import base
 
 
-def get_config(arg: str = 'wrn-28-10,ddpm'):
+def get_config(arg: str = ''):
   """CIFAR-100 l-inf."""
-  c = base.get_config().unlock()
+  c = base.get_config()
   c.dataset.name = 'cifar100'
   c.model.mean = (0.5071, 0.4865, 0.4409)
   c.model.std = (0.2673, 0.2564, 0.2762)
-  return base.with_arg(c, arg)
+  return base.with_arg(c, arg, 'wrn-28-10,ddpm')

@@ -14,9 +14,9 @@ Everything else is as for l-inf.
 from experiments import base
 
 
-def get_config(arg: str = 'wrn-28-10,ddpm'):
+def get_config(arg: str = ''):
   """CIFAR-10 l2."""
-  c = base.get_config(arg).unlock()
+  c = base.get_config()
   c.threat.norm = 'l2'
   c.threat.epsilon = 128 / 255
   c.attack.step_rule = 'normalized'
@@ -25,4 +25,4 @@ def get_config(arg: str = 'wrn-28-10,ddpm'):
   c.evaluation.attack.step_rule = 'normalized'
   c.evaluation.attack.step_sizes = (30 / 255,)
   c.evaluation.attack.step_boundaries = ()
-  return c.lock()
+  return base.with_arg(c, arg, 'wrn-28-10,ddpm')

@@ -24,6 +24,6 @@ the checkpoint and report the better of two runs; the released code trains on al
 from experiments import base
 
 
-def get_config(arg: str = 'wrn-28-10,ddpm'):
+def get_config(arg: str = ''):
   """CIFAR-10 l-inf; every value is the base's."""
-  return base.get_config(arg)
+  return base.with_arg(base.get_config(), arg, 'wrn-28-10,ddpm')

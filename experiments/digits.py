@@ -15,10 +15,10 @@ README has the search on the validation images that led to this setting.
 from experiments import base
 
 
-def get_config(arg: str = 'wrn-10-1,real'):
+def get_config(arg: str = ''):
   """Digits: 100 training images, 400 to choose the checkpoint, 797 to test."""
   labeller = arg == 'labeller'
-  c = base.get_config().unlock()
+  c = base.get_config()
   c.dataset.name = 'digits'
   c.dataset.validation_images = 400
   c.dataset.train_images = 100
@@ -43,4 +43,4 @@ def get_config(arg: str = 'wrn-10-1,real'):
     c.training.num_epochs = 40.0
     c.evaluation.interval_epochs = 10.0
     arg = ''
-  return base.with_arg(c, arg)
+  return base.with_arg(c, arg, 'wrn-10-1,real')

@@ -12,7 +12,7 @@ from experiments import base_generator
 
 def get_config():
   """10,000 samples from 100 training images."""
-  c = base_generator.get_config().unlock()
+  c = base_generator.get_config()
   c.dataset.name = 'digits'
   c.dataset.validation_images = 400
   c.dataset.train_images = 100

@@ -8,19 +8,21 @@ Published, clean / robust accuracy under AA+MT in percent (paper, table of resul
 
 Uncertain: the paper does not give the hyper-parameters of SVHN. Here: the recipe of
 CIFAR-10 (an epoch counts 50,000 images there too) without augmentation and with mean
-and standard deviation 0.5, as is common for this data set. The `extra` images are not
+and standard deviation 0.5, as is common for this data set, so each real image occurs
+once in a batch. The `extra` images are not
 used. The samples are in the file svhn_ddpm.npz.
 """
 
 from experiments import base
 
 
-def get_config(arg: str = 'wrn-28-10,ddpm'):
+def get_config(arg: str = ''):
   """SVHN l-inf."""
-  c = base.get_config().unlock()
+  c = base.get_config()
   c.dataset.name = 'svhn'
+  c.data.real_repeats = 1  # Without augmentation, repeats would be copies.
   c.augment.pad = 0
   c.augment.flip = False
   c.model.mean = (0.5, 0.5, 0.5)
   c.model.std = (0.5, 0.5, 0.5)
-  return base.with_arg(c, arg)
+  return base.with_arg(c, arg, 'wrn-28-10,ddpm')

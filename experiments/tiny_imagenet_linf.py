@@ -16,10 +16,10 @@ are the test images.
 from experiments import base
 
 
-def get_config(arg: str = 'wrn-28-10,ddpm'):
+def get_config(arg: str = ''):
   """TinyImageNet l-inf."""
-  c = base.get_config().unlock()
+  c = base.get_config()
   c.dataset.name = 'tiny_imagenet'
   c.model.mean = (0.4802, 0.4481, 0.3975)
   c.model.std = (0.2302, 0.2265, 0.2262)
-  return base.with_arg(c, arg)
+  return base.with_arg(c, arg, 'wrn-28-10,ddpm')

@@ -6,6 +6,7 @@ import pickle
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 from jaxrobust import workdir as workdirs
@@ -30,13 +31,21 @@ class Checkpoints:
     policies = ocp.checkpoint_managers
     score = lambda metrics: metrics['score']
     self._manager = ocp.CheckpointManager(
-        epath.Path(folder).absolute() / 'checkpoints',
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([
-                policies.LatestN(keep),
-                policies.BestN(get_metric_fn=score, n=1,
-                               keep_checkpoints_without_metrics=False)]),
-            best_fn=score, best_mode='max', cleanup_tmp_directories=True))
+      epath.Path(folder).absolute() / 'checkpoints',
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(
+          [
+            policies.LatestN(keep),
+            policies.BestN(
+              get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
+            ),
+          ]
+        ),
+        best_fn=score,
+        best_mode='max',
+        cleanup_tmp_directories=True,
+      ),
+    )
 
   def save(self, step: int, state, score: float | None = None):
     """Saves the state after `step` updates (a tree of numpy arrays).
@@ -47,8 +56,10 @@ class Checkpoints:
       score: higher is better; None when it was not evaluated.
     """
     self._manager.save(
-        step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
-        metrics=None if score is None else {'score': score})
+      step,
+      args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
+      metrics=None if score is None else {'score': score},
+    )
 
   def restore(self, like, step: int | None = None):
     """The state at `step`, or at the last checkpoint that can be read.
@@ -65,29 +76,29 @@ class Checkpoints:
     """
     template = jax.tree.map(np.asarray, like)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
-    if step is not None:
-      return self._numpy(self._manager.restore(step, args=args).state)
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    problem = None
+    steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+    damaged = []
     for candidate in steps:
       try:
-        return self._numpy(self._manager.restore(candidate, args=args).state)
+        state = self._manager.restore(candidate, args=args).state
       except (ValueError, OSError, KeyError) as e:
-        problem = problem or e
-    if problem:
-      reason = str(problem).splitlines()[0][:200]
+        damaged.append(candidate)
+        logging.warning(
+          'the checkpoint of step %d cannot be read: %s',
+          candidate,
+          (str(e) or repr(e)).splitlines()[0][:200],
+        )
+      else:
+        # Else the run could not save these steps again when it comes by them.
+        for unreadable in damaged:
+          self._manager.delete(unreadable)
+        return jax.tree.map(np.asarray, state)
+    if damaged:
       raise UserError(
-          f'none of the checkpoints {steps} in {self._manager.directory} can be read '
-          f'({reason}): remove the folder to start anew')
+        f'none of the checkpoints {steps} in {self._manager.directory} can be read: '
+        'use another --workdir to start anew'
+      )
     return None
-
-  @staticmethod
-  def _numpy(state):
-    return jax.tree.map(np.asarray, state)
-
-  def last_step(self) -> int | None:
-    """Completed updates at the last checkpoint, None without one."""
-    return self._manager.latest_step()
 
   def best_step(self) -> int | None:
     """Completed updates at the checkpoint of the highest score, None without one."""
@@ -135,24 +146,35 @@ def import_npy(path: str):
   file = epath.Path(path)
   if not file.exists():
     raise UserError(
-        f'no checkpoint at {file}: give the path of a .npy file or of a workdir that '
-        'finished training')
+      f'no checkpoint at {file}: give the path of a .npy file or of a workdir that '
+      'finished training'
+    )
   try:
     buffer = io.BytesIO(file.read_bytes())
     version = np.lib.format.read_magic(buffer)
-    read_header = (np.lib.format.read_array_header_1_0 if version == (1, 0)
-                   else np.lib.format.read_array_header_2_0)
+    read_header = (
+      np.lib.format.read_array_header_1_0
+      if version == (1, 0)
+      else np.lib.format.read_array_header_2_0
+    )
     shape, _, dtype = read_header(buffer)
     if shape != (2,) or not dtype.hasobject:
       raise ValueError(f'it holds an array {shape} of {dtype}')
     params, net_state = _ArrayUnpickler(buffer).load()
-  except (ValueError, EOFError, TypeError, AttributeError, IndexError, KeyError,
-          pickle.UnpicklingError) as e:
-    raise UserError(
-        f'{file} is not a checkpoint of (parameters, state): {e}') from e
+  except (
+    ValueError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    pickle.UnpicklingError,
+  ) as e:
+    raise UserError(f'{file} is not a checkpoint of (parameters, state): {e}') from e
   for tree in (params, net_state):
     if not isinstance(tree, dict) or not all(
-        isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves(tree)):
+      isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves(tree)
+    ):
       raise UserError(f'{file} holds something else than dictionaries of arrays')
   return params, net_state
 
@@ -176,14 +198,16 @@ def load(path: str, model):
   params, net_state = import_npy(file)
   expected = jax.eval_shape(model.init, jax.random.key(0))
   for part, found, wanted in zip(
-      ('parameters', 'state'), (params, net_state), expected, strict=True):
+    ('parameters', 'state'), (params, net_state), expected, strict=True
+  ):
     found, wanted = _shapes(found), _shapes(wanted)
     for name in sorted(set(found) | set(wanted)):
       if found.get(name) != wanted.get(name):
         raise UserError(
-            f'{file} does not fit the network of this config: in its {part}, {name} is '
-            f'{found.get(name, "absent")} and the network has '
-            f'{wanted.get(name, "none")}; check config.model and config.dataset')
+          f'{file} does not fit the network of this config: in its {part}, {name} is '
+          f'{found.get(name, "absent")} and the network has '
+          f'{wanted.get(name, "none")}; check config.model and config.dataset'
+        )
   return params, net_state
 
 
@@ -197,12 +221,19 @@ class _ArrayUnpickler(pickle.Unpickler):
   """Resolves only the names that numpy arrays in containers are made of."""
 
   _ALLOWED = {
-      ('numpy', 'ndarray'), ('numpy', 'dtype'),
-      ('numpy.core.multiarray', '_reconstruct'), ('numpy.core.multiarray', 'scalar'),
-      ('numpy._core.multiarray', '_reconstruct'), ('numpy._core.multiarray', 'scalar'),
-      ('numpy._core.numeric', '_frombuffer'), ('numpy.core.numeric', '_frombuffer'),
-      ('_codecs', 'encode'), ('collections', 'OrderedDict'),
-      ('builtins', 'dict'), ('builtins', 'list'), ('builtins', 'tuple'),
+    ('numpy', 'ndarray'),
+    ('numpy', 'dtype'),
+    ('numpy.core.multiarray', '_reconstruct'),
+    ('numpy.core.multiarray', 'scalar'),
+    ('numpy._core.multiarray', '_reconstruct'),
+    ('numpy._core.multiarray', 'scalar'),
+    ('numpy._core.numeric', '_frombuffer'),
+    ('numpy.core.numeric', '_frombuffer'),
+    ('_codecs', 'encode'),
+    ('collections', 'OrderedDict'),
+    ('builtins', 'dict'),
+    ('builtins', 'list'),
+    ('builtins', 'tuple'),
   }
 
   def find_class(self, module, name):

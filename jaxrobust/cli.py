@@ -3,13 +3,14 @@
 import inspect
 import os
 import sys
+import traceback
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from jaxrobust.errors import UserError
 
-DONE, ERROR, PREEMPTED = 0, 1, 42
+DONE, ERROR, PREEMPTED, INTERRUPTED, CRASHED = 0, 1, 42, 130, 134
 
 _COMMON_HELP = """
 Flags of every program:
@@ -59,6 +60,7 @@ def _run(main) -> int:
     config = _parse(values)
     # Only now: a mistake on the command line should not wait for jax.
     from jaxrobust import parallel
+
     parallel.initialize(values.coordinator, values.num_processes, values.process_id)
     main(config, values.workdir)
   except PreemptedError as e:
@@ -68,7 +70,10 @@ def _run(main) -> int:
     print(f'error: {e}', file=sys.stderr)
     return ERROR
   except KeyboardInterrupt:
-    return 130
+    return INTERRUPTED
+  except Exception:  # A fault of the machine or of this code: start it again.
+    traceback.print_exc()
+    return CRASHED
   return DONE
 
 
@@ -77,15 +82,18 @@ def _parse(values):
   for argument in sys.argv:
     path = argument.removeprefix('--config=').split(':')[0]
     if argument.startswith('--config=') and not os.path.exists(path):
-      raise UserError(f'--config={path}: no such file; run from the repository, or '
-                      'give the path of an experiment')
+      raise UserError(
+        f'--config={path}: no such file; run from the repository, or '
+        'give the path of an experiment'
+      )
   try:
     rest = values(sys.argv)[1:]
     config = values.config
   except Exception as e:  # Whatever an experiment's file or an override may raise.
     raise UserError(
-        f'{_one_line(e)} (--help shows how to use this program, experiments/base.py '
-        'every field of a config)') from e
+      f'{_one_line(e)} (--help shows how to use this program, experiments/base.py '
+      'every field of a config)'
+    ) from e
   if rest:
     raise UserError(f'{rest[0]!r} is not a flag: write --name=value')
   if not values.workdir:
@@ -110,7 +118,8 @@ def _quiet_logs():
   logging.use_absl_handler()
   logging._warn_preinit_stderr = False  # We parse flags ourselves.
   logging.get_absl_handler().setFormatter(
-      logging.logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
+    logging.logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S')
+  )
   logging.set_verbosity(logging.INFO)
   for library in ('orbax', 'jax', 'tensorflow'):
     logging.logging.getLogger(library).setLevel('ERROR')

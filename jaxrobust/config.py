@@ -18,23 +18,24 @@ from jaxrobust.errors import UserError
 # Fields that say where, how often or what to look at, not what is trained: a run
 # may be continued with other values of them.
 _NOT_IDENTITY = (
-    'dataset.data_dir',
-    'data.verify_samples',
-    'evaluation.checkpoint',
-    'evaluation.split',
-    'evaluation.num_images',
-    'evaluation.suite',
-    'checkpoint.keep',
+  'dataset.data_dir',
+  'data.verify_samples',
+  'evaluation.batch_size',
+  'evaluation.checkpoint',
+  'evaluation.split',
+  'evaluation.num_images',
+  'evaluation.suite',
+  'checkpoint.keep',
 )
 
 _CHOICES = {
-    'dataset.name': tuple(datasets.INFO),
-    'threat.norm': ('linf', 'l2'),
-    'loss.name': ('standard', 'adversarial', 'trades'),
-    'optimizer.schedule': ('cosine', 'step', 'constant'),
-    'ema.batch_norm': ('raw', 'own'),
-    'evaluation.split': ('test', 'validation', 'train'),
-    'checkpoint.export': ('best', 'last'),
+  'dataset.name': tuple(datasets.INFO),
+  'threat.norm': ('linf', 'l2'),
+  'loss.name': ('standard', 'adversarial', 'trades'),
+  'optimizer.schedule': ('cosine', 'step', 'constant'),
+  'ema.batch_norm': ('raw', 'own'),
+  'evaluation.split': ('test', 'validation', 'train'),
+  'checkpoint.export': ('best', 'last'),
 }
 
 
@@ -51,6 +52,7 @@ class Derived:
     log_interval_steps: updates between log lines.
     real_fraction: share of real images; 1 without a sample set.
   """
+
   num_steps: int
   warmup_steps: int
   learning_rate: float
@@ -75,62 +77,96 @@ def resolve(config) -> Derived:
   check(config)
   batch_size = config.data.batch_size
   steps = lambda epochs: max(
-      int(epochs * config.training.epoch_examples / batch_size), 1)
+    int(epochs * config.training.epoch_examples / batch_size), 1
+  )
   learning_rate = config.optimizer.learning_rate
   if learning_rate is None:
     learning_rate = config.optimizer.base_learning_rate * max(batch_size / 256, 1)
   num_steps = config.training.num_steps
   warmup = config.optimizer.warmup_epochs
   return Derived(
-      num_steps=steps(config.training.num_epochs) if num_steps is None else num_steps,
-      warmup_steps=steps(warmup) if warmup else 0,
-      learning_rate=learning_rate,
-      eval_interval_steps=steps(config.evaluation.interval_epochs),
-      checkpoint_interval_steps=steps(config.checkpoint.interval_epochs),
-      log_interval_steps=steps(config.log.interval_epochs),
-      real_fraction=config.data.real_fraction if config.data.samples else 1.0)
+    num_steps=steps(config.training.num_epochs) if num_steps is None else num_steps,
+    warmup_steps=steps(warmup) if warmup else 0,
+    learning_rate=learning_rate,
+    eval_interval_steps=steps(config.evaluation.interval_epochs),
+    checkpoint_interval_steps=steps(config.checkpoint.interval_epochs),
+    log_interval_steps=steps(config.log.interval_epochs),
+    real_fraction=config.data.real_fraction if config.data.samples else 1.0,
+  )
 
 
 def check(config):
   """Raises UserError for the first field with a value that cannot be meant."""
+  if 'threat' not in config or 'training' not in config:
+    raise UserError(
+      "this is not a classifier's config: give an experiment such as "
+      'experiments/digits.py, or the workdir of such a run'
+    )
   for field, choices in _CHOICES.items():
     if (value := _get(config, field)) not in choices:
       raise UserError(f'config.{field} = {value!r}: use one of {", ".join(choices)}')
-  positive = ('data.batch_size', 'data.real_repeats', 'training.num_epochs',
-              'training.epoch_examples', 'evaluation.batch_size', 'threat.epsilon',
-              'evaluation.interval_epochs', 'checkpoint.interval_epochs',
-              'checkpoint.keep', 'log.interval_epochs', 'model.batch_norm_group',
-              'augment.cutmix_workers')
+  positive = (
+    'data.batch_size',
+    'data.real_repeats',
+    'training.num_epochs',
+    'training.epoch_examples',
+    'evaluation.batch_size',
+    'threat.epsilon',
+    'evaluation.interval_epochs',
+    'checkpoint.interval_epochs',
+    'checkpoint.keep',
+    'log.interval_epochs',
+    'model.batch_norm_group',
+    'augment.cutmix_workers',
+  )
   for field in positive:
     if (value := _get(config, field)) <= 0:
       raise UserError(f'config.{field} = {value}: use a number above 0')
-  for field in ('training.num_steps', 'optimizer.learning_rate',
-                'dataset.train_images', 'evaluation.num_images'):
+  for field in (
+    'training.num_steps',
+    'optimizer.learning_rate',
+    'dataset.train_images',
+    'evaluation.num_images',
+  ):
     if (value := _get(config, field)) is not None and value <= 0:
       raise UserError(
-          f'config.{field} = {value}: use a number above 0, or leave it unset')
-  for field in ('dataset.validation_images', 'augment.pad', 'loss.beta',
-                'loss.weight_decay', 'optimizer.warmup_epochs', 'seed'):
+        f'config.{field} = {value}: use a number above 0, or leave it unset'
+      )
+  for field in (
+    'dataset.validation_images',
+    'augment.pad',
+    'loss.beta',
+    'loss.weight_decay',
+    'optimizer.warmup_epochs',
+    'seed',
+  ):
     if (value := _get(config, field)) < 0:
       raise UserError(f'config.{field} = {value}: use 0 or more')
-  for field in ('data.real_fraction', 'augment.label_smoothing', 'ema.decay',
-                'optimizer.momentum'):
+  for field in (
+    'data.real_fraction',
+    'augment.label_smoothing',
+    'ema.decay',
+    'optimizer.momentum',
+  ):
     if not 0 <= (value := _get(config, field)) <= 1:
       raise UserError(f'config.{field} = {value}: use a number from 0 to 1')
   if config.checkpoint.export == 'best' and not config.dataset.validation_images:
     raise UserError(
-        "config.checkpoint.export = 'best' with no validation images to choose by: "
-        "set config.dataset.validation_images, or config.checkpoint.export='last'")
+      "config.checkpoint.export = 'best' with no validation images to choose by: "
+      "set config.dataset.validation_images, or config.checkpoint.export='last'"
+    )
   groups, ragged = divmod(config.data.batch_size, config.model.batch_norm_group)
   if ragged:
     raise UserError(
-        f'config.data.batch_size = {config.data.batch_size} is not a multiple of '
-        f'config.model.batch_norm_group = {config.model.batch_norm_group} (after '
-        f'{groups} groups {ragged} images are left): change one of them')
+      f'config.data.batch_size = {config.data.batch_size} is not a multiple of '
+      f'config.model.batch_norm_group = {config.model.batch_norm_group} (after '
+      f'{groups} groups {ragged} images are left): change one of them'
+    )
   if config.augment.cutmix and config.data.batch_size % config.augment.cutmix_workers:
     raise UserError(
-        f'config.augment.cutmix_workers = {config.augment.cutmix_workers} does not '
-        f'divide config.data.batch_size = {config.data.batch_size}')
+      f'config.augment.cutmix_workers = {config.augment.cutmix_workers} does not '
+      f'divide config.data.batch_size = {config.data.batch_size}'
+    )
 
 
 def experiment_name(config) -> str:
@@ -156,8 +192,12 @@ def to_json(config) -> str:
 def from_json(text: str):
   """The locked config that `to_json` wrote."""
   tuples = lambda x: (
-      {k: tuples(v) for k, v in x.items()} if isinstance(x, dict)
-      else tuple(x) if isinstance(x, list) else x)
+    {k: tuples(v) for k, v in x.items()}
+    if isinstance(x, dict)
+    else tuple(x)
+    if isinstance(x, list)
+    else x
+  )
   return config_dict.ConfigDict(tuples(json.loads(text))).lock()
 
 
@@ -168,13 +208,17 @@ def differences(old, new, ignore=_NOT_IDENTITY) -> list[str]:
     old, new: two configs.
     ignore: fields that may differ.
   """
-  flat_old, flat_new = _flatten(json.loads(to_json(old))), _flatten(
-      json.loads(to_json(new)))
+  flat_old, flat_new = (
+    _flatten(json.loads(to_json(old))),
+    _flatten(json.loads(to_json(new))),
+  )
   fields = sorted(set(flat_old) | set(flat_new))
   absent = '(absent)'
   return [
-      f'{f}: {flat_old.get(f, absent)} → {flat_new.get(f, absent)}' for f in fields
-      if f not in ignore and flat_old.get(f, absent) != flat_new.get(f, absent)]
+    f'{f}: {flat_old.get(f, absent)} → {flat_new.get(f, absent)}'
+    for f in fields
+    if f not in ignore and flat_old.get(f, absent) != flat_new.get(f, absent)
+  ]
 
 
 def _get(config, field: str):

@@ -12,7 +12,7 @@ Examples:
         --config.evaluation.checkpoint=cifar10_linf_wrn28-10_ddpm_v2.npy
 
 Without --config the workdir's own is used; overrides need --config. The fields of
-config.evaluation say what is judged: suite (pgd-40, clean), split, num_images (the
+config.evaluation say what is judged: suite (pgd, clean), split, num_images (the
 first so many), checkpoint, attack.
 
 Writes to the workdir: results.json (one entry an evaluation: protocol, counts,
@@ -31,7 +31,7 @@ from etils import epath
 from jaxrobust import checkpoint, cli, metrics, models, parallel
 from jaxrobust import config as configs
 from jaxrobust import workdir as workdirs
-from jaxrobust.attacks import norms, pgd, suites
+from jaxrobust.attacks import norms, suites
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 
@@ -41,66 +41,86 @@ _NUM_EXAMPLES = 16
 def main(config, workdir):
   """Evaluates and prints one line of result."""
   if config is None:
-    path = epath.Path(workdir) / 'config.json'
-    if not path.exists():
-      raise UserError(f'{path} is absent: give the workdir of a run, or --config')
-    config = configs.from_json(path.read_text())
+    config = workdirs.read_config(workdir)
   configs.check(config)
   settings = config.evaluation
   if settings.suite not in suites.SUITES:
-    raise UserError(f'config.evaluation.suite = {settings.suite!r}: use one of '
-                    f'{", ".join(suites.SUITES)}')
+    raise UserError(
+      f'config.evaluation.suite = {settings.suite!r}: use one of '
+      f'{", ".join(suites.SUITES)}'
+    )
   info = datasets.INFO[config.dataset.name]
   model = models.from_config(config.model, info)
+  attack, suite = None, settings.suite
+  if suite == 'pgd':
+    attack = suites.attack_from_config(
+      settings.attack, norms.get(config.threat.norm, config.threat.epsilon)
+    )
+    suite = f'pgd-{attack.num_steps}'
   path = epath.Path(settings.checkpoint or workdir)
   variables = checkpoint.load(path, model)
   images, labels = datasets.load(
-      config.dataset.name, settings.split, data_dir=config.dataset.data_dir,
-      train_images=config.dataset.train_images,
-      validation_images=config.dataset.validation_images)
+    config.dataset.name,
+    settings.split,
+    data_dir=config.dataset.data_dir,
+    train_images=config.dataset.train_images,
+    validation_images=config.dataset.validation_images,
+  )
   if settings.split == 'test' and len(images) != info.test_size:
     raise UserError(
-        f'{info.name} has {info.test_size} test images, {len(images)} are prepared: '
-        'prepare it again (python -m jaxrobust.data prepare --help)')
+      f'{info.name} has {info.test_size} test images, {len(images)} are prepared: '
+      'prepare it again (python -m jaxrobust.data prepare --help)'
+    )
   if settings.num_images is not None:
     if settings.num_images > len(images):
-      raise UserError(f'config.evaluation.num_images = {settings.num_images}: the '
-                      f'{settings.split} split has {len(images)} images')
-    images, labels = images[:settings.num_images], labels[:settings.num_images]
+      raise UserError(
+        f'config.evaluation.num_images = {settings.num_images}: the '
+        f'{settings.split} split has {len(images)} images'
+      )
+    images, labels = images[: settings.num_images], labels[: settings.num_images]
   folder = workdirs.claim(workdir, config)
   protocol = {
-      'suite': settings.suite, 'dataset': config.dataset.name, 'split': settings.split,
-      'num_images': len(images), 'norm': config.threat.norm,
-      'epsilon': config.threat.epsilon, 'seed': config.seed,
-      'attack': settings.attack.to_dict() if settings.suite != 'clean' else None,
-      'checkpoint_sha256': _sha256(path),
+    'suite': suite,
+    'dataset': config.dataset.name,
+    'split': settings.split,
+    'num_images': len(images),
+    'norm': config.threat.norm,
+    'epsilon': config.threat.epsilon,
+    'seed': config.seed,
+    'attack': settings.attack.to_dict() if attack else None,
+    'checkpoint_sha256': _sha256(path),
   }
   entry = workdirs.find_result(folder, protocol)
   if entry is None:
-    outcome = _judge(config, model, variables, images, labels)
-    entry = None
+    outcome = _judge(config, suite, model, attack, variables, images, labels)
     if parallel.is_writer():
       entry = _write(folder, protocol, outcome, images, labels)
     parallel.barrier('evaluated')
   if parallel.is_writer():
-    print(f'{configs.experiment_name(config)}: clean {entry["clean_accuracy"]:.2%}, '
-          f'{settings.suite} {entry["robust_accuracy"]:.2%} of {len(images)} '
-          f'{settings.split} images')
+    print(
+      f'{configs.experiment_name(config)}: clean {entry["clean_accuracy"]:.2%}, '
+      f'{suite} {entry["robust_accuracy"]:.2%} of {len(images)} '
+      f'{settings.split} images'
+    )
 
 
-def _judge(config, model, variables, images, labels) -> suites.Outcome:
-  """Runs the suite over the images, with progress."""
-  attack = None
-  if config.evaluation.suite != 'clean':
-    attack = pgd.from_config(config.evaluation.attack,
-                             norms.get(config.threat.norm, config.threat.epsilon))
+def _judge(config, suite, model, attack, variables, images, labels) -> suites.Outcome:
+  """Runs the attack over the images, with progress."""
   evaluator = suites.Evaluator(
-      lambda v, x: model.apply(*v, x, batch_stats=False)[0], attack,
-      batch_size=min(config.evaluation.batch_size, len(images)), seed=config.seed)
-  progress = metrics.Progress(config.evaluation.suite, len(images), 'images')
+    lambda v, x: model.apply(*v, x, batch_stats=False)[0],
+    attack,
+    batch_size=min(config.evaluation.batch_size, len(images)),
+    seed=config.seed,
+  )
+  progress = metrics.Progress(suite, len(images), 'images')
   try:
-    return evaluator(parallel.replicate(variables), images, labels,
-                     keep=_NUM_EXAMPLES, progress=progress.advance)
+    return evaluator(
+      parallel.replicate(variables),
+      images,
+      labels,
+      keep=_NUM_EXAMPLES,
+      progress=progress.advance,
+    )
   finally:
     progress.close()
 
@@ -110,16 +130,25 @@ def _write(folder, protocol, outcome: suites.Outcome, images, labels) -> dict:
   (folder / 'figures').mkdir(parents=True, exist_ok=True)
   buffer = io.BytesIO()
   shown = len(outcome.adversarial)
-  np.savez(buffer, images=images[:shown], adversarial=outcome.adversarial,
-           labels=labels[:shown], predictions=outcome.predictions)
+  np.savez(
+    buffer,
+    images=images[:shown],
+    adversarial=outcome.adversarial,
+    labels=labels[:shown],
+    predictions=outcome.predictions,
+  )
   workdirs.write(folder / 'figures' / 'examples.npz', buffer.getvalue())
   count = len(outcome.clean)
-  entry = workdirs.add_result(folder, protocol, {
+  entry = workdirs.add_result(
+    folder,
+    protocol,
+    {
       'clean_correct': int(outcome.clean.sum()),
       'robust_correct': int(outcome.robust.sum()),
       'clean_accuracy': float(outcome.clean.sum() / count),
       'robust_accuracy': float(outcome.robust.sum() / count),
-  })
+    },
+  )
   logging.info('wrote %s', folder / 'results.json')
   return entry
 

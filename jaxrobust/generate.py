@@ -31,67 +31,98 @@ from etils import epath
 from jaxrobust import checkpoint, cli, generators, metrics, models, parallel
 from jaxrobust import config as configs
 from jaxrobust import workdir as workdirs
-from jaxrobust.data import datasets, samples
+from jaxrobust.data import datasets, samples, shards
 from jaxrobust.errors import UserError
 
 
 def main(config, workdir):
   """Runs the stages that are not there yet."""
   if config is None:
-    raise UserError('--config is missing: give a generator experiment, such as '
-                    '--config=experiments/digits_gaussian.py')
+    raise UserError(
+      '--config is missing: give a generator experiment, such as '
+      '--config=experiments/digits_gaussian.py'
+    )
   check(config)
+  parallel.require_one_process('generate')
+  shards.local_path(workdir)  # Refuses a remote folder: samples are read at random.
   info = datasets.INFO[config.dataset.name]
-  generator_class = generators.get(config.generator.name)
-  predict = load_labeller(config.labeller, info)
-  folder = workdirs.claim(workdir, config)
-  if (folder / 'samples').exists():
-    found = samples.SampleSet.open(str(folder / 'samples'))
+  if (epath.Path(workdir) / 'samples').exists():
+    folder = workdirs.claim(workdir, config)
+    found = samples.SampleSet.open(folder / 'samples')
     logging.info('%s is finished: %d samples', folder / 'samples', len(found))
     return
+  generator_class = generators.get(config.generator.name)
+  generator_class.check(config.generator)
+  predict = load_labeller(config.labeller, info)
+  folder = workdirs.claim(workdir, config)
   path = folder / 'generator.npz'
   if path.exists():
     generator = generator_class.restore(path)
   else:
     real = datasets.load(
-        config.dataset.name, 'train', data_dir=config.dataset.data_dir,
-        train_images=config.dataset.train_images,
-        validation_images=config.dataset.validation_images)
-    logging.info('fitting %s to %d training images', config.generator.name,
-                 len(real.images))
+      config.dataset.name,
+      'train',
+      data_dir=config.dataset.data_dir,
+      train_images=config.dataset.train_images,
+      validation_images=config.dataset.validation_images,
+    )
+    logging.info(
+      'fitting %s to %d training images', config.generator.name, len(real.images)
+    )
     generator = generator_class.fit(*real, info.num_classes, config.generator)
     generator.save(path)
   selection = Selection(config, info.num_classes)
   drawn = labelled_samples(config, generator, predict)
   metadata = {
-      'generator': config.generator.to_dict(), 'dataset': config.dataset.to_dict(),
-      'seed': config.seed, 'labeller': labeller_name(config.labeller),
-      'selection': config.samples.selection,
+    'generator': config.generator.to_dict(),
+    'dataset': config.dataset.to_dict(),
+    'seed': config.seed,
+    'labeller': labeller_name(config.labeller),
+    'selection': config.samples.selection,
   }
   samples.write(
-      str(folder / 'samples'), selection.select(drawn), metadata=metadata,
-      num_classes=info.num_classes, shard_size=config.samples.shard_size)
+    str(folder / 'samples'),
+    selection.select(drawn),
+    metadata=metadata,
+    num_classes=info.num_classes,
+    shard_size=config.samples.shard_size,
+  )
   logging.info(
-      'wrote %s: %d of %d samples drawn; the labeller agrees with the class that a '
-      'sample was drawn for in %.1f%%', folder / 'samples', config.samples.count,
-      selection.drawn, 100 * selection.agreed / selection.drawn)
+    'wrote %s: %d of %d samples drawn; the labeller agrees with the class that a '
+    'sample was drawn for in %.1f%%',
+    folder / 'samples',
+    config.samples.count,
+    selection.drawn,
+    100 * selection.agreed / selection.drawn,
+  )
 
 
 def check(config):
   """Raises UserError for a value that cannot be meant."""
+  if 'generator' not in config:
+    raise UserError(
+      "this is not a generator's config: give an experiment such as "
+      'experiments/digits_gaussian.py'
+    )
   if config.dataset.name not in datasets.INFO:
-    raise UserError(f'config.dataset.name = {config.dataset.name!r}: use one of '
-                    f'{", ".join(datasets.INFO)}')
+    raise UserError(
+      f'config.dataset.name = {config.dataset.name!r}: use one of '
+      f'{", ".join(datasets.INFO)}'
+    )
   for name in ('count', 'max_draws_factor', 'shard_size', 'batch_size'):
     if config.samples[name] <= 0:
       raise UserError(
-          f'config.samples.{name} = {config.samples[name]}: use a number above 0')
+        f'config.samples.{name} = {config.samples[name]}: use a number above 0'
+      )
   if config.samples.selection not in ('balanced', 'none'):
-    raise UserError(f'config.samples.selection = {config.samples.selection!r}: use '
-                    'balanced or none')
+    raise UserError(
+      f'config.samples.selection = {config.samples.selection!r}: use balanced or none'
+    )
   if not config.labeller:
-    raise UserError('config.labeller is not set: give the workdir of a non-robust '
-                    'classifier (train with config.loss.name=standard)')
+    raise UserError(
+      'config.labeller is not set: give the workdir of a non-robust '
+      'classifier (train with config.loss.name=standard)'
+    )
 
 
 def load_labeller(path: str, info: datasets.DatasetInfo):
@@ -101,25 +132,26 @@ def load_labeller(path: str, info: datasets.DatasetInfo):
     UserError: if no finished run is there, or it is of another kind of images.
   """
   folder = epath.Path(path)
-  if not (folder / 'config.json').exists():
-    raise UserError(f'config.labeller = {path}: no run is there; give the workdir of a '
-                    'finished training run')
-  config = configs.from_json((folder / 'config.json').read_text())
+  config = workdirs.read_config(folder)
+  configs.check(config)
   theirs = datasets.INFO[config.dataset.name]
   if (theirs.image_shape, theirs.num_classes) != (info.image_shape, info.num_classes):
-    raise UserError(f'config.labeller = {path} was trained on {theirs.name}, which has '
-                    f'other images or classes than {info.name}')
+    raise UserError(
+      f'config.labeller = {path} was trained on {theirs.name}, which has '
+      f'other images or classes than {info.name}'
+    )
   model = models.from_config(config.model, theirs)
   variables = parallel.replicate(checkpoint.load(folder, model))
   logits_fn = parallel.pmap(
-      lambda v, x: model.apply(*v, x / 255, batch_stats=False)[0].argmax(-1))
+    lambda v, x: model.apply(*v, x / 255, batch_stats=False)[0].argmax(-1)
+  )
 
   def predict(images):
     # Filled up to a multiple of the devices, then cut.
     padding = -len(images) % parallel.num_local_devices()
     padded = np.concatenate([images, images[:1].repeat(padding, 0)])
     found = logits_fn(variables, parallel.shard(np.float32(padded)))
-    return np.asarray(found, np.int32).reshape(-1)[:len(images)]
+    return np.asarray(found, np.int32).reshape(-1)[: len(images)]
 
   return predict
 
@@ -179,16 +211,17 @@ class Selection:
       if self.drawn >= self._most:
         short = np.flatnonzero(room)
         raise UserError(
-            f'after {self.drawn} samples the labeller has found too few of the classes '
-            f'{short.tolist()} ({left} of {self._count} are missing): use a better '
-            'generator or labeller, config.samples.selection=none, or a higher '
-            'config.samples.max_draws_factor')
+          f'after {self.drawn} samples the labeller has found too few of the classes '
+          f'{short.tolist()} ({left} of {self._count} are missing): use a better '
+          'generator or labeller, config.samples.selection=none, or a higher '
+          'config.samples.max_draws_factor'
+        )
 
 
 def labeller_name(path: str) -> dict:
   """What is known of the labeller: its experiment and the checksum of its file."""
   folder = epath.Path(path)
-  config = configs.from_json((folder / 'config.json').read_text())
+  config = workdirs.read_config(folder)
   digest = hashlib.sha256((folder / 'checkpoint.npy').read_bytes()).hexdigest()
   return {'experiment': configs.experiment_name(config), 'checkpoint_sha256': digest}
 

@@ -43,11 +43,13 @@ def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
     [B], in nats, at least 0 up to rounding.
   """
   return optax.losses.kl_divergence_with_log_targets(
-      log_probabilities(q_logits), log_probabilities(p_logits))
+    log_probabilities(q_logits), log_probabilities(p_logits)
+  )
 
 
-def trades(clean_logits: jax.Array, adv_logits: jax.Array, targets: jax.Array,
-           beta: float) -> jax.Array:
+def trades(
+  clean_logits: jax.Array, adv_logits: jax.Array, targets: jax.Array, beta: float
+) -> jax.Array:
   """Accuracy on clean images plus beta times the effect of the attack.
 
   Source: Zhang et al. 2019; the released recipe has beta = 6.
@@ -77,5 +79,7 @@ def weight_decay(params) -> jax.Array:
     [].
   """
   return 0.5 * sum(
-      jnp.sum(jnp.square(value))
-      for _, name, value in hk.data_structures.traverse(params) if name in ('w', 'b'))
+    jnp.sum(jnp.square(value))
+    for _, name, value in hk.data_structures.traverse(params)
+    if name in ('w', 'b')
+  )

@@ -40,10 +40,12 @@ class Writer:
     else:
       with self._path.open('a') as f:
         f.write(json.dumps(line) + '\n')
-    values = [Summary.Value(tag=k, simple_value=v) for k, v in finite.items()
-              if v is not None]
+    values = [
+      Summary.Value(tag=k, simple_value=v) for k, v in finite.items() if v is not None
+    ]
     self._events.add_event(
-        Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+      Event(step=step, wall_time=time.time(), summary=Summary(value=values))
+    )
 
   def _flush(self):
     workdirs.write(self._path, ''.join(json.dumps(x) + '\n' for x in self._lines))
@@ -71,8 +73,9 @@ def read(folder: epath.Path) -> list[dict]:
 class Progress:
   """Progress of a long loop: a bar on a terminal, log lines elsewhere."""
 
-  def __init__(self, what: str, total: int, unit: str, done: int = 0,
-               seconds: float = 10.0):
+  def __init__(
+    self, what: str, total: int, unit: str, done: int = 0, seconds: float = 10.0
+  ):
     """Starts the clock.
 
     Args:
@@ -88,7 +91,8 @@ class Progress:
     self._bar = None
     if parallel.is_writer() and sys.stderr.isatty():
       self._bar = tqdm.tqdm(
-          total=total, initial=done, desc=what, unit=f' {unit}', dynamic_ncols=True)
+        total=total, initial=done, desc=what, unit=f' {unit}', dynamic_ncols=True
+      )
 
   def advance(self, count: int = 1, note: str = ''):
     """Tells that `count` more units are done, with a note such as an accuracy."""
@@ -99,13 +103,21 @@ class Progress:
       return
     now = time.monotonic()
     if parallel.is_writer() and (
-        now - self._last >= self._seconds or self._done >= self._total):
+      now - self._last >= self._seconds or self._done >= self._total
+    ):
       self._last = now
       rate = (self._done - self._first) / max(now - self._start, 1e-9)
       left = (self._total - self._done) / rate if rate else math.inf
-      logging.info('%s: %d of %d %s, %.3g a second, %s left%s', self._what, self._done,
-                   self._total, self._unit, rate, duration(left),
-                   f', {note}' if note else '')
+      logging.info(
+        '%s: %d of %d %s, %.3g a second, %s left%s',
+        self._what,
+        self._done,
+        self._total,
+        self._unit,
+        rate,
+        duration(left),
+        f', {note}' if note else '',
+      )
 
   def close(self):
     """Ends the bar's line."""

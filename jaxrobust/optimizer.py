@@ -26,8 +26,8 @@ def schedule(name: str, *, learning_rate: float, num_steps: int, warmup_steps: i
   if name == 'cosine':
     main = optax.cosine_decay_schedule(learning_rate, num_steps - warmup_steps)
   elif name == 'step':
-    # The drop is at two thirds of the whole run. The released code counts it from the
-    # end of the warm-up, by its use of joined schedules.
+    # Deviation: the released code counts the drop from the end of the warm-up, by its
+    # use of joined schedules; the papers say two thirds of the run.
     drop = max(num_steps * 2 // 3 - warmup_steps, 0)
     main = optax.piecewise_constant_schedule(learning_rate, {drop: 0.1})
   else:
@@ -38,8 +38,11 @@ def schedule(name: str, *, learning_rate: float, num_steps: int, warmup_steps: i
 def make(config, derived) -> optax.GradientTransformation:
   """SGD with momentum; weight decay is part of the loss (the released recipe)."""
   learning_rate = schedule(
-      config.schedule, learning_rate=derived.learning_rate,
-      num_steps=derived.num_steps, warmup_steps=derived.warmup_steps)
+    config.schedule,
+    learning_rate=derived.learning_rate,
+    num_steps=derived.num_steps,
+    warmup_steps=derived.warmup_steps,
+  )
   return optax.sgd(learning_rate, config.momentum, nesterov=config.nesterov)
 
 

@@ -29,11 +29,17 @@ def initialize(coordinator: str = '', num_processes: int = 0, process_id: int = 
   """
   if coordinator == 'auto':
     jax.distributed.initialize()
+  elif num_processes > 1 and not coordinator:
+    raise UserError(
+      f'num_processes = {num_processes} without a coordinator: add '
+      '--coordinator=HOST:PORT of process 0'
+    )
   elif coordinator:
     if not 0 <= process_id < num_processes:
       raise UserError(
-          f'process_id = {process_id} of num_processes = {num_processes}: '
-          'number the processes 0 .. num_processes - 1')
+        f'process_id = {process_id} of num_processes = {num_processes}: '
+        'number the processes 0 .. num_processes - 1'
+      )
     jax.distributed.initialize(coordinator, num_processes, process_id)
 
 
@@ -45,6 +51,30 @@ def is_writer() -> bool:
 def num_devices() -> int:
   """Devices of the whole run, over all processes."""
   return jax.device_count()
+
+
+def kind_of_device() -> str:
+  """What the devices are."""
+  return jax.devices()[0].device_kind
+
+
+def require_one_process(program: str):
+  """Raises UserError if the run has several processes."""
+  if jax.process_count() > 1:
+    raise UserError(
+      f'{program} runs in one process: start it once, without --coordinator'
+    )
+
+
+def require_agreement(step: int):
+  """Raises UserError if the processes would start from different steps."""
+  if jax.process_count() > 1:
+    steps = multihost_utils.process_allgather(np.int32(step)).tolist()
+    if len(set(steps)) > 1:
+      raise UserError(
+        f'the processes found checkpoints of different steps, {steps}: give all of '
+        'them one workdir that they share'
+      )
 
 
 def num_local_devices() -> int:
@@ -75,9 +105,10 @@ def mean_in_group(x: jax.Array, devices_per_group: int) -> jax.Array:
   devices = jax.lax.axis_size(AXIS)
   if devices % devices_per_group:
     raise UserError(
-        f'a BatchNorm group spans {devices_per_group} devices, which does not '
-        f'divide the {devices} of this run: change model.batch_norm_group or the '
-        'number of devices')
+      f'a BatchNorm group spans {devices_per_group} devices, which does not '
+      f'divide the {devices} of this run: change model.batch_norm_group or the '
+      'number of devices'
+    )
   groups = np.arange(devices).reshape(-1, devices_per_group).tolist()
   return jax.lax.pmean(x, AXIS, axis_index_groups=groups)
 
@@ -97,7 +128,8 @@ def replicate(tree):
   """Copies a tree to every local device, with a leading device axis."""
   sharding, count = _local_sharding(), jax.local_device_count()
   place = lambda x: jax.device_put(
-      np.broadcast_to(np.asarray(x), (count, *np.shape(x))), sharding)
+    np.broadcast_to(np.asarray(x), (count, *np.shape(x))), sharding
+  )
   return jax.tree.map(place, tree)
 
 
@@ -111,7 +143,8 @@ def shard(tree):
   """Spreads numpy arrays [b, ...] of this process over its devices, [d, b / d, ...]."""
   count, sharding = jax.local_device_count(), _local_sharding()
   place = lambda x: jax.device_put(
-      np.reshape(x, (count, x.shape[0] // count, *x.shape[1:])), sharding)
+    np.reshape(x, (count, x.shape[0] // count, *x.shape[1:])), sharding
+  )
   return jax.tree.map(place, tree)
 
 
@@ -133,8 +166,9 @@ def process_slots(batch_size: int) -> tuple[int, int]:
   """
   if batch_size % jax.device_count():
     raise UserError(
-        f'a batch of {batch_size} does not divide over {jax.device_count()} '
-        'devices: use a multiple of that number')
+      f'a batch of {batch_size} does not divide over {jax.device_count()} '
+      'devices: use a multiple of that number'
+    )
   local = batch_size // jax.device_count() * jax.local_device_count()
   start = jax.process_index() * local
   return start, start + local
@@ -147,9 +181,9 @@ class Preemption:
     self._asked = False
     # With several processes jax's own service listens for SIGTERM and agrees on
     # the step; a handler of ours would hide the signal from it.
-    signals = [signal.SIGINT]
+    signals = []
     if jax.process_count() == 1:
-      signals.append(signal.SIGTERM)
+      signals = [signal.SIGINT, signal.SIGTERM]
     self._previous = {s: signal.signal(s, self._ask) for s in signals}
 
   def _ask(self, signum, frame):

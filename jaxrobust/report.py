@@ -35,8 +35,10 @@ def main(config, workdir):
   folder = epath.Path(workdir)
   runs = find_runs(folder)
   if not runs:
-    raise UserError(f'{folder} holds no workdir of a training run: give the folder in '
-                    'which the workdirs are')
+    raise UserError(
+      f'{folder} holds no workdir of a training run: give the folder in '
+      'which the workdirs are'
+    )
   text = table(runs)
   print(text, end='')
   workdirs.write(folder / 'report.md', text)
@@ -50,33 +52,44 @@ def find_runs(folder: epath.Path) -> list[tuple[epath.Path, object]]:
   children = sorted(folder.iterdir()) if folder.is_dir() else []
   for child in children:
     path = child / 'config.json'
-    if path.exists() and 'threat' in (config := configs.from_json(path.read_text())):
+    if path.exists() and 'threat' in (config := workdirs.read_config(child)):
       found.append((child, config))
   return found
 
 
 def table(runs) -> str:
-  """Markdown: a line an experiment and protocol, over its seeds; percent."""
-  cells = {}
+  """Markdown: a line an experiment and protocol, over its seeds; percent.
+
+  Runs are seeds of one experiment if their configs differ in nothing else.
+  """
+  rows = {}
   for folder, config in runs:
     data = f'{config.data.real_fraction:.0%} real' if config.data.samples else 'real'
     for entry in workdirs.read_results(folder) or [None]:
-      protocol = 'not evaluated'
-      if entry:
-        p = entry['protocol']
-        protocol = (f'{p["suite"]}, {p["norm"]} {p["epsilon"]:.4g} | '
-                    f'{p["num_images"]} {p["split"]}')
-      key = (configs.experiment_name(config), data, protocol)
-      cells.setdefault(key, []).append(entry)
-  lines = ['| experiment | data | seeds | clean | robust | suite | images |',
-           '|---|---|---|---|---|---|---|']
-  for (name, data, protocol), entries in cells.items():
-    if entries[0] is None:
-      row = [name, data, str(len(entries)), '–', '–', protocol, '–']
-    else:
-      row = [name, data, str(len(entries)), _percent(entries, 'clean_accuracy'),
-             _percent(entries, 'robust_accuracy'), protocol]
-    lines.append(f'| {" | ".join(row)} |')
+      protocol = dict(entry['protocol']) if entry else None
+      if protocol:  # What differs from seed to seed.
+        protocol |= {'seed': None, 'checkpoint_sha256': None}
+      same = configs.from_json(configs.to_json(config)).unlock()
+      same.seed = None
+      key = (configs.to_json(same), str(protocol))
+      _, entries = rows.setdefault(
+        key, ((configs.experiment_name(config), data, protocol), {})
+      )
+      entries[config.seed] = entry  # The last one of a workdir counts.
+  lines = [
+    '| experiment | data | seeds | clean | robust | suite | images |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  for (name, data, protocol), entries in rows.values():
+    cells = ['–', '–', 'not evaluated', '–']
+    if protocol:
+      cells = [
+        _percent(entries.values(), 'clean_accuracy'),
+        _percent(entries.values(), 'robust_accuracy'),
+        f'{protocol["suite"]}, {protocol["norm"]} {protocol["epsilon"]:.4g}',
+        f'{protocol["num_images"]} {protocol["split"]}',
+      ]
+    lines.append(f'| {" | ".join([name, data, str(len(entries)), *cells])} |')
   return '\n'.join(lines) + '\n'
 
 
@@ -122,13 +135,23 @@ def figure(runs) -> bytes:
 def _draw_curves(clean_axis, robust_axis, folder: epath.Path, color: str):
   """Validation accuracy of a run, and the accuracy on its training batches, dotted."""
   lines = metrics.read(folder)
-  attack = next((k for line in lines for k in line
-                 if k.startswith('eval_ema/') and 'clean' not in k), None)
+  attack = next(
+    (
+      k
+      for line in lines
+      for k in line
+      if k.startswith('eval_ema/') and 'clean' not in k
+    ),
+    None,
+  )
   for axis, validation, training in (
-      (clean_axis, 'eval_ema/clean_accuracy', 'train/clean_accuracy'),
-      (robust_axis, attack, 'train/adv_accuracy')):
-    for key, style, label in ((validation, '-', f'{folder.name}: validation'),
-                              (training, ':', f'{folder.name}: training batches')):
+    (clean_axis, 'eval_ema/clean_accuracy', 'train/clean_accuracy'),
+    (robust_axis, attack, 'train/adv_accuracy'),
+  ):
+    for key, style, label in (
+      (validation, '-', f'{folder.name}: validation'),
+      (training, ':', f'{folder.name}: training batches'),
+    ):
       points = [(x['step'], x[key]) for x in lines if x.get(key) is not None]
       if points:
         axis.plot(*zip(*points, strict=True), style, color=color, label=label)
@@ -147,10 +170,17 @@ def image_rows(runs) -> list[tuple[str, np.ndarray]]:
   for source in sorted({c.data.samples for _, c in runs if c.data.samples}):
     if epath.Path(source).exists():
       sample_set = samples.SampleSet.open(source)
-      rows.append((f'generated\n{epath.Path(source).parent.name}',
-                   sample_set.gather(np.arange(_SHOWN)) / 255))
+      rows.append(
+        (
+          f'generated\n{epath.Path(source).parent.name}',
+          sample_set.gather(np.arange(min(_SHOWN, len(sample_set)))) / 255,
+        )
+      )
   if runs and runs[0][1].dataset.name == 'digits':
-    real = datasets.load('digits', 'train', train_images=_SHOWN)
+    config = runs[0][1].dataset
+    real = datasets.load(
+      'digits', 'train', train_images=_SHOWN, validation_images=config.validation_images
+    )
     rows.insert(0, ('real, training', real.images / 255))
   return [(title, row) for title, row in rows if len(row) == _SHOWN]
 

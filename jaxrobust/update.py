@@ -30,6 +30,7 @@ class TrainState(NamedTuple):
     ema_net_state: BatchNorm statistics that go with `ema_params`.
     step: completed updates, int32 [].
   """
+
   params: Any
   net_state: Any
   opt_state: Any
@@ -47,6 +48,7 @@ class Batch(NamedTuple):
     is_generated: bool [b].
     slots: int32 [b], positions in the global batch.
   """
+
   images: jax.Array
   labels: jax.Array
   is_generated: jax.Array
@@ -57,12 +59,16 @@ def init_state(config, model, optimizer: optax.GradientTransformation) -> TrainS
   """The state before the first update; a function of `config.seed`."""
   params, net_state = model.init(_stream(config.seed, 'init'))
   return TrainState(
-      params=params, net_state=net_state, opt_state=optimizer.init(params),
-      ema_params=params, ema_net_state=net_state, step=jnp.zeros([], jnp.int32))
+    params=params,
+    net_state=net_state,
+    opt_state=optimizer.init(params),
+    ema_params=params,
+    ema_net_state=net_state,
+    step=jnp.zeros([], jnp.int32),
+  )
 
 
-def make_step(config, model, optimizer: optax.GradientTransformation,
-              num_classes: int):
+def make_step(config, model, optimizer: optax.GradientTransformation, num_classes: int):
   """Builds the training step of the released recipe, or a variant of it.
 
   BatchNorm: the clean pass and every pass of the attack use the statistics of their
@@ -86,22 +92,23 @@ def make_step(config, model, optimizer: optax.GradientTransformation,
   def step(state: TrainState, batch: Batch):
     images, targets, attack_rngs = _augmented(config, num_classes, state.step, batch)
     (_, (net_state, adv_images, metrics)), grads = jax.value_and_grad(
-        loss_of, has_aux=True)(
-            state.params, state.net_state, images, targets, attack_rngs)
-    grads, net_state, metrics = parallel.mean_over_devices(
-        (grads, net_state, metrics))
+      loss_of, has_aux=True
+    )(state.params, state.net_state, images, targets, attack_rngs)
+    grads, net_state, metrics = parallel.mean_over_devices((grads, net_state, metrics))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = optimizers.ema_decay(config.ema.decay, state.step)
     ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
     if config.ema.batch_norm == 'own':
       _, ema_net_state = model.apply(
-          ema_params, state.ema_net_state, adv_images, batch_stats=True)
+        ema_params, state.ema_net_state, adv_images, batch_stats=True
+      )
       ema_net_state = parallel.mean_over_devices(ema_net_state)
     else:
       ema_net_state = net_state
-    return TrainState(params, net_state, opt_state, ema_params, ema_net_state,
-                      state.step + 1), metrics
+    return TrainState(
+      params, net_state, opt_state, ema_params, ema_net_state, state.step + 1
+    ), metrics
 
   return step
 
@@ -110,12 +117,12 @@ def _make_loss(config, model, num_classes):
   """`loss(params, net_state, images, targets, rngs) -> (loss, (net_state, …))`."""
   name = config.loss.name
   if name not in ('standard', 'adversarial', 'trades'):
-    raise UserError(
-        f'config.loss.name = {name!r}: use standard, adversarial or trades')
+    raise UserError(f'config.loss.name = {name!r}: use standard, adversarial or trades')
   attack = None
   if name != 'standard':
     attack = pgd.from_config(
-        config.attack, norms.get(config.threat.norm, config.threat.epsilon))
+      config.attack, norms.get(config.threat.norm, config.threat.epsilon)
+    )
   reference_of = _make_reference(config, num_classes)
 
   def loss_fn(params, net_state, images, targets, rngs):
@@ -134,8 +141,11 @@ def _make_loss(config, model, num_classes):
       clean_logits = forward(params, images)[0]
       frozen = jax.lax.stop_gradient(params)
       adv_images = attack(
-          lambda x: forward(frozen, x)[0], rngs, images,
-          reference_of(jax.lax.stop_gradient(clean_logits), targets))
+        lambda x: forward(frozen, x)[0],
+        rngs,
+        images,
+        reference_of(jax.lax.stop_gradient(clean_logits), targets),
+      )
       adv_logits, net_state = forward(params, adv_images)
       metrics['train/clean_accuracy'] = accuracy(clean_logits)
       metrics['train/adv_accuracy'] = accuracy(adv_logits)
@@ -156,8 +166,9 @@ def _make_reference(config, num_classes):
   if wants == 'labels':
     if config.augment.cutmix:
       raise UserError(
-          f'config.attack.objective = {config.attack.objective!r} wants hard labels, '
-          'which CutMix mixes: use kl_divergence or cross_entropy')
+        f'config.attack.objective = {config.attack.objective!r} wants hard labels, '
+        'which CutMix mixes: use kl_divergence or cross_entropy'
+      )
     return lambda clean_logits, targets: jnp.argmax(targets, axis=-1)
   if wants == 'probabilities' and not config.augment.cutmix:
     return lambda clean_logits, targets: jax.nn.softmax(clean_logits)
@@ -169,18 +180,24 @@ def _augmented(config, num_classes, step, batch: Batch):
   """Images [b, H, W, C] in [0, 1], targets [b, K] and the attack's keys [b]."""
   rng = lambda name: jax.random.fold_in(_stream(config.seed, name), step)
   images = augment.augment(
-      batch.images, parallel.key_per_slot(rng('augment'), batch.slots),
-      pad=config.augment.pad, flip=config.augment.flip)
+    batch.images,
+    parallel.key_per_slot(rng('augment'), batch.slots),
+    pad=config.augment.pad,
+    flip=config.augment.flip,
+  )
   targets = augment.one_hot_targets(
-      batch.labels, batch.is_generated, num_classes, config.augment.label_smoothing)
+    batch.labels, batch.is_generated, num_classes, config.augment.label_smoothing
+  )
   if config.augment.cutmix:
     # The partner may be on another device: mix the whole batch, keep our slots.
-    slots, all_images, all_targets = parallel.all_gather(
-        (batch.slots, images, targets))
+    slots, all_images, all_targets = parallel.all_gather((batch.slots, images, targets))
     order = jnp.argsort(slots)
     images, targets = augment.cutmix(
-        all_images[order], all_targets[order], rng('cutmix'),
-        num_workers=config.augment.cutmix_workers)
+      all_images[order],
+      all_targets[order],
+      rng('cutmix'),
+      num_workers=config.augment.cutmix_workers,
+    )
     images, targets = images[batch.slots], targets[batch.slots]
   return images, targets, parallel.key_per_slot(rng('attack'), batch.slots)
 

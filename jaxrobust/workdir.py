@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import platform
 
-import jax
 from etils import epath
 
 from jaxrobust import config as configs
@@ -35,10 +34,11 @@ def claim(workdir: str, config) -> epath.Path:
   folder = epath.Path(workdir)
   path = folder / 'config.json'
   if path.exists():
-    if changed := configs.differences(configs.from_json(path.read_text()), config):
+    if changed := configs.differences(read_config(folder), config):
       raise UserError(
-          f'{folder} holds a run with another config ({"; ".join(changed)}): use '
-          'another --workdir, or the same config')
+        f'{folder} holds a run with another config ({"; ".join(changed)}): use '
+        'another --workdir, or the same config'
+      )
   elif parallel.is_writer():
     try:
       folder.mkdir(parents=True, exist_ok=True)
@@ -46,6 +46,19 @@ def claim(workdir: str, config) -> epath.Path:
     except OSError as e:
       raise UserError(f'cannot write to {folder}: {e.strerror or e}') from e
   return folder
+
+
+def read_config(folder: str | epath.Path):
+  """The config of the run in `folder`; UserError if there is none, or a broken one."""
+  path = epath.Path(folder) / 'config.json'
+  if not path.exists():
+    raise UserError(f'{path} is absent: give the workdir of a run')
+  try:
+    return configs.from_json(path.read_text())
+  except ValueError as e:
+    raise UserError(
+      f'{path} is damaged ({e}): restore it, or use another --workdir'
+    ) from e
 
 
 def write(path: epath.Path, content: str | bytes):
@@ -83,10 +96,10 @@ def add_result(folder: epath.Path, protocol: dict, figures: dict) -> dict:
     The entry: protocol, figures, versions and time.
   """
   entry = {
-      'protocol': protocol,
-      **figures,
-      'versions': versions(),
-      'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'protocol': protocol,
+    **figures,
+    'versions': versions(),
+    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
   }
   results = [*read_results(folder), entry]
   write(folder / 'results.json', json.dumps(results, indent=2) + '\n')
@@ -97,5 +110,11 @@ def versions() -> dict:
   """Versions of this package and of what the numbers depend on, and the device."""
   found = {name: importlib.metadata.version(name) for name in _PACKAGES}
   from jaxrobust import __version__
-  return {'jaxrobust': __version__, 'python': platform.python_version(), **found,
-          'device': jax.devices()[0].device_kind, 'num_devices': jax.device_count()}
+
+  return {
+    'jaxrobust': __version__,
+    'python': platform.python_version(),
+    **found,
+    'device': parallel.kind_of_device(),
+    'num_devices': parallel.num_devices(),
+  }

@@ -2,17 +2,21 @@
 # It is .venv in the repository, or $JAXROBUST_VENV.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${JAXROBUST_VENV:-$root/.venv}
+case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 PYTHON=$venv/bin/python
 
 find_python() {
   local name
-  for name in python3 python3.11 python3.12 python3.13 python3.14 python; do
-    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  # Tensorflow is not built for 3.14 yet.
+  for name in python3 python3.11 python3.12 python3.13 python; do
+    if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+      2>/dev/null; then
       echo "$name"
       return
     fi
   done
-  echo 'error: no Python 3.11 or newer on the PATH: install one, then run this again' >&2
+  echo 'error: no Python 3.11, 3.12 or 3.13 on the PATH: install one, then run this' \
+    'again' >&2
   exit 1
 }
 

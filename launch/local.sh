@@ -18,6 +18,7 @@ for argument; do
     *) folder=$argument ;;
   esac
 done
+case $folder in /* | runs/quickstart) ;; *) folder=$PWD/$folder ;; esac
 # shellcheck source=launch/environment.sh
 . "$(dirname "$0")/environment.sh"
 

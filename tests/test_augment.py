@@ -23,7 +23,7 @@ def all_crops(image, pad):
   padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
   for top in range(2 * pad + 1):
     for left in range(2 * pad + 1):
-      crop = padded[top:top + height, left:left + width]
+      crop = padded[top : top + height, left : left + width]
       yield (top, left, False), crop
       yield (top, left, True), crop[:, ::-1]
 
@@ -34,8 +34,9 @@ def test_every_crop_is_a_numpy_crop_and_every_offset_occurs(shape):
   image = RNG.integers(1, 256, shape, np.uint8)  # No zeros but those of padding.
   known = {crop.tobytes(): shift for shift, crop in all_crops(image, pad)}
   assert len(known) == 2 * 25
-  found = np.asarray(augmented(
-      np.repeat(image[None], count, 0), keys(count), pad=pad, flip=True))
+  found = np.asarray(
+    augmented(np.repeat(image[None], count, 0), keys(count), pad=pad, flip=True)
+  )
   assert found.dtype == np.float32 and found.max() <= 1
   shifts = [known[x.tobytes()] for x in np.rint(found * 255).astype(np.uint8)]
   # A compiler may multiply by 1 / 255: one rounding more.
@@ -49,8 +50,9 @@ def test_every_crop_is_a_numpy_crop_and_every_offset_occurs(shape):
 def test_flips_half_the_images_when_asked():
   image = np.arange(6, dtype=np.uint8).reshape(1, 6, 1)
   batch = np.repeat(image[None], 1000, 0)
-  flipped = lambda flip: np.asarray(
-      augment.augment(batch, keys(1000), pad=0, flip=flip))[:, 0, 0, 0] > 0
+  flipped = lambda flip: (
+    np.asarray(augment.augment(batch, keys(1000), pad=0, flip=flip))[:, 0, 0, 0] > 0
+  )
   assert flipped(False).sum() == 0
   # 5 standard deviations of a fair coin.
   assert abs(flipped(True).mean() - 0.5) < 5 * 0.5 / np.sqrt(1000)
@@ -75,32 +77,40 @@ def test_one_hot_targets_smooth_generated_labels_only():
   labels, generated = jnp.array([2, 0, 1]), jnp.array([True, False, True])
   targets = augment.one_hot_targets(labels, generated, 4, 0.1)
   np.testing.assert_allclose(
-      targets, [[0.025, 0.025, 0.925, 0.025], [1, 0, 0, 0],
-                [0.025, 0.925, 0.025, 0.025]], atol=1e-7)
+    targets,
+    [[0.025, 0.025, 0.925, 0.025], [1, 0, 0, 0], [0.025, 0.925, 0.025, 0.025]],
+    atol=1e-7,
+  )
   np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
   np.testing.assert_array_equal(targets[1], [1, 0, 0, 0])
 
 
 class TestCutmix:
   """Images filled with their own number show what came from where."""
+
   size, workers, share = 16, 3, 8
 
   def mixed(self, seed, size=None):
     size = size or self.size
     count = self.workers * self.share
     images = np.broadcast_to(
-        np.arange(count, dtype=np.float32)[:, None, None, None],
-        (count, size, size, 2))
+      np.arange(count, dtype=np.float32)[:, None, None, None], (count, size, size, 2)
+    )
     images, targets = mixed_by(
-        images, np.eye(count, dtype=np.float32), jax.random.key(seed), self.workers)
+      images, np.eye(count, dtype=np.float32), jax.random.key(seed), self.workers
+    )
     return np.asarray(images), np.asarray(targets)
 
   def test_targets_are_the_visible_areas(self):
     for seed in range(10):
       images, targets = self.mixed(seed)
       count = len(images)
-      areas = np.array([np.bincount(x[..., 0].astype(int).ravel(), minlength=count)
-                        for x in images]) / self.size ** 2
+      areas = (
+        np.array(
+          [np.bincount(x[..., 0].astype(int).ravel(), minlength=count) for x in images]
+        )
+        / self.size**2
+      )
       # Areas are multiples of 1/256, exact in single precision.
       np.testing.assert_allclose(targets, areas, atol=1e-6)
       np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
@@ -119,7 +129,7 @@ class TestCutmix:
         if not box.any():
           continue
         rows, columns = np.nonzero(box)
-        filled = box[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+        filled = box[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         assert filled.all(), 'a rectangle'
         partners = part[:, rows[0], columns[0]]
         assert (part[:, box] == partners[:, None]).all()
@@ -149,8 +159,8 @@ class TestCutmix:
     targets = np.eye(count, dtype=np.float32)
     whole, _ = mixed_by(images, targets, jax.random.key(0), self.workers)
     other = images.copy()
-    other[:self.share] = 0
+    other[: self.share] = 0
     found, _ = mixed_by(other, targets, jax.random.key(0), self.workers)
-    np.testing.assert_array_equal(found[self.share:], whole[self.share:])
+    np.testing.assert_array_equal(found[self.share :], whole[self.share :])
     again, _ = mixed_by(images, targets, jax.random.key(1), self.workers)
     assert not np.array_equal(again, whole)

@@ -23,7 +23,8 @@ def test_round_trip_is_exact_and_numpy_reads_it(tmp_path, trees):
   for read in (checkpoint.import_npy(path), np.load(path, allow_pickle=True)):
     params, state = read
     np.testing.assert_array_equal(
-      params['net/~/conv']['w'], trees[0]['net/~/conv']['w'])
+      params['net/~/conv']['w'], trees[0]['net/~/conv']['w']
+    )
     assert state['net/~/bn/~/mean_ema']['counter'] == 3
 
 
@@ -98,7 +99,6 @@ def test_keeps_the_last_ones_and_the_best(tmp_path):
   for step, score in ((1, 0.2), (2, 0.9), (3, 0.4), (4, None), (5, 0.5), (6, None)):
     manager.save(step, {'x': np.full(3, step, np.float32)}, score)
   manager.wait()
-  assert manager.last_step() == 6
   assert manager.best_step() == 2
   like = {'x': np.zeros(3, np.float32)}
   assert manager.restore(like, 2)['x'][0] == 2
@@ -123,5 +123,10 @@ def test_falls_back_to_the_checkpoint_before_a_damaged_one(tmp_path):
     if file.is_file():
       file.write_bytes(b'')
   manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
-  assert manager.restore({'x': np.zeros(3, np.float32)})['x'][0] == 1
+  like = {'x': np.zeros(3, np.float32)}
+  assert manager.restore(like)['x'][0] == 1
+  # The step can be saved again, whole.
+  manager.save(2, {'x': np.full(3, 7, np.float32)})
+  manager.wait()
+  assert manager.restore(like)['x'][0] == 7
   manager.close()

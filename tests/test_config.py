@@ -9,7 +9,7 @@ from jaxrobust.errors import UserError
 
 @pytest.fixture
 def config():
-  return base.get_config().unlock()
+  return base.get_config()
 
 
 def test_released_recipe_by_the_papers_rules(config):
@@ -79,13 +79,15 @@ def test_cutmix_workers_must_divide_the_batch(config):
 
 def test_misspelt_field_is_refused():
   with pytest.raises((AttributeError, KeyError)):
-    base.get_config().data.batchsize = 3
+    cifar10_linf.get_config().data.batchsize = 3
 
 
 @pytest.mark.parametrize(
   'arg, name',
   [
-    ('', 'cifar10_linf_wrn-28-10_real'),
+    ('', 'cifar10_linf_wrn-28-10_ddpm'),
+    ('wrn-70-16', 'cifar10_linf_wrn-70-16_ddpm'),
+    ('real', 'cifar10_linf_wrn-28-10_real'),
     ('wrn-70-16,ddpm', 'cifar10_linf_wrn-70-16_ddpm'),
     ('ddpm-100m,preact-resnet-18', 'cifar10_linf_preact-resnet-18_ddpm-100m'),
     ('sets/cifar10_mine/', 'cifar10_linf_wrn-28-10_mine'),

@@ -13,10 +13,18 @@ from jaxrobust import generators, models, optimizer, update
 from jaxrobust.data import datasets, pipeline
 
 FILES = sorted(
-  p.stem for p in (pathlib.Path(__file__).parent.parent / 'experiments').glob('*.py')
-  if not p.stem.startswith(('base', '__')) and not p.stem.endswith('_gaussian'))
-MODELS = ['wrn-28-10', 'wrn-70-16', 'wrn-34-10', 'wrn-106-16', 'wrn-10-1',
-          'preact-resnet-18']
+  p.stem
+  for p in (pathlib.Path(__file__).parent.parent / 'experiments').glob('*.py')
+  if not p.stem.startswith(('base', '__')) and not p.stem.endswith('_gaussian')
+)
+MODELS = [
+  'wrn-28-10',
+  'wrn-70-16',
+  'wrn-34-10',
+  'wrn-106-16',
+  'wrn-10-1',
+  'preact-resnet-18',
+]
 CASES = [(file, 'wrn-10-1') for file in FILES]
 CASES += [('cifar10_linf', model) for model in MODELS]
 
@@ -40,7 +48,8 @@ def step_shapes(config):
     jax.ShapeDtypeStruct((devices, size, *info.image_shape), np.uint8),
     jax.ShapeDtypeStruct((devices, size), np.int32),
     jax.ShapeDtypeStruct((devices, size), np.bool_),
-    jax.ShapeDtypeStruct((devices, size), np.int32))
+    jax.ShapeDtypeStruct((devices, size), np.int32),
+  )
   state = jax.tree.map(lead, state)
   return state, *jax.eval_shape(jax.pmap(step, axis_name='devices'), state, batch)
 
@@ -55,12 +64,21 @@ def test_the_whole_step_builds(file, model):
   assert set(metrics) == {'train/loss', 'train/clean_accuracy', 'train/adv_accuracy'}
 
 
-@pytest.mark.parametrize('override', [
-  {'augment.cutmix': True}, {'loss.name': 'standard'}, {'loss.name': 'adversarial'},
-  {'ema.batch_norm': 'own'}, {'attack.objective': 'cross_entropy'},
-  {'attack.objective': 'margin'}, {'model.batch_norm_group': 1024},
-  {'threat.norm': 'l2', 'attack.step_rule': 'normalized'}, {'attack.restarts': 2},
-], ids=str)
+@pytest.mark.parametrize(
+  'override',
+  [
+    {'augment.cutmix': True},
+    {'loss.name': 'standard'},
+    {'loss.name': 'adversarial'},
+    {'ema.batch_norm': 'own'},
+    {'attack.objective': 'cross_entropy'},
+    {'attack.objective': 'margin'},
+    {'model.batch_norm_group': 1024},
+    {'threat.norm': 'l2', 'attack.step_rule': 'normalized'},
+    {'attack.restarts': 2},
+  ],
+  ids=str,
+)
 def test_every_choice_builds(override):
   config = load('cifar10_linf', 'wrn-10-1,ddpm').unlock()
   config.update_from_flattened_dict(override)
@@ -73,12 +91,15 @@ def test_counts_are_shared_equally(file, data):
   """Of 32 TPU cores, of 8 and of one device, and of the BatchNorm groups."""
   config = load(file, data)
   size = config.data.batch_size
-  real, generated = pipeline.mix_counts(
-    size, configs.resolve(config).real_fraction, config.data.real_repeats)
-  assert real + generated == size
   groups = size // config.model.batch_norm_group
-  for parts in (1, 8, 32 if size == 1024 else 2, groups):
-    pipeline.check_shares(real, size, parts, 'parts')
+  for devices in (1, 8, 32 if size == 1024 else 2):
+    real, generated = pipeline.mix_counts(
+      size,
+      configs.resolve(config).real_fraction,
+      config.data.real_repeats,
+      {'devices': devices, 'BatchNorm groups': groups},
+    )
+    assert real + generated == size
 
 
 def test_published_counts():
@@ -87,11 +108,22 @@ def test_published_counts():
 
 
 @pytest.mark.parametrize('file', FILES)
+def test_what_the_argument_leaves_out_is_the_default(file):
+  """Naming a model does not drop the generated images, nor the other way round."""
+  usual = load(file, '')
+  assert load(file, 'wrn-16-1').data.samples == usual.data.samples
+  assert load(file, 'real').model.name == usual.model.name
+  assert load(file, 'real').data.samples == ''
+  assert bool(usual.data.samples) == (file not in ('digits', 'mnist_linf'))
+
+
+@pytest.mark.parametrize('file', FILES)
 def test_names_and_docstrings(file):
   config = load(file, 'wrn-28-10,ddpm')
   dataset = config.dataset.name
   assert configs.experiment_name(config) == (
-    f'{dataset}_{config.threat.norm}_wrn-28-10_ddpm')
+    f'{dataset}_{config.threat.norm}_wrn-28-10_ddpm'
+  )
   page = importlib.import_module(f'experiments.{file}').__doc__
   assert f'experiments/{file}.py' in page
   if dataset != 'digits':

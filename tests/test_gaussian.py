@@ -24,8 +24,11 @@ def real():
   rng = np.random.RandomState(0)
   mix = rng.normal(size=(2, 9, 9)) * 3
   labels = np.arange(4_000) % 2
-  pixels = 128 + 20 * labels[:, None] + np.einsum(
-    'nij,nj->ni', mix[labels], rng.normal(size=(4_000, 9)))
+  pixels = (
+    128
+    + 20 * labels[:, None]
+    + np.einsum('nij,nj->ni', mix[labels], rng.normal(size=(4_000, 9)))
+  )
   return np.uint8(np.round(pixels)).reshape(-1, *SHAPE), labels
 
 
@@ -59,13 +62,16 @@ def test_save_and_restore_are_exact(real, tmp_path):
   fitted.save(path)
   again = gaussian.Gaussian.restore(path)
   np.testing.assert_array_equal(
-    *(g.sample(jax.random.key(0), np.arange(9))[0] for g in (fitted, again)))
+    *(g.sample(jax.random.key(0), np.arange(9))[0] for g in (fitted, again))
+  )
 
 
 def test_shrinkage_fills_the_directions_that_few_images_lack(real):
   images, labels = real[0][:8], real[1][:8]
-  rank = lambda name: np.linalg.matrix_rank(np.float64(
-    gaussian.Gaussian.fit(images, labels, 2, settings(name)).factors[0]), tol=1e-5)
+  rank = lambda name: np.linalg.matrix_rank(
+    np.float64(gaussian.Gaussian.fit(images, labels, 2, settings(name)).factors[0]),
+    tol=1e-5,
+  )
   assert rank('empirical') == 3  # Four images span three directions.
   assert rank('ledoit-wolf') == rank('oas') == 9
 

@@ -11,7 +11,7 @@ from jaxrobust.errors import UserError
 
 
 def make_config(**samples):
-  config = digits_gaussian.get_config().unlock()
+  config = digits_gaussian.get_config()
   for name, value in samples.items():
     config.samples[name] = value
   return config
@@ -49,7 +49,8 @@ def test_a_count_that_classes_do_not_divide():
 
 def test_none_takes_the_first_samples_as_they_come():
   selection, images, _ = select(
-    make_config(count=11, selection='none'), lambda i: np.zeros(len(i), int))
+    make_config(count=11, selection='none'), lambda i: np.zeros(len(i), int)
+  )
   assert images.tolist() == list(range(11))
   assert selection.agreed == sum(i % 3 == 0 for i in range(16))
 
@@ -59,8 +60,9 @@ def test_gives_up_and_names_the_classes_that_are_short():
     select(make_config(count=12, max_draws_factor=4.0), lambda i: i % 2)
 
 
-@pytest.mark.parametrize('field, value', [('count', 0), ('selection', 'best'),
-                                          ('batch_size', -1)])
+@pytest.mark.parametrize(
+  'field, value', [('count', 0), ('selection', 'best'), ('batch_size', -1)]
+)
 def test_refuses_values(field, value):
   with pytest.raises(UserError, match=f'samples.{field}'):
     generate.check(make_config(**{field: value}))

@@ -61,8 +61,16 @@ class TestHouse:
     if path != PACKAGE / 'parallel.py':
       allowed = {'versions'} if path == PACKAGE / 'workdir.py' else set()
       forbidden = {
-        'pmap', 'pmean', 'psum', 'axis_index', 'process_index', 'process_count',
-        'local_devices', 'local_device_count', 'shard_map', 'axis_name',
+        'pmap',
+        'pmean',
+        'psum',
+        'axis_index',
+        'process_index',
+        'process_count',
+        'local_devices',
+        'local_device_count',
+        'shard_map',
+        'axis_name',
       }
       module_names = names(path) - allowed
       if 'parallel' in {m.split('.')[-1] for m in imports(path)}:

@@ -25,19 +25,33 @@ def call(tmp_path):
   """Runs a script with every python replaced; returns its result and the calls."""
   tools = tmp_path / 'tools'
   tools.mkdir()
-  for name in ('python3', 'python3.11', 'python3.12', 'python3.13', 'python3.14',
-               'python'):
+  for name in (
+    'python3',
+    'python3.11',
+    'python3.12',
+    'python3.13',
+    'python3.14',
+    'python',
+  ):
     (tools / name).write_text(STAND_IN)
     (tools / name).chmod(0o755)
   record = tmp_path / 'record'
 
   def run(script, *args, **variables):
     record.write_text('')
-    environment = {**os.environ, 'PATH': f'{tools}:/usr/bin:/bin',
-                   'RECORD': str(record), 'JAXROBUST_VENV': str(tmp_path / 'venv'),
-                   **variables}
-    done = subprocess.run(['bash', str(ROOT / 'launch' / script), *args],
-                          env=environment, capture_output=True, text=True)
+    environment = {
+      **os.environ,
+      'PATH': f'{tools}:/usr/bin:/bin',
+      'RECORD': str(record),
+      'JAXROBUST_VENV': str(tmp_path / 'venv'),
+      **variables,
+    }
+    done = subprocess.run(
+      ['bash', str(ROOT / 'launch' / script), *args],
+      env=environment,
+      capture_output=True,
+      text=True,
+    )
     return done, record.read_text().splitlines()
 
   return run
@@ -66,17 +80,25 @@ def test_an_interrupted_installation_is_repeated(call):
 def test_an_old_python_is_refused_in_one_line(call):
   done, calls = call('test.sh', OLD_PYTHON='1')
   assert done.returncode == 1
-  assert done.stderr.startswith('error: no Python 3.11 or newer')
+  assert done.stderr.startswith('error: no Python 3.11, 3.12 or 3.13')
   assert not any('venv' in c for c in calls)
 
 
 def test_local_runs_the_public_programs_in_order(call, tmp_path):
   done, calls = call('local.sh', str(tmp_path / 'out'))
   assert done.returncode == 0, done.stderr
-  programs = [c.split('-m jaxrobust.')[1].split()[0]
-              for c in calls if '-m jaxrobust.' in c]
-  assert programs == ['train', 'generate', 'train', 'train', 'evaluate', 'evaluate',
-                      'report']
+  programs = [
+    c.split('-m jaxrobust.')[1].split()[0] for c in calls if '-m jaxrobust.' in c
+  ]
+  assert programs == [
+    'train',
+    'generate',
+    'train',
+    'train',
+    'evaluate',
+    'evaluate',
+    'report',
+  ]
   assert all(f'--workdir={tmp_path}/out' in c for c in calls if '-m jaxrobust.' in c)
 
 
@@ -87,13 +109,16 @@ def test_local_with_several_seeds(call, tmp_path):
   assert len(trained) == 1 + 3 * 2
   assert len({c.split('--workdir=')[1].split()[0] for c in trained}) == 7
   assert [sum(f'--config.seed={s}' in c for c in trained) for s in range(4)] == [
-    2, 2, 2, 0]
+    2,
+    2,
+    2,
+    0,
+  ]
 
 
 @pytest.mark.parametrize('code', [1, 42, 134])
 def test_local_stops_with_the_code_of_the_program_that_failed(call, tmp_path, code):
-  done, calls = call('local.sh', str(tmp_path), FAILING='generate',
-                     FAIL_WITH=str(code))
+  done, calls = call('local.sh', str(tmp_path), FAILING='generate', FAIL_WITH=str(code))
   assert done.returncode == code
   assert 'jaxrobust.generate' in calls[-1]
 

@@ -29,8 +29,7 @@ def numpy_kl(p_logits, q_logits):
 
 
 def numpy_trades(clean, adv, targets, beta):
-  return (numpy_cross_entropy(clean, targets).mean()
-          + beta * numpy_kl(clean, adv).mean())
+  return numpy_cross_entropy(clean, targets).mean() + beta * numpy_kl(clean, adv).mean()
 
 
 def finite_differences(function, x, step=1e-6):
@@ -47,22 +46,28 @@ def test_values():
   clean, adv, targets = map(jnp.float32, (CLEAN, ADV, TARGETS))
   # Single precision: values of about 5, so 1e-5 is 20 roundings.
   np.testing.assert_allclose(
-      losses.cross_entropy(clean, targets), numpy_cross_entropy(CLEAN, TARGETS),
-      rtol=1e-5)
+    losses.cross_entropy(clean, targets), numpy_cross_entropy(CLEAN, TARGETS), rtol=1e-5
+  )
   np.testing.assert_allclose(
-      losses.kl_divergence(clean, adv), numpy_kl(CLEAN, ADV), rtol=1e-5)
+    losses.kl_divergence(clean, adv), numpy_kl(CLEAN, ADV), rtol=1e-5
+  )
   np.testing.assert_allclose(
-      losses.trades(clean, adv, targets, 6.0), numpy_trades(CLEAN, ADV, TARGETS, 6.0),
-      rtol=1e-5)
+    losses.trades(clean, adv, targets, 6.0),
+    numpy_trades(CLEAN, ADV, TARGETS, 6.0),
+    rtol=1e-5,
+  )
 
 
 def test_by_hand():
   flat, sure = jnp.zeros((1, 2)), jnp.log(jnp.array([[0.8, 0.2]]))
   np.testing.assert_allclose(
-      losses.cross_entropy(sure, jnp.array([[1.0, 0.0]])), [-np.log(0.8)], rtol=1e-6)
+    losses.cross_entropy(sure, jnp.array([[1.0, 0.0]])), [-np.log(0.8)], rtol=1e-6
+  )
   np.testing.assert_allclose(
-      losses.kl_divergence(flat, sure),
-      [0.5 * np.log(0.5 / 0.8) + 0.5 * np.log(0.5 / 0.2)], rtol=1e-5)
+    losses.kl_divergence(flat, sure),
+    [0.5 * np.log(0.5 / 0.8) + 0.5 * np.log(0.5 / 0.2)],
+    rtol=1e-5,
+  )
 
 
 @pytest.mark.usefixtures('float64')
@@ -72,14 +77,18 @@ class TestGradients:
   def test_cross_entropy(self):
     gradient = jax.grad(lambda x: losses.cross_entropy(x, TARGETS).sum())(CLEAN)
     expected = finite_differences(
-        lambda x: numpy_cross_entropy(x, TARGETS).sum(), CLEAN)
+      lambda x: numpy_cross_entropy(x, TARGETS).sum(), CLEAN
+    )
     np.testing.assert_allclose(gradient, expected, atol=1e-8)
 
   def test_kl_divergence_through_both(self):
-    gradients = jax.grad(
-        lambda p, q: losses.kl_divergence(p, q).sum(), argnums=(0, 1))(CLEAN, ADV)
-    expected = (finite_differences(lambda p: numpy_kl(p, ADV).sum(), CLEAN),
-                finite_differences(lambda q: numpy_kl(CLEAN, q).sum(), ADV))
+    gradients = jax.grad(lambda p, q: losses.kl_divergence(p, q).sum(), argnums=(0, 1))(
+      CLEAN, ADV
+    )
+    expected = (
+      finite_differences(lambda p: numpy_kl(p, ADV).sum(), CLEAN),
+      finite_differences(lambda q: numpy_kl(CLEAN, q).sum(), ADV),
+    )
     for found, wanted in zip(gradients, expected, strict=True):
       assert np.abs(wanted).max() > 0.1
       np.testing.assert_allclose(found, wanted, atol=1e-8)
@@ -87,8 +96,9 @@ class TestGradients:
   def test_trades_through_both(self):
     gradients = jax.grad(losses.trades, argnums=(0, 1))(CLEAN, ADV, TARGETS, 6.0)
     expected = (
-        finite_differences(lambda x: numpy_trades(x, ADV, TARGETS, 6.0), CLEAN),
-        finite_differences(lambda x: numpy_trades(CLEAN, x, TARGETS, 6.0), ADV))
+      finite_differences(lambda x: numpy_trades(x, ADV, TARGETS, 6.0), CLEAN),
+      finite_differences(lambda x: numpy_trades(CLEAN, x, TARGETS, 6.0), ADV),
+    )
     for found, wanted in zip(gradients, expected, strict=True):
       np.testing.assert_allclose(found, wanted, atol=1e-8)
 
@@ -99,15 +109,18 @@ def test_kl_divergence_of_equals_is_0_and_flat():
   # A constant added to the logits changes no probability.
   np.testing.assert_allclose(losses.kl_divergence(logits, logits + 3), 0, atol=1e-6)
   for gradient in jax.grad(
-      lambda p, q: losses.kl_divergence(p, q).sum(), argnums=(0, 1))(logits, logits):
+    lambda p, q: losses.kl_divergence(p, q).sum(), argnums=(0, 1)
+  )(logits, logits):
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
 def test_trades_without_beta_is_cross_entropy():
   clean, adv, targets = map(jnp.float32, (CLEAN, ADV, TARGETS))
   np.testing.assert_allclose(
-      losses.trades(clean, adv, targets, 0.0),
-      losses.cross_entropy(clean, targets).mean(), rtol=1e-6)
+    losses.trades(clean, adv, targets, 0.0),
+    losses.cross_entropy(clean, targets).mean(),
+    rtol=1e-6,
+  )
 
 
 @pytest.mark.parametrize('size', [1e3, 1e10, 1e20])
@@ -125,7 +138,8 @@ def test_half_precision_logits_are_summed_in_single():
   found = losses.cross_entropy(logits, jnp.float32(TARGETS))
   assert found.dtype == jnp.float32
   np.testing.assert_allclose(
-      found, numpy_cross_entropy(np.float64(logits), TARGETS), rtol=1e-5)
+    found, numpy_cross_entropy(np.float64(logits), TARGETS), rtol=1e-5
+  )
 
 
 def test_weight_decay_counts_weights_and_biases_only():
@@ -136,7 +150,8 @@ def test_weight_decay_counts_weights_and_biases_only():
     return hk.Linear(2)(x.mean((1, 2)))
 
   params, _ = hk.transform_with_state(network).init(
-      jax.random.key(0), jnp.ones((2, 4, 4, 1)))
+    jax.random.key(0), jnp.ones((2, 4, 4, 1))
+  )
   params = jax.tree.map(lambda x: jnp.full_like(x, 2.0), params)
   counted = 3 * 3 * 1 * 3 + 3 + 3 * 2 + 2
   assert losses.weight_decay(params) == 0.5 * 4 * counted

@@ -13,8 +13,14 @@ from jaxrobust.models import batch_norm, convolution
 
 def build(name='wrn-10-1', **changes):
   settings = {
-      'num_classes': 10, 'image_shape': (8, 8, 3), 'activation': 'swish',
-      'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4), 'padding': 0, 'group_size': 8}
+    'num_classes': 10,
+    'image_shape': (8, 8, 3),
+    'activation': 'swish',
+    'mean': (0.5, 0.4, 0.3),
+    'std': (0.2, 0.3, 0.4),
+    'padding': 0,
+    'group_size': 8,
+  }
   return models.build(name, **(settings | changes))
 
 
@@ -46,7 +52,7 @@ def test_preact_resnet_has_its_number_of_parameters():
     if channels != before:
       total += 9 * before * channels  # shortcut
     for _ in range(2):
-      total += 9 * before * channels + 9 * channels ** 2 + 2 * before + 2 * channels
+      total += 9 * before * channels + 9 * channels**2 + 2 * before + 2 * channels
       before = channels
   total += 2 * 512 + 512 * 10 + 10
   assert sum(x.size for x in jax.tree.leaves(params)) == total
@@ -54,12 +60,18 @@ def test_preact_resnet_has_its_number_of_parameters():
 
 def test_names_are_those_of_the_released_files():
   params, net_state = jax.eval_shape(build('wrn-16-1').init, jax.random.key(0))
-  shapes = {f'{module}/{name}': value.shape for module, parameters in params.items()
-            for name, value in parameters.items()}
-  expected = {'wide_res_net/~/init_conv/w': (3, 3, 3, 16),
-              'wide_res_net/~/batchnorm/scale': (1, 1, 1, 64),
-              'wide_res_net/~/batchnorm/offset': (1, 1, 1, 64),
-              'wide_res_net/~/logits/w': (64, 10), 'wide_res_net/~/logits/b': (10,)}
+  shapes = {
+    f'{module}/{name}': value.shape
+    for module, parameters in params.items()
+    for name, value in parameters.items()
+  }
+  expected = {
+    'wide_res_net/~/init_conv/w': (3, 3, 3, 16),
+    'wide_res_net/~/batchnorm/scale': (1, 1, 1, 64),
+    'wide_res_net/~/batchnorm/offset': (1, 1, 1, 64),
+    'wide_res_net/~/logits/w': (64, 10),
+    'wide_res_net/~/logits/b': (10,),
+  }
   norms, before = ['wide_res_net/~/batchnorm'], 16
   for layer, channels in enumerate((16, 32, 64)):
     for block in (0, 1):
@@ -70,13 +82,18 @@ def test_names_are_those_of_the_released_files():
         expected[f'{prefix}batchnorm_{i}/scale'] = shape
         expected[f'{prefix}batchnorm_{i}/offset'] = shape
         expected[f'{prefix}conv_{i}/w'] = (
-            3, 3, before if i == 0 else channels, channels)
+          3,
+          3,
+          before if i == 0 else channels,
+          channels,
+        )
       if block == 0:
         expected[f'{prefix}shortcut/w'] = (1, 1, before, channels)
       before = channels
   assert shapes == expected
   assert set(net_state) == {
-      f'{norm}/~/{kind}_ema' for norm in norms for kind in ('mean', 'var')}
+    f'{norm}/~/{kind}_ema' for norm in norms for kind in ('mean', 'var')
+  }
   for statistics in net_state.values():
     assert set(statistics) == {'counter', 'hidden', 'average'}
 
@@ -106,8 +123,9 @@ def test_images_are_padded_with_black_then_normalised():
   padded[:, 2:6, 2:6] = images
   prepared = (padded - np.array([[[mean]]])) / np.array([[[std]]])
   results = [
-      jax.jit(network.apply, static_argnums=3)(params, net_state, x, True)[0]
-      for network, x in ((model, images), (plain, prepared.astype(np.float32)))]
+    jax.jit(network.apply, static_argnums=3)(params, net_state, x, True)[0]
+    for network, x in ((model, images), (plain, prepared.astype(np.float32)))
+  ]
   np.testing.assert_allclose(*results, atol=1e-4)
 
 
@@ -116,10 +134,17 @@ def test_activations_exist(activation):
   assert jax.eval_shape(build(activation=activation).init, jax.random.key(0))
 
 
-@pytest.mark.parametrize('changes, words', [
-    ({'name': 'wrn-12-1'}, '6 n + 4'), ({'name': 'wrn-4-1'}, '6 n + 4'),
-    ({'name': 'resnet'}, 'preact-resnet-18'), ({'activation': 'swoosh'}, 'swish'),
-    ({'mean': (0.5,)}, '3 channels'), ({'std': 4 * (1,)}, '3 channels')])
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    ({'name': 'wrn-12-1'}, '6 n + 4'),
+    ({'name': 'wrn-4-1'}, '6 n + 4'),
+    ({'name': 'resnet'}, 'preact-resnet-18'),
+    ({'activation': 'swoosh'}, 'swish'),
+    ({'mean': (0.5,)}, '3 channels'),
+    ({'std': 4 * (1,)}, '3 channels'),
+  ],
+)
 def test_what_does_not_exist_is_refused(changes, words):
   with pytest.raises(UserError, match=words.replace('+', r'\+')):
     build(**changes)
@@ -127,10 +152,13 @@ def test_what_does_not_exist_is_refused(changes, words):
 
 # BatchNorm.
 
+
 def norm(group_size):
-  return hk.without_apply_rng(hk.transform_with_state(
-      lambda x, batch_stats: batch_norm.BatchNorm(group_size, name='bn')(
-          x, batch_stats)))
+  return hk.without_apply_rng(
+    hk.transform_with_state(
+      lambda x, batch_stats: batch_norm.BatchNorm(group_size, name='bn')(x, batch_stats)
+    )
+  )
 
 
 def batch(size=8, seed=0):
@@ -141,8 +169,12 @@ def batch(size=8, seed=0):
 def init_norm():
   _, net_state = norm(None).init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), True)
   rng = np.random.default_rng(1)
-  params = {'bn': {name: rng.normal(1, 0.3, (1, 1, 1, 3)).astype(np.float32)
-                   for name in ('scale', 'offset')}}
+  params = {
+    'bn': {
+      name: rng.normal(1, 0.3, (1, 1, 1, 3)).astype(np.float32)
+      for name in ('scale', 'offset')
+    }
+  }
   return params, net_state
 
 
@@ -168,11 +200,13 @@ def test_each_group_has_its_own_statistics(group_size):
     statistics = net_state[f'bn/~/{name}_ema']
     assert statistics['counter'] == steps
     np.testing.assert_allclose(
-        statistics['average'].ravel(), weights @ np.array(values), rtol=1e-4, atol=1e-5)
+      statistics['average'].ravel(), weights @ np.array(values), rtol=1e-4, atol=1e-5
+    )
   images = batch(seed=9)
   outputs, after = norm(None).apply(params, net_state, images, False)
   expected = (images - weights @ np.array(means)) / np.sqrt(
-      weights @ np.array(variances) + 1e-5)
+    weights @ np.array(variances) + 1e-5
+  )
   expected = expected * params['bn']['scale'] + params['bn']['offset']
   np.testing.assert_allclose(outputs, expected, atol=1e-4)
   jax.tree.map(np.testing.assert_array_equal, after, net_state)
@@ -180,12 +214,17 @@ def test_each_group_has_its_own_statistics(group_size):
 
 def test_one_group_is_haikus_batch_norm():
   params, net_state = init_norm()
-  theirs = hk.without_apply_rng(hk.transform_with_state(
-      lambda x: hk.BatchNorm(True, True, 0.99, name='bn')(x, is_training=True)))
+  theirs = hk.without_apply_rng(
+    hk.transform_with_state(
+      lambda x: hk.BatchNorm(True, True, 0.99, name='bn')(x, is_training=True)
+    )
+  )
   expected = theirs.apply(params, net_state, batch())
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-      norm(8).apply(params, net_state, batch(), True), expected)
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    norm(8).apply(params, net_state, batch(), True),
+    expected,
+  )
 
 
 def test_gradient_is_that_of_float64_differences(float64):
@@ -197,17 +236,19 @@ def test_gradient_is_that_of_float64_differences(float64):
   @jax.jit
   def f(params, images):
     outputs, _ = norm(2).apply(params, net_state, images, True)
-    return jnp.sum(weights * outputs ** 2)
+    return jnp.sum(weights * outputs**2)
 
   gradients = jax.grad(f, (0, 1))(params, images)
   for seed in range(3):
     direction = jax.tree.map(
-        lambda x, s=seed: np.random.default_rng(s).normal(size=x.shape),
-        (params, images))
+      lambda x, s=seed: np.random.default_rng(s).normal(size=x.shape), (params, images)
+    )
     move = lambda h, d=direction: f(
-        *jax.tree.map(lambda x, y: x + h * y, (params, images), d))
-    slope = sum(jax.tree.leaves(jax.tree.map(
-        lambda g, d: jnp.sum(g * d), gradients, direction)))
+      *jax.tree.map(lambda x, y: x + h * y, (params, images), d)
+    )
+    slope = sum(
+      jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), gradients, direction))
+    )
     # Central differences of step 1e-4: an error of about 1e-8 of the slope.
     np.testing.assert_allclose(slope, (move(1e-4) - move(-1e-4)) / 2e-4, rtol=1e-5)
 
@@ -236,25 +277,36 @@ def test_groups_do_not_depend_on_devices(float64, group_size):
 
   grad = jax.value_and_grad(loss, (0, 1), has_aux=True)
   (value, (logits, state)), (gradients, image_gradients) = jax.jit(grad)(
-      params, images, weights)
+    params, images, weights
+  )
 
   def on_a_device(params, images, weights):
     (value, (logits, state)), (gradients, image_gradients) = grad(
-        params, images, weights)
+      params, images, weights
+    )
     # The global loss is the mean over devices, of which images see one.
-    return (parallel.mean_over_devices((value, gradients, state)), logits,
-            image_gradients / devices)
+    return (
+      parallel.mean_over_devices((value, gradients, state)),
+      logits,
+      image_gradients / devices,
+    )
 
   split = lambda x: x.reshape(devices, -1, *x.shape[1:])
   averages, device_logits, device_image_gradients = parallel.pmap(on_a_device)(
-      parallel.replicate(params), split(images), split(weights))
-  pairs = [((value, gradients, state), jax.tree.map(lambda x: x[0], averages)),
-           (logits, device_logits.reshape(logits.shape)),
-           (image_gradients, device_image_gradients.reshape(images.shape))]
+    parallel.replicate(params), split(images), split(weights)
+  )
+  pairs = [
+    ((value, gradients, state), jax.tree.map(lambda x: x[0], averages)),
+    (logits, device_logits.reshape(logits.shape)),
+    (image_gradients, device_image_gradients.reshape(images.shape)),
+  ]
   for expected, actual in pairs:
     # Sums in another order, amplified where the variance of a group is small.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(
-        b, a, atol=1e-9 * np.abs(a).max()), expected, actual)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(b, a, atol=1e-9 * np.abs(a).max()),
+      expected,
+      actual,
+    )
 
 
 @pytest.mark.parametrize('group_size', (3, 12, None))

@@ -22,30 +22,39 @@ def test_cross_entropy_to_labels_and_to_targets():
   log_p = log_softmax(LOGITS)
   # Single precision: values of about 10.
   np.testing.assert_allclose(
-      objectives.cross_entropy(jnp.float32(LOGITS), jnp.asarray(LABELS)),
-      -log_p[np.arange(6), LABELS], rtol=1e-5)
+    objectives.cross_entropy(jnp.float32(LOGITS), jnp.asarray(LABELS)),
+    -log_p[np.arange(6), LABELS],
+    rtol=1e-5,
+  )
   np.testing.assert_allclose(
-      objectives.cross_entropy(jnp.float32(LOGITS), jnp.float32(TARGETS)),
-      -(TARGETS * log_p).sum(-1), rtol=1e-5)
+    objectives.cross_entropy(jnp.float32(LOGITS), jnp.float32(TARGETS)),
+    -(TARGETS * log_p).sum(-1),
+    rtol=1e-5,
+  )
 
 
 def test_kl_divergence():
   expected = (TARGETS * (np.log(TARGETS) - log_softmax(LOGITS))).sum(-1)
   np.testing.assert_allclose(
-      objectives.kl_divergence(jnp.float32(LOGITS), jnp.float32(TARGETS)),
-      expected, rtol=1e-5)
+    objectives.kl_divergence(jnp.float32(LOGITS), jnp.float32(TARGETS)),
+    expected,
+    rtol=1e-5,
+  )
 
 
 def test_kl_divergence_to_labels_is_cross_entropy():
   one_hot = jnp.eye(5)[LABELS]
   np.testing.assert_allclose(
-      objectives.kl_divergence(jnp.float32(LOGITS), one_hot),
-      objectives.cross_entropy(jnp.float32(LOGITS), one_hot), rtol=1e-6)
+    objectives.kl_divergence(jnp.float32(LOGITS), one_hot),
+    objectives.cross_entropy(jnp.float32(LOGITS), one_hot),
+    rtol=1e-6,
+  )
 
 
 def test_kl_divergence_has_the_gradient_of_cross_entropy():
-  gradient = lambda f: jax.grad(
-      lambda x: f(x, jnp.float32(TARGETS)).sum())(jnp.float32(LOGITS))
+  gradient = lambda f: jax.grad(lambda x: f(x, jnp.float32(TARGETS)).sum())(
+    jnp.float32(LOGITS)
+  )
   # Both are softmax(logits) - targets.
   expected = np.exp(log_softmax(LOGITS)) - TARGETS
   for f in (objectives.kl_divergence, objectives.cross_entropy):
@@ -57,7 +66,8 @@ def test_kl_divergence_holds_its_reference_fixed():
   fixed = jax.nn.softmax(2 * jnp.float32(LOGITS))
   expected = jax.grad(lambda x: objectives.kl_divergence(x, fixed).sum())
   np.testing.assert_array_equal(
-      jax.grad(value)(jnp.float32(LOGITS)), expected(jnp.float32(LOGITS)))
+    jax.grad(value)(jnp.float32(LOGITS)), expected(jnp.float32(LOGITS))
+  )
 
 
 def test_kl_divergence_at_the_networks_own_prediction_is_flat():
@@ -70,13 +80,14 @@ def test_kl_divergence_at_the_networks_own_prediction_is_flat():
 def test_margin_by_hand():
   logits = jnp.array([[1.0, 5.0, 3.0], [1.0, 5.0, 3.0], [-7.0, -9.0, -8.5]])
   np.testing.assert_array_equal(
-      objectives.margin(logits, jnp.array([0, 1, 0])), [4.0, -2.0, -1.5])
+    objectives.margin(logits, jnp.array([0, 1, 0])), [4.0, -2.0, -1.5]
+  )
 
 
 def test_margin_gradient_moves_two_logits():
-  gradient = jax.grad(
-      lambda x: objectives.margin(x, jnp.array([1, 0])).sum())(
-          jnp.array([[1.0, 5.0, 3.0], [2.0, 0.0, 1.0]]))
+  gradient = jax.grad(lambda x: objectives.margin(x, jnp.array([1, 0])).sum())(
+    jnp.array([[1.0, 5.0, 3.0], [2.0, 0.0, 1.0]])
+  )
   np.testing.assert_array_equal(gradient, [[0, -1, 1], [-1, 0, 1]])
 
 
@@ -97,12 +108,16 @@ def test_margin_is_above_0_where_the_prediction_is_wrong():
 
 def test_saturated_logits_have_finite_values_and_gradients():
   logits = jnp.array([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0]])
-  references = {'labels': jnp.array([1, 1]), 'either': jnp.array([1, 1]),
-                'probabilities': jnp.array([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])}
+  references = {
+    'labels': jnp.array([1, 1]),
+    'either': jnp.array([1, 1]),
+    'probabilities': jnp.array([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]),
+  }
   for name, objective in objectives.OBJECTIVES.items():
     reference = references[objectives.REFERENCES[name]]
     values, gradient = jax.value_and_grad(
-        lambda x, f=objective, r=reference: f(x, r).sum())(logits)
+      lambda x, f=objective, r=reference: f(x, r).sum()
+    )(logits)
     assert jnp.isfinite(values) and jnp.isfinite(gradient).all(), name
     np.testing.assert_allclose(objective(logits, reference)[0], 2e4, rtol=1e-6)
 

@@ -29,16 +29,18 @@ def test_cosine_of_the_released_recipe(released, step):
 def test_landmarks(released):
   assert released(0) == 0
   np.testing.assert_allclose(released(488), 0.4, rtol=1e-6)
-  np.testing.assert_allclose(released(9_765), 0.2 * (1 + np.cos(np.pi * 9277 / 19043)),
-                             rtol=1e-5)
+  np.testing.assert_allclose(
+    released(9_765), 0.2 * (1 + np.cos(np.pi * 9277 / 19043)), rtol=1e-5
+  )
   np.testing.assert_allclose(released(19_530), 0, atol=1e-8)
   np.testing.assert_allclose(released(19_531), 0, atol=1e-8)
 
 
 def test_step_schedule_drops_at_two_thirds_of_the_whole_run():
   fn = optimizer.schedule('step', learning_rate=0.1, num_steps=300, warmup_steps=30)
-  np.testing.assert_allclose([fn(30), fn(199), fn(200), fn(299)],
-                             [0.1, 0.1, 0.01, 0.01], rtol=1e-6)
+  np.testing.assert_allclose(
+    [fn(30), fn(199), fn(200), fn(299)], [0.1, 0.1, 0.01, 0.01], rtol=1e-6
+  )
 
 
 def test_a_run_shorter_than_its_warmup():
@@ -62,7 +64,8 @@ def test_nesterov_momentum_against_its_recurrence():
     np.testing.assert_allclose(update, expected, rtol=5e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize('step, expected', [(0, 0.1), (1, 2 / 11), (10, 0.55),
-                                            (1_790, 0.995), (5_000, 0.995)])
+@pytest.mark.parametrize(
+  'step, expected', [(0, 0.1), (1, 2 / 11), (10, 0.55), (1_790, 0.995), (5_000, 0.995)]
+)
 def test_ema_decay(step, expected):
   np.testing.assert_allclose(optimizer.ema_decay(0.995, step), expected, rtol=1e-6)

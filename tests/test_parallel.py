@@ -42,7 +42,8 @@ def test_a_step_compiles_once():
 
 def test_mean_over_devices_leaves_integers_alone():
   out = parallel.pmap(parallel.mean_over_devices)(
-    {'x': jnp.arange(4.0), 'n': jnp.full(4, 7)})
+    {'x': jnp.arange(4.0), 'n': jnp.full(4, 7)}
+  )
   np.testing.assert_array_equal(out['x'], [1.5] * 4)
   np.testing.assert_array_equal(out['n'], [7] * 4)
   assert out['n'].dtype == jnp.int32
@@ -84,9 +85,15 @@ def test_shard_map_twin_gives_the_same_gradient():
 
   mapped = parallel.pmap(gradient)(parallel.replicate(w), parallel.shard(x))
   mesh = Mesh(np.array(jax.devices()), (parallel.AXIS,))
-  twin = jax.jit(jax.shard_map(
-    gradient, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(parallel.AXIS)),
-    out_specs=PartitionSpec(), check_vma=False))(w, x)
+  twin = jax.jit(
+    jax.shard_map(
+      gradient,
+      mesh=mesh,
+      in_specs=(PartitionSpec(), PartitionSpec(parallel.AXIS)),
+      out_specs=PartitionSpec(),
+      check_vma=False,
+    )
+  )(w, x)
   np.testing.assert_array_equal(parallel.unreplicate(mapped), twin)
   # The mean over devices of equal shards is the gradient over the whole batch.
   whole = jax.grad(lambda w: jnp.mean(jnp.tanh(x @ w) ** 2))(w)

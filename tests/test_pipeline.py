@@ -77,9 +77,7 @@ def test_uneven_share_differs_by_at_most_one_a_part(sources):
 def test_repeats_are_in_different_quarters(sources):
   # 8 real slots of 16 hold 2 images, 4 times each.
   for batch in batches(*sources(50, 100), steps=4, real_fraction=0.5):
-    quarters = [
-      sorted(part[part < OFFSET]) for part in numbers(batch).reshape(4, 4)
-    ]
+    quarters = [sorted(part[part < OFFSET]) for part in numbers(batch).reshape(4, 4)]
     assert all(len(set(part)) == 2 and part == quarters[0] for part in quarters)
 
 
@@ -120,8 +118,7 @@ def test_processes_concatenate_to_the_whole_batch(sources, processes):
   pair = sources(25, 33)
   n = 16 // processes
   parts = [
-    batches(*pair, start=2, steps=4, slots=(p * n, p * n + n))
-    for p in range(processes)
+    batches(*pair, start=2, steps=4, slots=(p * n, p * n + n)) for p in range(processes)
   ]
   joined = [
     pipeline.Batch(*map(np.concatenate, zip(*step, strict=True)))
@@ -221,17 +218,27 @@ def test_suggested_fractions_are_accepted():
   assert pipeline.mix_counts(1024, 0.30078125, 4) == (308, 716)
 
 
-def test_check_shares():
-  pipeline.check_shares(320, 1024, 32, 'devices')
-  pipeline.check_shares(0, 1024, 8, 'devices')
+def test_parts_share_the_real_images_equally():
+  counts = lambda fraction, **parts: pipeline.mix_counts(1024, fraction, 1, parts)
+  assert counts(0.3125, devices=32, groups=8) == (320, 704)
+  assert counts(0.0, devices=8) == (0, 1024)
   message = (
     r'gives 307 real images in a batch of 1024, which 8 devices cannot share '
     r'equally; use 0.296875 \(304\) or 0.3046875 \(312\)'
   )
   with pytest.raises(UserError, match=message):
-    pipeline.check_shares(307, 1024, 8, 'devices')
+    counts(0.3, devices=8)
   with pytest.raises(UserError, match='1020 is not a multiple of 8 devices; use 1016'):
-    pipeline.check_shares(0, 1020, 8, 'devices')
+    pipeline.mix_counts(1020, 0.0, 1, {'devices': 8})
+
+
+def test_the_remedy_suits_all_parts_and_repeats():
+  """What the message suggests is accepted, not refused by the next check."""
+  parts = {'devices': 8, 'groups': 32}
+  with pytest.raises(UserError, match=r'use 0.28125 \(288\) or 0.3125 \(320\)'):
+    pipeline.mix_counts(1024, 0.3, 4, parts)
+  for fraction in (0.28125, 0.3125):
+    pipeline.mix_counts(1024, fraction, 4, parts)
 
 
 def test_train_batches_refuses(sources):

@@ -19,12 +19,18 @@ from jaxrobust import checkpoint, cli
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = [
   '--config=experiments/digits.py:wrn-10-1',
-  '--config.data.batch_size=32', '--config.model.batch_norm_group=8',
-  '--config.training.num_steps=12', '--config.training.epoch_examples=128',
-  '--config.evaluation.interval_epochs=1', '--config.checkpoint.interval_epochs=0.5',
-  '--config.log.interval_epochs=0.25', '--config.dataset.validation_images=32',
-  '--config.attack.num_steps=2', '--config.evaluation.attack.num_steps=3',
-  '--config.evaluation.batch_size=256', '--config.optimizer.warmup_epochs=0.5',
+  '--config.data.batch_size=32',
+  '--config.model.batch_norm_group=8',
+  '--config.training.num_steps=12',
+  '--config.training.epoch_examples=128',
+  '--config.evaluation.interval_epochs=1',
+  '--config.checkpoint.interval_epochs=0.5',
+  '--config.log.interval_epochs=0.25',
+  '--config.dataset.validation_images=32',
+  '--config.attack.num_steps=2',
+  '--config.evaluation.attack.num_steps=3',
+  '--config.evaluation.batch_size=256',
+  '--config.optimizer.warmup_epochs=0.5',
 ]
 
 
@@ -40,12 +46,20 @@ def start(compiled):
 
   def run(program, *args, devices=1):
     environment = {
-      **os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices),
+      **os.environ,
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_NUM_CPU_DEVICES': str(devices),
       'JAX_COMPILATION_CACHE_DIR': compiled,
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
     return subprocess.Popen(
-      [sys.executable, '-m', f'jaxrobust.{program}', *args], cwd=ROOT,
-      env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+      [sys.executable, '-m', f'jaxrobust.{program}', *args],
+      cwd=ROOT,
+      env=environment,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+    )
 
   return run
 
@@ -153,34 +167,46 @@ def test_processes_and_devices_give_the_same_run(start, tmp_path):
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
   two = [
-    start('train', f'--workdir={tmp_path}/2x2', *TINY,
-          f'--coordinator=localhost:{port}', '--num_processes=2',
-          f'--process_id={i}', devices=2) for i in range(2)]
+    start(
+      'train',
+      f'--workdir={tmp_path}/2x2',
+      *TINY,
+      f'--coordinator=localhost:{port}',
+      '--num_processes=2',
+      f'--process_id={i}',
+      devices=2,
+    )
+    for i in range(2)
+  ]
   for process in two:
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-  a, b = (checkpoint.import_npy(tmp_path / x / 'checkpoint.npy')
-          for x in ('1x4', '2x2'))
+  a, b = (
+    checkpoint.import_npy(tmp_path / x / 'checkpoint.npy') for x in ('1x4', '2x2')
+  )
   for x, y in zip(a, b, strict=True):
     for module in x:
       for leaf in x[module]:
         # The order of the sum over devices differs: 12 steps of float32 rounding.
-        np.testing.assert_allclose(x[module][leaf], y[module][leaf], rtol=2e-3,
-                                   atol=2e-5)
+        np.testing.assert_allclose(
+          x[module][leaf], y[module][leaf], rtol=2e-3, atol=2e-5
+        )
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run(call, tmp_path):
-  code, _, err = call('train', f'--workdir={tmp_path}', *TINY,
-                      '--config.optimizer.learning_rate=1e18')
+  code, _, err = call(
+    'train', f'--workdir={tmp_path}', *TINY, '--config.optimizer.learning_rate=1e18'
+  )
   assert code == 1
   message = err.strip().splitlines()[-1]
   assert re.match(r'error: the loss is (nan|inf) at step \d+', message)
   assert not (tmp_path / 'checkpoint.npy').exists()
   # What was saved before is finite.
   step = int(re.search(r'at step (\d+)', message)[1])
-  saved = [int(p.name) for p in (tmp_path / 'checkpoints').glob('*')
-           if p.name.isdigit()]
+  saved = [
+    int(p.name) for p in (tmp_path / 'checkpoints').glob('*') if p.name.isdigit()
+  ]
   assert all(s < step for s in saved)
 
 
@@ -200,9 +226,13 @@ def test_evaluate_judges_every_image_once_and_remembers(trained, call):
   code, again, _ = call('evaluate', f'--workdir={trained}', devices=4)
   assert again == out
   assert len(json.loads((trained / 'results.json').read_text())) == 1
-  code, out, _ = call('evaluate', f'--workdir={trained}', *TINY,
-                      '--config.evaluation.suite=clean',
-                      '--config.evaluation.num_images=100')
+  code, out, _ = call(
+    'evaluate',
+    f'--workdir={trained}',
+    *TINY,
+    '--config.evaluation.suite=clean',
+    '--config.evaluation.num_images=100',
+  )
   assert code == 0
   assert '100 test images' in out
   assert len(json.loads((trained / 'results.json').read_text())) == 2
@@ -214,9 +244,13 @@ def test_evaluation_does_not_depend_on_devices_or_batches(trained, call, tmp_pat
   for devices, size in ((1, 797), (4, 100)):
     workdir = tmp_path / str(devices)
     code, _, err = call(
-      'evaluate', f'--workdir={workdir}', *TINY,
+      'evaluate',
+      f'--workdir={workdir}',
+      *TINY,
       f'--config.evaluation.batch_size={size}',
-      f'--config.evaluation.checkpoint={trained}', devices=devices)
+      f'--config.evaluation.checkpoint={trained}',
+      devices=devices,
+    )
     assert code == 0, err
     [entry] = json.loads((workdir / 'results.json').read_text())
     counts.append((entry['clean_correct'], entry['robust_correct']))
@@ -225,9 +259,13 @@ def test_evaluation_does_not_depend_on_devices_or_batches(trained, call, tmp_pat
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_network_is_refused(trained, call, tmp_path):
-  code, _, err = call('evaluate', f'--workdir={tmp_path / "x"}', *TINY,
-                      '--config.model.name=wrn-10-2',
-                      f'--config.evaluation.checkpoint={trained}')
+  code, _, err = call(
+    'evaluate',
+    f'--workdir={tmp_path / "x"}',
+    *TINY,
+    '--config.model.name=wrn-10-2',
+    f'--config.evaluation.checkpoint={trained}',
+  )
   assert code == 1
   assert err.count('\n') == 1
   assert 'does not fit the network' in err
@@ -236,28 +274,43 @@ def test_a_checkpoint_of_another_network_is_refused(trained, call, tmp_path):
 
 @pytest.mark.slow
 def test_generate_then_train_on_the_samples_then_report(call, tmp_path):
-  code, _, err = call('train', f'--workdir={tmp_path}/labeller', *TINY,
-                      '--config.loss.name=standard', '--config.training.num_steps=60')
+  code, _, err = call(
+    'train',
+    f'--workdir={tmp_path}/labeller',
+    *TINY,
+    '--config.loss.name=standard',
+    '--config.training.num_steps=60',
+  )
   assert code == 0, err
-  generate = ['generate', f'--workdir={tmp_path}/gaussian',
-              '--config=experiments/digits_gaussian.py', '--config.samples.count=95',
-              '--config.samples.batch_size=64', '--config.samples.shard_size=40',
-              f'--config.labeller={tmp_path}/labeller']
+  generate = [
+    'generate',
+    f'--workdir={tmp_path}/gaussian',
+    '--config=experiments/digits_gaussian.py',
+    '--config.samples.count=95',
+    '--config.samples.batch_size=64',
+    '--config.samples.shard_size=40',
+    f'--config.labeller={tmp_path}/labeller',
+  ]
   code, _, err = call(*generate)
   assert code == 0, err
   metadata = json.loads((tmp_path / 'gaussian/samples/metadata.json').read_text())
   assert metadata['selection'] == 'balanced'
   assert metadata['labeller']['experiment'] == 'digits_standard_wrn-10-1_real'
-  labels = np.concatenate([
-    np.load(p) for p in sorted((tmp_path / 'gaussian/samples').glob('labels-*'))])
+  labels = np.concatenate(
+    [np.load(p) for p in sorted((tmp_path / 'gaussian/samples').glob('labels-*'))]
+  )
   assert np.bincount(labels).tolist() == [10] * 5 + [9] * 5
   code, _, err = call(*generate)
   assert code == 0
   assert 'is finished: 95 samples' in err
 
-  mixed = ['train', f'--workdir={tmp_path}/mixed', *TINY,
-           f'--config.data.samples={tmp_path}/gaussian/samples',
-           '--config.data.real_fraction=0.25']
+  mixed = [
+    'train',
+    f'--workdir={tmp_path}/mixed',
+    *TINY,
+    f'--config.data.samples={tmp_path}/gaussian/samples',
+    '--config.data.real_fraction=0.25',
+  ]
   code, _, err = call(*mixed)
   assert code == 0, err
   assert '8 real and 24 generated' in err
@@ -272,34 +325,73 @@ def test_generate_then_train_on_the_samples_then_report(call, tmp_path):
   assert (tmp_path / 'report.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('args, words', [
-  (['train', '--workdir=x'], '--config is missing'),
-  (['train', '--config=experiments/digits.py'], '--workdir is missing'),
-  (['train', '--workdir=x', '--config=experiments/none.py'], 'none.py'),
-  (['train', '--workdir=x', '--config=experiments/digits.py',
-    '--config.data.batchsize=3'], 'batchsize'),
-  (['train', '--workdir=x', '--config=experiments/digits.py',
-    '--config.loss.beta=six'], 'six'),
-  (['train', '--workdir=x', '--config=experiments/digits.py', '--confg.seed=1'],
-   'confg'),
-  (['train', '--workdir=x', '--config=experiments/digits.py:wrn-11-1'], 'wrn-11-1'),
-  (['train', '--workdir=x', '--config=experiments/cifar10_linf.py:real',
-    '--config.dataset.data_dir=/nowhere'], 'cifar10'),
-  (['train', '--workdir=x', '--config=experiments/digits.py', 'stray'], 'stray'),
-  (['evaluate', '--workdir=x'], 'config.json is absent'),
-  (['generate', '--workdir=x', '--config=experiments/digits_gaussian.py'],
-   'config.labeller is not set'),
-  (['report', '--workdir=x'], 'holds no workdir'),
-  (['train', '--workdir=x', '--config=experiments/digits.py:a,b'],
-   'names two data sources'),
-  (['train', '--workdir=x', '--config=experiments/cifar10_linf.py:wrn-10-1,ddpm',
-    '--config.data.real_fraction=0.3', '--config.data.real_repeats=1'],
-   'real_fraction'),
-], ids=lambda x: ' '.join(x[-1:]) if isinstance(x, list) else '')
+@pytest.mark.parametrize(
+  'args, words',
+  [
+    (['train', '--workdir=x'], '--config is missing'),
+    (['train', '--config=experiments/digits.py'], '--workdir is missing'),
+    (['train', '--workdir=x', '--config=experiments/none.py'], 'none.py'),
+    (
+      [
+        'train',
+        '--workdir=x',
+        '--config=experiments/digits.py',
+        '--config.data.batchsize=3',
+      ],
+      'batchsize',
+    ),
+    (
+      [
+        'train',
+        '--workdir=x',
+        '--config=experiments/digits.py',
+        '--config.loss.beta=six',
+      ],
+      'six',
+    ),
+    (
+      ['train', '--workdir=x', '--config=experiments/digits.py', '--confg.seed=1'],
+      'confg',
+    ),
+    (['train', '--workdir=x', '--config=experiments/digits.py:wrn-11-1'], 'wrn-11-1'),
+    (
+      [
+        'train',
+        '--workdir=x',
+        '--config=experiments/cifar10_linf.py:real',
+        '--config.dataset.data_dir=/nowhere',
+      ],
+      'cifar10',
+    ),
+    (['train', '--workdir=x', '--config=experiments/digits.py', 'stray'], 'stray'),
+    (['evaluate', '--workdir=x'], 'config.json is absent'),
+    (
+      ['generate', '--workdir=x', '--config=experiments/digits_gaussian.py'],
+      'config.labeller is not set',
+    ),
+    (['report', '--workdir=x'], 'holds no workdir'),
+    (
+      ['train', '--workdir=x', '--config=experiments/digits.py:a,b'],
+      'names two data sources',
+    ),
+    (
+      [
+        'train',
+        '--workdir=x',
+        '--config=experiments/cifar10_linf.py:wrn-10-1,ddpm',
+        '--config.data.real_fraction=0.3',
+        '--config.data.real_repeats=1',
+      ],
+      'real_fraction',
+    ),
+  ],
+  ids=lambda x: ' '.join(x[-1:]) if isinstance(x, list) else '',
+)
 def test_mistakes_are_told_in_one_line(args, words, tmp_path, monkeypatch, capsys):
   """In this process, whose four devices cannot share 307 real images."""
   program, *args = [
-    a.replace('=x', f'={tmp_path}/x') if a == '--workdir=x' else a for a in args]
+    a.replace('=x', f'={tmp_path}/x') if a == '--workdir=x' else a for a in args
+  ]
   main = importlib.import_module(f'jaxrobust.{program}').main
   monkeypatch.setattr(sys, 'argv', [program, *args])
   assert cli._run(main) == 1

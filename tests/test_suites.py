@@ -32,8 +32,13 @@ def logits_fn(variables, images):
 
 
 def attack():
-  return pgd.PGD(norms.Linf(EPSILON), objectives.margin, pgd.STEP_RULES['sign'],
-                 num_steps=5, step_sizes=(EPSILON,))
+  return pgd.PGD(
+    norms.Linf(EPSILON),
+    objectives.margin,
+    pgd.STEP_RULES['sign'],
+    num_steps=5,
+    step_sizes=(EPSILON,),
+  )
 
 
 @pytest.mark.parametrize('batch_size', [4, 16, 37, 100])
@@ -48,7 +53,8 @@ def test_judges_a_linear_network_exactly(case, batch_size):
   assert np.abs(margin - EPSILON * np.abs(weights).sum()).min() > 1e-5
   np.testing.assert_array_equal(outcome.clean, margin > 0)
   np.testing.assert_array_equal(
-    outcome.robust, margin > EPSILON * np.abs(weights).sum())
+    outcome.robust, margin > EPSILON * np.abs(weights).sum()
+  )
   assert len(outcome.adversarial) == 3
   moved = np.abs(outcome.adversarial - images[:3] / 255)
   assert moved.max() <= EPSILON + 1e-6
@@ -68,9 +74,16 @@ def test_an_attack_never_mends_a_wrong_prediction(case):
   images, _, variables, scores = case
   wrong = (scores <= 0).astype(np.int32)
   evaluator = suites.Evaluator(
-    logits_fn, pgd.PGD(norms.Linf(0.5), lambda x, y: -objectives.margin(x, y),
-                       pgd.STEP_RULES['sign'], num_steps=3, step_sizes=(0.5,)),
-    batch_size=37)
+    logits_fn,
+    pgd.PGD(
+      norms.Linf(0.5),
+      lambda x, y: -objectives.margin(x, y),
+      pgd.STEP_RULES['sign'],
+      num_steps=3,
+      step_sizes=(0.5,),
+    ),
+    batch_size=37,
+  )
   outcome = evaluator(parallel.replicate(variables), images, wrong)
   assert not outcome.robust.any()
 
@@ -81,9 +94,13 @@ def test_random_starts_depend_on_the_image_only():
   found = []
   for batch_size in (4, 8, 12):
     evaluator = suites.Evaluator(
-      lambda _, x: jnp.zeros((len(x), 2)) * x.sum(), attack(), batch_size=batch_size)
-    found.append(evaluator(parallel.replicate({'a': np.zeros(1)}), images,
-                           np.zeros(10, np.int32), keep=4).adversarial)
+      lambda _, x: jnp.zeros((len(x), 2)) * x.sum(), attack(), batch_size=batch_size
+    )
+    found.append(
+      evaluator(
+        parallel.replicate({'a': np.zeros(1)}), images, np.zeros(10, np.int32), keep=4
+      ).adversarial
+    )
   np.testing.assert_array_equal(found[0], found[1])
   np.testing.assert_array_equal(found[0], found[2])
   assert len(np.unique(found[0][:, 0, 0, 0])) == 4
@@ -93,8 +110,12 @@ def test_progress_counts_every_image(case):
   images, labels, variables, _ = case
   seen = []
   evaluator = suites.Evaluator(logits_fn, None, batch_size=16)
-  evaluator(parallel.replicate(variables), images, labels,
-            progress=lambda n, note: seen.append(n))
+  evaluator(
+    parallel.replicate(variables),
+    images,
+    labels,
+    progress=lambda n, note: seen.append(n),
+  )
   assert seen == [16, 16, 5]
 
 

@@ -25,8 +25,11 @@ def batch():
   rng = np.random.RandomState(0)
   real = datasets.load('digits', 'train')
   return update.Batch(
-    real.images[:BATCH], real.labels[:BATCH], rng.rand(BATCH) < 0.5,
-    np.arange(BATCH, dtype=np.int32))
+    real.images[:BATCH],
+    real.labels[:BATCH],
+    rng.rand(BATCH) < 0.5,
+    np.arange(BATCH, dtype=np.int32),
+  )
 
 
 def make_config(**overrides):
@@ -51,11 +54,11 @@ class Setup:
     params = dict(state.params)
     last = next(k for k in params if k.endswith('logits'))
     rng = np.random.RandomState(1)
-    params[last] = {k: jnp.float32(0.3 * rng.normal(size=v.shape))
-                    for k, v in params[last].items()}
+    params[last] = {
+      k: jnp.float32(0.3 * rng.normal(size=v.shape)) for k, v in params[last].items()
+    }
     self.state = state._replace(params=params, ema_params=params)
-    self.step = parallel.pmap(
-      update.make_step(config, self.model, self.sgd, 10))
+    self.step = parallel.pmap(update.make_step(config, self.model, self.sgd, 10))
 
   def run(self, batch):
     state, metrics = self.step(parallel.replicate(self.state), parallel.shard(batch))
@@ -75,8 +78,11 @@ def conv(x, w, stride):
   y = np.zeros((len(x), out, out, w.shape[3]))
   for i in range(taps):
     for j in range(taps):
-      patch = x[:, i:i + (out - 1) * stride + 1:stride,
-                j:j + (out - 1) * stride + 1:stride]
+      patch = x[
+        :,
+        i : i + (out - 1) * stride + 1 : stride,
+        j : j + (out - 1) * stride + 1 : stride,
+      ]
       y += patch @ w[i, j]
   return y
 
@@ -120,14 +126,19 @@ def trades(p, images, adv_images, targets, beta=6.0, decay=5e-4, seen=None):
   clean = log_softmax(forward(p, images, {}))
   adv = log_softmax(forward(p, adv_images, {} if seen is None else seen))
   kl = (np.exp(clean) * (clean - adv)).sum(-1).mean()
-  squares = sum((leaf**2).sum() for module in p.values()
-                for name, leaf in module.items() if name in ('w', 'b'))
+  squares = sum(
+    (leaf**2).sum()
+    for module in p.values()
+    for name, leaf in module.items()
+    if name in ('w', 'b')
+  )
   return -(targets * clean).sum(-1).mean() + beta * kl + decay / 2 * squares
 
 
 def float64(tree):
-  return {m: {k: np.float64(v) for k, v in leaves.items()}
-          for m, leaves in tree.items()}
+  return {
+    m: {k: np.float64(v) for k, v in leaves.items()} for m, leaves in tree.items()
+  }
 
 
 @pytest.fixture(scope='module')
@@ -147,11 +158,14 @@ def case(batch, plain):
   config, state = setup.config, setup.state
   after, metrics = setup.run(batch)
   images, targets, rngs = update._augmented(
-    config, 10, 0, jax.tree.map(jnp.asarray, batch))
+    config, 10, 0, jax.tree.map(jnp.asarray, batch)
+  )
   attack = pgd.from_config(
-    config.attack, norms.get(config.threat.norm, config.threat.epsilon))
+    config.attack, norms.get(config.threat.norm, config.threat.epsilon)
+  )
   logits_fn = lambda x: setup.model.apply(
-    state.params, state.net_state, x, batch_stats=True)[0]
+    state.params, state.net_state, x, batch_stats=True
+  )[0]
   probabilities = jax.nn.softmax(logits_fn(images))
   adv_images = jax.jit(lambda: attack(logits_fn, rngs, images, probabilities))()
   p = float64(state.params)
@@ -186,19 +200,24 @@ def test_gradient_by_central_differences(case):
   scale = -setup.learning_rate * 1.9
   gradient = jax.tree.map(
     lambda new, old: (np.float64(new) - np.float64(old)) / scale,
-    float64(after.params), float64(setup.state.params))
+    float64(after.params),
+    float64(setup.state.params),
+  )
   rng = np.random.RandomState(2)
   for name, module in p.items():
     for leaf in module:
       direction = rng.normal(size=module[leaf].shape)
       direction /= np.linalg.norm(direction)
       moved = lambda t, n=name, k=leaf, d=direction: {
-        **p, n: {**p[n], k: p[n][k] + t * d}}
+        **p,
+        n: {**p[n], k: p[n][k] + t * d},
+      }
       h = 1e-5
       numeric = (trades(moved(h), *inputs) - trades(moved(-h), *inputs)) / (2 * h)
       # The gradient is read off float32 parameters: 1e-7 of them over the step size.
       np.testing.assert_allclose(
-        (gradient[name][leaf] * direction).sum(), numeric, rtol=5e-3, atol=2e-4)
+        (gradient[name][leaf] * direction).sum(), numeric, rtol=5e-3, atol=2e-4
+      )
 
 
 def test_batch_norm_statistics_come_from_the_adversarial_pass(case):
@@ -208,8 +227,9 @@ def test_batch_norm_statistics_come_from_the_adversarial_pass(case):
   for name, [(mean, var)] in seen.items():
     state = after.net_state[f'{name}/~/mean_ema']
     np.testing.assert_allclose(state['average'].ravel(), mean, rtol=2e-3, atol=2e-4)
-    np.testing.assert_allclose(state['hidden'].ravel(), 0.01 * mean, rtol=2e-3,
-                               atol=2e-6)
+    np.testing.assert_allclose(
+      state['hidden'].ravel(), 0.01 * mean, rtol=2e-3, atol=2e-6
+    )
     assert state['counter'] == 1
     state = after.net_state[f'{name}/~/var_ema']
     np.testing.assert_allclose(state['average'].ravel(), var, rtol=2e-3, atol=2e-4)
@@ -222,7 +242,8 @@ def test_averaged_parameters(case):
     for leaf, value in module.items():
       # At step 0 the decay is (1 + 0) / (10 + 0).
       np.testing.assert_allclose(
-        value, 0.1 * p[name][leaf] + 0.9 * new[name][leaf], rtol=1e-5, atol=1e-7)
+        value, 0.1 * p[name][leaf] + 0.9 * new[name][leaf], rtol=1e-5, atol=1e-7
+      )
   assert after.step == 1
 
 
@@ -230,8 +251,10 @@ def test_averaged_parameters(case):
 
 
 def tree_difference(a, b):
-  return max(float(np.abs(np.float64(x) - np.float64(y)).max())
-             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+  return max(
+    float(np.abs(np.float64(x) - np.float64(y)).max())
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
 
 
 def test_one_and_four_devices_give_the_same_update(batch, plain):
@@ -260,8 +283,7 @@ def test_the_order_of_the_slots_does_not_matter(batch, name, request):
 def test_own_statistics_of_the_averaged_parameters(batch, plain):
   raw, _ = plain.run(batch)
   own, _ = Setup(**{'ema.batch_norm': 'own'}).run(batch)
-  np.testing.assert_array_equal(
-    *(jax.tree.leaves(s.net_state)[1] for s in (raw, own)))
+  np.testing.assert_array_equal(*(jax.tree.leaves(s.net_state)[1] for s in (raw, own)))
   assert tree_difference(raw.ema_net_state, raw.net_state) == 0
   assert tree_difference(own.ema_net_state, own.net_state) > 1e-4
 
@@ -270,11 +292,14 @@ def test_standard_loss_is_cross_entropy_of_one_pass(batch):
   setup = Setup(**{'loss.name': 'standard', 'loss.weight_decay': 0.0})
   after, metrics = setup.run(batch)
   images, targets, _ = update._augmented(
-    setup.config, 10, 0, jax.tree.map(jnp.asarray, batch))
+    setup.config, 10, 0, jax.tree.map(jnp.asarray, batch)
+  )
   logits = setup.model.apply(
-    setup.state.params, setup.state.net_state, images, batch_stats=True)[0]
+    setup.state.params, setup.state.net_state, images, batch_stats=True
+  )[0]
   np.testing.assert_allclose(
-    metrics['train/loss'], losses.cross_entropy(logits, targets).mean(), rtol=1e-5)
+    metrics['train/loss'], losses.cross_entropy(logits, targets).mean(), rtol=1e-5
+  )
   assert 'train/adv_accuracy' not in metrics
 
 

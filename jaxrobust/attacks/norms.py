@@ -19,6 +19,7 @@ class Linf:
   Attributes:
     epsilon: in pixel values of [0, 1], such as 8 / 255; above 0.
   """
+
   epsilon: float
 
   def initialize(self, rngs: jax.Array, images: jax.Array) -> jax.Array:
@@ -32,7 +33,8 @@ class Linf:
       [B, H, W, C] in [0, 1].
     """
     draw = lambda rng: jax.random.uniform(
-        rng, images.shape[1:], images.dtype, -self.epsilon, self.epsilon)
+      rng, images.shape[1:], images.dtype, -self.epsilon, self.epsilon
+    )
     return self.project(images + jax.vmap(draw)(rngs), images)
 
   def project(self, images: jax.Array, origin: jax.Array) -> jax.Array:
@@ -83,6 +85,7 @@ class L2:
   Attributes:
     epsilon: in pixel values of [0, 1], such as 128 / 255; above 0.
   """
+
   epsilon: float
 
   def initialize(self, rngs: jax.Array, images: jax.Array) -> jax.Array:
@@ -172,7 +175,8 @@ def get(name: str, epsilon: float) -> Ball:
     raise UserError(f'norm {name!r} is unknown: use one of {", ".join(_BALLS)}')
   if not epsilon > 0:
     raise UserError(
-        f'epsilon = {epsilon}: use a number above 0, in pixel values of [0, 1]')
+      f'epsilon = {epsilon}: use a number above 0, in pixel values of [0, 1]'
+    )
   return _BALLS[name](epsilon)
 
 

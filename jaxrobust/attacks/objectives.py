@@ -38,7 +38,8 @@ def kl_divergence(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
     [B], in nats, at least 0 up to rounding.
   """
   return optax.losses.kl_divergence(
-      losses.log_probabilities(logits), jax.lax.stop_gradient(probabilities))
+    losses.log_probabilities(logits), jax.lax.stop_gradient(probabilities)
+  )
 
 
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -62,14 +63,14 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 OBJECTIVES = {
-    'cross_entropy': cross_entropy,
-    'kl_divergence': kl_divergence,
-    'margin': margin,
+  'cross_entropy': cross_entropy,
+  'kl_divergence': kl_divergence,
+  'margin': margin,
 }
 
 # What each objective takes as its reference: labels [B], probabilities [B, K].
 REFERENCES = {
-    'cross_entropy': 'either',
-    'kl_divergence': 'probabilities',
-    'margin': 'labels',
+  'cross_entropy': 'either',
+  'kl_divergence': 'probabilities',
+  'margin': 'labels',
 }

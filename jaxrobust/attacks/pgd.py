@@ -14,9 +14,9 @@ from jaxrobust.errors import UserError
 # A gradient's way to a step, before the step size. The published attacks use Adam
 # with these constants (released code).
 STEP_RULES = {
-    'adam': optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-9),
-    'sign': optax.stateless(lambda gradient, _: norms.Linf.steepest(gradient)),
-    'normalized': optax.stateless(lambda gradient, _: norms.L2.steepest(gradient)),
+  'adam': optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-9),
+  'sign': optax.stateless(lambda gradient, _: norms.Linf.steepest(gradient)),
+  'normalized': optax.stateless(lambda gradient, _: norms.L2.steepest(gradient)),
 }
 
 INITIALIZATIONS = ('uniform', 'zero')
@@ -40,6 +40,7 @@ class PGD:
     restarts: random starts, of which the one with the highest objective is kept for
       each image.
   """
+
   ball: norms.Ball
   objective: Callable[[jax.Array, jax.Array], jax.Array]
   step_rule: optax.GradientTransformation
@@ -49,8 +50,9 @@ class PGD:
   initialization: str = 'uniform'
   restarts: int = 1
 
-  def __call__(self, logits_fn, rngs: jax.Array, images: jax.Array,
-               reference: jax.Array) -> jax.Array:
+  def __call__(
+    self, logits_fn, rngs: jax.Array, images: jax.Array, reference: jax.Array
+  ) -> jax.Array:
     """Attacks a batch.
 
     The first restart is the attack without restarts. No gradient flows through the
@@ -77,8 +79,10 @@ class PGD:
       found = self._climb(score, keys(index), images)
       scores = score(found).astype(highest.dtype)
       better = scores > highest
-      return (jnp.where(better[:, None, None, None], found, kept),
-              jnp.where(better, scores, highest))
+      return (
+        jnp.where(better[:, None, None, None], found, kept),
+        jnp.where(better, scores, highest),
+      )
 
     nothing = (images, jnp.full(len(images), -jnp.inf, images.dtype))
     found, _ = jax.lax.fori_loop(0, self.restarts, restart, nothing)
@@ -104,7 +108,8 @@ class PGD:
   def _sizes(self) -> np.ndarray:
     """The step size of each step, [num_steps]."""
     stage = np.searchsorted(
-        np.asarray(self.step_boundaries, int), np.arange(self.num_steps), 'right')
+      np.asarray(self.step_boundaries, int), np.arange(self.num_steps), 'right'
+    )
     return np.asarray(self.step_sizes)[stage]
 
 
@@ -120,9 +125,11 @@ def from_config(config, ball: norms.Ball) -> PGD:
   Raises:
     UserError: for an unknown name, or numbers that do not describe an attack.
   """
-  for field, choices in (('objective', objectives.OBJECTIVES),
-                         ('step_rule', STEP_RULES),
-                         ('initialization', INITIALIZATIONS)):
+  for field, choices in (
+    ('objective', objectives.OBJECTIVES),
+    ('step_rule', STEP_RULES),
+    ('initialization', INITIALIZATIONS),
+  ):
     if (value := config[field]) not in choices:
       raise UserError(f'attack.{field} = {value!r}: use one of {", ".join(choices)}')
   for field in ('num_steps', 'restarts'):
@@ -131,19 +138,27 @@ def from_config(config, ball: norms.Ball) -> PGD:
   sizes, boundaries = tuple(config.step_sizes), tuple(config.step_boundaries)
   if len(sizes) != len(boundaries) + 1:
     raise UserError(
-        f'attack.step_sizes = {sizes} with attack.step_boundaries = {boundaries}: '
-        'give one size more than boundaries')
+      f'attack.step_sizes = {sizes} with attack.step_boundaries = {boundaries}: '
+      'give one size more than boundaries'
+    )
   if not all(size > 0 for size in sizes):
     raise UserError(f'attack.step_sizes = {sizes}: use sizes above 0')
   if any(b <= a for a, b in zip((0, *boundaries), boundaries, strict=False)):
     raise UserError(
-        f'attack.step_boundaries = {boundaries}: use steps above 0, in rising order')
+      f'attack.step_boundaries = {boundaries}: use steps above 0, in rising order'
+    )
   if config.initialization == 'zero' and config.restarts > 1:
     raise UserError(
-        f"attack.restarts = {config.restarts} with attack.initialization = 'zero' "
-        "would repeat one attack: use 1 restart, or initialization = 'uniform'")
+      f"attack.restarts = {config.restarts} with attack.initialization = 'zero' "
+      "would repeat one attack: use 1 restart, or initialization = 'uniform'"
+    )
   return PGD(
-      ball=ball, objective=objectives.OBJECTIVES[config.objective],
-      step_rule=STEP_RULES[config.step_rule], num_steps=config.num_steps,
-      step_sizes=sizes, step_boundaries=boundaries,
-      initialization=config.initialization, restarts=config.restarts)
+    ball=ball,
+    objective=objectives.OBJECTIVES[config.objective],
+    step_rule=STEP_RULES[config.step_rule],
+    num_steps=config.num_steps,
+    step_sizes=sizes,
+    step_boundaries=boundaries,
+    initialization=config.initialization,
+    restarts=config.restarts,
+  )

@@ -11,10 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import parallel
-from jaxrobust.attacks import pgd
+from jaxrobust.attacks import norms, objectives, pgd
 from jaxrobust.errors import UserError
 
-SUITES = ('pgd-40', 'clean')
+SUITES = ('pgd', 'clean')
+
+
+def attack_from_config(config, ball: norms.Ball) -> pgd.PGD:
+  """`pgd.from_config` for an attack that judges: it must move away from labels.
+
+  Raises:
+    UserError: as `pgd.from_config`, or if the objective wants probabilities.
+  """
+  attack = pgd.from_config(config, ball)
+  if objectives.REFERENCES[config.objective] == 'probabilities':
+    raise UserError(
+      f'evaluation.attack.objective = {config.objective!r} does not know '
+      'labels: use margin or cross_entropy'
+    )
+  return attack
 
 
 class Outcome(NamedTuple):
@@ -26,6 +41,7 @@ class Outcome(NamedTuple):
     adversarial: float32 [k, H, W, C] in [0, 1], of the first k images.
     predictions: int32 [k], the classes predicted for them.
   """
+
   clean: np.ndarray
   robust: np.ndarray
   adversarial: np.ndarray
@@ -39,8 +55,9 @@ class Evaluator:
   batches or devices.
   """
 
-  def __init__(self, logits_fn, attack: pgd.PGD | None, *, batch_size: int,
-               seed: int = 0):
+  def __init__(
+    self, logits_fn, attack: pgd.PGD | None, *, batch_size: int, seed: int = 0
+  ):
     """Prepares the evaluation.
 
     Args:
@@ -65,12 +82,20 @@ class Evaluator:
     adversarial = images
     if self._attack is not None:
       adversarial = self._attack(
-          logits_fn, parallel.key_per_slot(self._rng, index), images, labels)
+        logits_fn, parallel.key_per_slot(self._rng, index), images, labels
+      )
     predictions = predicted(adversarial)
     return clean, clean & (predictions == labels), adversarial, predictions
 
-  def __call__(self, variables, images: np.ndarray, labels: np.ndarray, *,
-               keep: int = 0, progress=None) -> Outcome:
+  def __call__(
+    self,
+    variables,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    keep: int = 0,
+    progress=None,
+  ) -> Outcome:
     """Judges every image once.
 
     Args:
@@ -92,15 +117,16 @@ class Evaluator:
       # The last batch is filled up with copies of its first image, then cut.
       index = np.arange(first, first + size)
       mine = np.where(index < n, index, first)[start:stop]
-      batch = parallel.shard((images[mine], labels[mine].astype(np.int32),
-                              mine.astype(np.int32)))
+      batch = parallel.shard(
+        (images[mine], labels[mine].astype(np.int32), mine.astype(np.int32))
+      )
       found = self._judge(variables, *batch)
       right, stands = parallel.gather(found[:2])
       real = min(size, n - first)
       clean.append(right[:real])
       robust.append(stands[:real])
       if kept is None:
-        kept = [x[:min(keep, real)] for x in parallel.gather(found[2:])]
+        kept = [x[: min(keep, real)] for x in parallel.gather(found[2:])]
       if progress is not None:
         progress(real, f'robust {np.mean(np.concatenate(robust)):.2%}')
     clean, robust = np.concatenate(clean), np.concatenate(robust)

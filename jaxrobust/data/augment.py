@@ -33,12 +33,14 @@ def augment(images: jax.Array, rngs: jax.Array, *, pad: int, flip: bool) -> jax.
   padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
   flat = (rows[:, :, None] * wide + columns[:, None, :]).reshape(batch, -1, 1)
   moved = jnp.take_along_axis(
-      padded.reshape(batch, -1, channels), flat, axis=1, mode='promise_in_bounds')
+    padded.reshape(batch, -1, channels), flat, axis=1, mode='promise_in_bounds'
+  )
   return moved.reshape(images.shape).astype(jnp.float32) / 255
 
 
-def one_hot_targets(labels: jax.Array, is_generated: jax.Array, num_classes: int,
-                    label_smoothing: float) -> jax.Array:
+def one_hot_targets(
+  labels: jax.Array, is_generated: jax.Array, num_classes: int, label_smoothing: float
+) -> jax.Array:
   """Targets: those of generated images are smoothed, those of real ones are not.
 
   Source: the released recipe, with smoothing 0.1.
@@ -57,8 +59,9 @@ def one_hot_targets(labels: jax.Array, is_generated: jax.Array, num_classes: int
   return (1 - smoothing) * one_hot + smoothing / num_classes
 
 
-def cutmix(all_images: jax.Array, all_targets: jax.Array, rng: jax.Array,
-           num_workers: int) -> tuple[jax.Array, jax.Array]:
+def cutmix(
+  all_images: jax.Array, all_targets: jax.Array, rng: jax.Array, num_workers: int
+) -> tuple[jax.Array, jax.Array]:
   """Pastes a box of another image into each image, and mixes the targets alike.
 
   A virtual worker holds a contiguous part of the global batch and draws one ratio and
@@ -66,6 +69,8 @@ def cutmix(all_images: jax.Array, all_targets: jax.Array, rng: jax.Array,
   depend on `rng` and the worker only, not on how the batch lies on devices.
   Source: Yun et al. 2019; one ratio of Beta(1, 1) and one box a worker as in the
   published runs.
+  Deviation: the released code mixes within the batch of a device, which is a part of
+  a worker's; here partners come from the whole worker, on any number of devices.
 
   Args:
     all_images: [G, H, W, C], the global batch.
@@ -81,10 +86,13 @@ def cutmix(all_images: jax.Array, all_targets: jax.Array, rng: jax.Array,
 
   def mix(index, images, targets):
     ratio_rng, row_rng, column_rng, order_rng = jax.random.split(
-        jax.random.fold_in(rng, index), 4)
+      jax.random.fold_in(rng, index), 4
+    )
     side = jnp.sqrt(1 - jax.random.uniform(ratio_rng))  # Beta(1, 1) is uniform.
-    box = (_in_box(row_rng, height, side)[:, None]
-           & _in_box(column_rng, width, side)[None, :])
+    box = (
+      _in_box(row_rng, height, side)[:, None]
+      & _in_box(column_rng, width, side)[None, :]
+    )
     partner = jax.random.permutation(order_rng, len(images))
     mixed = jnp.where(box[None, :, :, None], images[partner], images)
     # The image's edge cuts the box, so the weight is of what is left of it.
@@ -93,7 +101,8 @@ def cutmix(all_images: jax.Array, all_targets: jax.Array, rng: jax.Array,
 
   split = lambda x: x.reshape(num_workers, -1, *x.shape[1:])
   images, targets = jax.vmap(mix)(
-      jnp.arange(num_workers), split(all_images), split(all_targets))
+    jnp.arange(num_workers), split(all_images), split(all_targets)
+  )
   return images.reshape(all_images.shape), targets.reshape(all_targets.shape)
 
 

@@ -51,8 +51,10 @@ def import_npz(
       with archive.open('label.npy') as member:
         labels = np.lib.format.read_array(member)
       if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in 'iu':
-        raise UserError(f'label in {npz_path} is {labels.dtype} '
-                        f'{list(labels.shape)}; it must be integers [n], n > 0')
+        raise UserError(
+          f'label in {npz_path} is {labels.dtype} '
+          f'{list(labels.shape)}; it must be integers [n], n > 0'
+        )
       with archive.open('image.npy') as member:
         return samples.write(
           out,
@@ -66,8 +68,9 @@ def import_npz(
   except UserError:
     raise
   except (zipfile.BadZipFile, EOFError, ValueError) as error:
-    raise UserError(f'{npz_path} is damaged or no .npz file ({error}); '
-                    'fetch it again') from None
+    raise UserError(
+      f'{npz_path} is damaged or no .npz file ({error}); fetch it again'
+    ) from None
 
 
 def export_npz(sample_set: samples.SampleSet, npz_path: str | os.PathLike) -> None:

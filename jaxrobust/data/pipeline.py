@@ -5,7 +5,7 @@ devices and processes, and wherever the run was resumed: nothing is stored.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +14,6 @@ from jaxrobust.data import datasets
 from jaxrobust.data.datasets import Split
 from jaxrobust.data.samples import SampleSet
 from jaxrobust.errors import UserError
-
-tf = datasets.import_tensorflow()
 
 _REAL, _GENERATED = 0, 1  # the two sources, part of the key of a shuffle
 _PARALLEL_CALLS = 4  # They overlap disk reads; cached reads gain nothing from 2 on.
@@ -36,7 +34,10 @@ class Batch(NamedTuple):
 
 
 def mix_counts(
-  batch_size: int, real_fraction: float, real_repeats: int
+  batch_size: int,
+  real_fraction: float,
+  real_repeats: int,
+  parts: Mapping[str, int] | None = None,
 ) -> tuple[int, int]:
   """Resolves the share of real images into counts of a global batch.
 
@@ -45,53 +46,51 @@ def mix_counts(
     real_fraction: Share of real images in [0, 1].
     real_repeats: How often each real image occurs in a batch, at least 1. The
       published runs had 4 workers that read the real images in the same order.
+    parts: Into how many equal contiguous parts the batch is divided, by what they
+      are ('devices', 'BatchNorm groups'). Each part must hold as many real images
+      as the others.
 
   Returns:
     (num_real, num_generated), which sum to batch_size.
 
   Raises:
-    UserError: A value is out of range, or the real images of a batch are not a
-      multiple of real_repeats.
+    UserError: A value is out of range, the batch is not a multiple of its parts, or
+      its real images are not a multiple of them or of real_repeats.
   """
+  parts = parts or {}
   if batch_size < 1:
     raise UserError(f'data.batch_size = {batch_size}; it must be at least 1')
   if not 0 <= real_fraction <= 1:
     raise UserError(f'data.real_fraction = {real_fraction}; it must be in [0, 1]')
   if real_repeats < 1:
     raise UserError(f'data.real_repeats = {real_repeats}; it must be at least 1')
+  for what, count in parts.items():
+    if batch_size % count:
+      low = batch_size // count * count
+      choices = f'{low} or {low + count}' if low else f'{count}'
+      raise UserError(
+        f'data.batch_size = {batch_size} is not a multiple of '
+        f'{count} {what}; use {choices}'
+      )
   num_real = math.floor(real_fraction * batch_size + 0.5)
-  if num_real % real_repeats:
+  multiple = math.lcm(real_repeats, *parts.values())
+  if num_real % multiple:
+    reason = next(
+      (
+        f'which {count} {what} cannot share equally'
+        for what, count in parts.items()
+        if num_real % count
+      ),
+      f'not a multiple of data.real_repeats = {real_repeats}'
+      if num_real % real_repeats
+      else f'which its parts and {real_repeats} repeats cannot share equally',
+    )
     raise UserError(
       f'data.real_fraction = {real_fraction} gives {num_real} real images in a '
-      f'batch of {batch_size}, not a multiple of data.real_repeats = '
-      f'{real_repeats}; use {_nearest_fractions(num_real, batch_size, real_repeats)}'
+      f'batch of {batch_size}, {reason}; use '
+      f'{_nearest_fractions(num_real, batch_size, multiple)}'
     )
   return num_real, batch_size - num_real
-
-
-def check_shares(num_real: int, batch_size: int, num_groups: int, what: str) -> None:
-  """Refuses a mix that equal contiguous parts of the batch cannot share equally.
-
-  Args:
-    num_real: Real images in a global batch.
-    batch_size: Images in a global batch.
-    num_groups: Number of parts, at least 1.
-    what: What the parts are, in the plural, such as 'devices'.
-
-  Raises:
-    UserError: The batch or its real images are not a multiple of num_groups.
-  """
-  if batch_size % num_groups:
-    low = batch_size // num_groups * num_groups
-    choices = f'{low} or {low + num_groups}' if low else f'{num_groups}'
-    raise UserError(f'data.batch_size = {batch_size} is not a multiple of '
-                    f'{num_groups} {what}; use {choices}')
-  if num_real % num_groups:
-    raise UserError(
-      f'data.real_fraction = {num_real / batch_size:.6g} gives {num_real} real '
-      f'images in a batch of {batch_size}, which {num_groups} {what} cannot share '
-      f'equally; use {_nearest_fractions(num_real, batch_size, num_groups)}'
-    )
 
 
 def train_batches(
@@ -136,9 +135,12 @@ def train_batches(
   num_real, num_generated = mix_counts(batch_size, real_fraction, real_repeats)
   start, stop = slots or (0, batch_size)
   if not 0 <= start < stop <= batch_size:
-    raise UserError(f'slots {start}..{stop} in a batch of {batch_size}; a process '
-                    'feeds a part of the batch')
-  _check_sources(real, samples, num_real, num_generated, num_classes)
+    raise UserError(
+      f'slots {start}..{stop} in a batch of {batch_size}; a process '
+      'feeds a part of the batch'
+    )
+  check_sources(real, samples, num_real, num_generated, num_classes)
+  tf = datasets.import_tensorflow()
 
   slot = np.arange(batch_size)
   is_real = (slot + 1) * num_real // batch_size > slot * num_real // batch_size
@@ -184,16 +186,37 @@ def _nearest_fractions(num_real, batch_size, multiple):
   return ' or '.join(f'{n / batch_size:.10g} ({n})' for n in counts)
 
 
-def _check_sources(real, samples, num_real, num_generated, num_classes):
-  """Refuses sources that are missing, empty or do not fit together."""
+def check_sources(
+  real: Split | None,
+  samples: SampleSet | None,
+  num_real: int,
+  num_generated: int,
+  num_classes: int | None = None,
+) -> None:
+  """Refuses sources that are missing, empty or do not fit together.
+
+  Args:
+    real: The real images.
+    samples: The generated images.
+    num_real: Real images in a batch.
+    num_generated: Generated images in a batch.
+    num_classes: Number of classes; by default the largest real label plus 1.
+
+  Raises:
+    UserError: As said.
+  """
   if num_real and (real is None or not len(real.images)):
-    raise UserError(f'the mix takes {num_real} real images a batch, but there are '
-                    'none; set data.real_fraction = 0 or name a dataset')
+    raise UserError(
+      f'the mix takes {num_real} real images a batch, but there are '
+      'none; set data.real_fraction = 0 or name a dataset'
+    )
   if not num_generated:
     return
   if samples is None:
-    raise UserError(f'the mix takes {num_generated} generated images a batch, but '
-                    'no sample set is given; name one or set data.real_fraction = 1')
+    raise UserError(
+      f'the mix takes {num_generated} generated images a batch, but '
+      'no sample set is given; name one or set data.real_fraction = 1'
+    )
   if real is None:
     return
   if real.images.shape[1:] != samples.image_shape:
@@ -216,6 +239,7 @@ def _stream_key(seed, source):
 
 def _shuffled(positions, sizes, keys):
   """Maps positions [n] in endless streams to image indices, a bijection an epoch."""
+  tf = datasets.import_tensorflow()
   epochs = tf.cast(positions // sizes, tf.uint64)
   # The public `index_shuffle` fixes 4 rounds of this cipher, after which neighbours
   # keep nearly constant distances; tests of uniformity pass from 12 rounds on. Of

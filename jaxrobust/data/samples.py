@@ -230,8 +230,10 @@ def write(
   """
   path = shards.local_path(path)
   if path.exists():
-    raise UserError(f'{path} exists; a sample set is never overwritten: remove it '
-                    'or choose another folder')
+    raise UserError(
+      f'{path} exists; a sample set is never overwritten: remove it '
+      'or choose another folder'
+    )
   if shard_size < 1:
     raise UserError(f'shard_size = {shard_size}; it must be at least 1')
   if reserved := sorted(set(metadata) & set(_RESERVED)):
@@ -256,7 +258,9 @@ def write(
       'image_shape': image_shape,
       'num_classes': num_classes,
       'counts': {
-        'total': sum(per_shard), 'per_class': per_class, 'per_shard': per_shard
+        'total': sum(per_shard),
+        'per_class': per_class,
+        'per_shard': per_shard,
       },
       'sha256': sha256,
     }
@@ -294,11 +298,15 @@ def _read_metadata(path):
       and set(metadata['sha256']) == names
     )
   except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f'{file} is damaged ({type(error).__name__}: {error}); '
-                    'fetch or make the set again') from None
+    raise UserError(
+      f'{file} is damaged ({type(error).__name__}: {error}); '
+      'fetch or make the set again'
+    ) from None
   if not consistent:
-    raise UserError(f'{file} contradicts itself (shapes, classes, counts or file '
-                    'names); fetch or make the set again')
+    raise UserError(
+      f'{file} contradicts itself (shapes, classes, counts or file '
+      'names); fetch or make the set again'
+    )
   return metadata
 
 
@@ -310,14 +318,19 @@ def _check_batch(images, labels, image_shape, num_classes):
       f'{list(labels.shape)}; a sample set takes uint8 [n, H, W, C] and [n]'
     )
   if list(images.shape[1:]) != image_shape:
-    raise UserError(f'images of shape {list(images.shape[1:])} after images of '
-                    f'shape {image_shape}; all must be equal')
+    raise UserError(
+      f'images of shape {list(images.shape[1:])} after images of '
+      f'shape {image_shape}; all must be equal'
+    )
   if labels.dtype.kind not in 'iu' or labels.ndim != 1:
-    raise UserError(f'labels {labels.dtype} {list(labels.shape)}; a sample set '
-                    'takes integers [n]')
+    raise UserError(
+      f'labels {labels.dtype} {list(labels.shape)}; a sample set takes integers [n]'
+    )
   if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-    raise UserError(f'labels {labels.min()}..{labels.max()}; {num_classes} classes '
-                    f'allow 0..{num_classes - 1}')
+    raise UserError(
+      f'labels {labels.min()}..{labels.max()}; {num_classes} classes '
+      f'allow 0..{num_classes - 1}'
+    )
 
 
 def _write_shards(folder, batches, num_classes, shard_size):

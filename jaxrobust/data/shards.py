@@ -47,8 +47,10 @@ def read_header(file, name):
   """
   version = np.lib.format.read_magic(file)
   if version != (1, 0):
-    raise UserError(f'{name} is .npy version {version}; version (1, 0) is read: '
-                    'save it again with numpy.save')
+    raise UserError(
+      f'{name} is .npy version {version}; version (1, 0) is read: '
+      'save it again with numpy.save'
+    )
   shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
   if fortran and len(shape) > 1:
     raise UserError(f'{name} is in Fortran order; save it in C order')
@@ -80,6 +82,8 @@ def check_array(path, shape, dtype):
     )
   size = offset + int(np.prod(shape)) * np.dtype(dtype).itemsize
   if path.stat().st_size != size:
-    raise UserError(f'{path} has {path.stat().st_size} bytes, {size} are right '
-                    '(truncated or appended to); fetch or make it again')
+    raise UserError(
+      f'{path} has {path.stat().st_size} bytes, {size} are right '
+      '(truncated or appended to); fetch or make it again'
+    )
   return offset

@@ -18,9 +18,9 @@ from jaxrobust import workdir
 from jaxrobust.errors import UserError
 
 ESTIMATORS = {
-    'empirical': covariance.EmpiricalCovariance,  # singular below H*W*C images
-    'ledoit-wolf': covariance.LedoitWolf,  # shrunk to a multiple of the identity
-    'oas': covariance.OAS,  # likewise, by another estimate of how much
+  'empirical': covariance.EmpiricalCovariance,  # singular below H*W*C images
+  'ledoit-wolf': covariance.LedoitWolf,  # shrunk to a multiple of the identity
+  'oas': covariance.OAS,  # likewise, by another estimate of how much
 }
 
 
@@ -35,6 +35,15 @@ class Gaussian:
   def __init__(self, means: np.ndarray, factors: np.ndarray):
     self.means, self.factors = means, factors
 
+  @staticmethod
+  def check(settings):
+    """Raises UserError for an unknown estimator."""
+    if settings.covariance not in ESTIMATORS:
+      raise UserError(
+        f'config.generator.covariance = {settings.covariance!r}: use one '
+        f'of {", ".join(ESTIMATORS)}'
+      )
+
   @classmethod
   def fit(cls, images: np.ndarray, labels: np.ndarray, num_classes: int, settings):
     """Fits mean and covariance of each class.
@@ -48,15 +57,15 @@ class Gaussian:
     Raises:
       UserError: for an unknown estimator, or a class with fewer than two images.
     """
-    if settings.covariance not in ESTIMATORS:
-      raise UserError(f'config.generator.covariance = {settings.covariance!r}: use one '
-                      f'of {", ".join(ESTIMATORS)}')
+    cls.check(settings)
     means, factors = [], []
     for label in range(num_classes):
       pixels = images[labels == label].reshape((-1, images[0].size)) / 255.0
       if len(pixels) < 2:
-        raise UserError(f'class {label} has {len(pixels)} training images, too few for '
-                        'a covariance: use more (config.dataset.train_images)')
+        raise UserError(
+          f'class {label} has {len(pixels)} training images, too few for '
+          'a covariance: use more (config.dataset.train_images)'
+        )
       fitted = ESTIMATORS[settings.covariance]().fit(pixels)
       # The symmetric square root exists for a singular covariance too.
       values, vectors = np.linalg.eigh(fitted.covariance_)
@@ -95,7 +104,7 @@ def _draw(means, factors, rng, indices):
   """Samples [n, H, W, C] and classes [n] of the given numbers."""
   classes = jnp.asarray(indices % means.shape[0], jnp.int32)
   noise = jax.vmap(
-      lambda i: jax.random.normal(jax.random.fold_in(rng, i), factors.shape[1:2])
+    lambda i: jax.random.normal(jax.random.fold_in(rng, i), factors.shape[1:2])
   )(indices)
   # One product for each class: gathering a factor [D, D] for each sample would not
   # fit in memory for images of CIFAR's size.

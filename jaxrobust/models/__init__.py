@@ -12,8 +12,19 @@ from jaxrobust.errors import UserError
 from jaxrobust.models.preact_resnet import PreActResNet18
 from jaxrobust.models.wide_resnet import WideResNet
 
-ACTIVATIONS = ('relu', 'swish', 'silu', 'gelu', 'elu', 'softplus', 'leaky_relu',
-               'celu', 'selu', 'mish', 'tanh')
+ACTIVATIONS = (
+  'relu',
+  'swish',
+  'silu',
+  'gelu',
+  'elu',
+  'softplus',
+  'leaky_relu',
+  'celu',
+  'selu',
+  'mish',
+  'tanh',
+)
 
 
 class Model(NamedTuple):
@@ -26,13 +37,22 @@ class Model(NamedTuple):
       of the batch is normalised by its own statistics and the returned state has
       this device's running statistics moved; drop it to leave them untouched.
   """
+
   init: Callable[[jax.Array], tuple[Any, Any]]
   apply: Callable[..., tuple[jax.Array, Any]]
 
 
-def build(name: str, *, num_classes: int, image_shape: tuple[int, int, int],
-          activation: str, mean: tuple[float, ...], std: tuple[float, ...],
-          padding: int, group_size: int | None) -> Model:
+def build(
+  name: str,
+  *,
+  num_classes: int,
+  image_shape: tuple[int, int, int],
+  activation: str,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+  padding: int,
+  group_size: int | None,
+) -> Model:
   """Builds a classifier of images in [0, 1]; normalisation is part of it.
 
   Args:
@@ -57,8 +77,9 @@ def build(name: str, *, num_classes: int, image_shape: tuple[int, int, int],
   for field, values in (('mean', mean), ('std', std)):
     if len(values) != channels:
       raise UserError(
-          f'model.{field} = {tuple(values)} for images of {channels} channels: give '
-          'one value a channel')
+        f'model.{field} = {tuple(values)} for images of {channels} channels: give '
+        'one value a channel'
+      )
   shift, scale = (jnp.array(v, jnp.float32).reshape(1, 1, 1, -1) for v in (mean, std))
 
   def forward(images, batch_stats):
@@ -80,16 +101,21 @@ def build(name: str, *, num_classes: int, image_shape: tuple[int, int, int],
 def from_config(config, info) -> Model:
   """`build` for the `model` part of a config and a data set's DatasetInfo."""
   return build(
-      config.name, num_classes=info.num_classes, image_shape=info.image_shape,
-      activation=config.activation, mean=config.mean, std=config.std,
-      padding=config.padding, group_size=config.batch_norm_group)
+    config.name,
+    num_classes=info.num_classes,
+    image_shape=info.image_shape,
+    activation=config.activation,
+    mean=config.mean,
+    std=config.std,
+    padding=config.padding,
+    group_size=config.batch_norm_group,
+  )
 
 
 def _activation(name):
   """The elementwise function of that name."""
   if name not in ACTIVATIONS:
-    raise UserError(
-        f'model.activation = {name!r}: use one of {", ".join(ACTIVATIONS)}')
+    raise UserError(f'model.activation = {name!r}: use one of {", ".join(ACTIVATIONS)}')
   return getattr(jax.nn, name)
 
 
@@ -101,6 +127,7 @@ def _network(name, num_classes, activation, group_size):
   depth, width = (int(n) for n in match.groups()) if match else (0, 0)
   if depth < 10 or (depth - 4) % 6 or width < 1:
     raise UserError(
-        f'model.name = {name!r}: use preact-resnet-18, or wrn-DEPTH-WIDTH with a '
-        'DEPTH of 10, 16, 22, 28, … (6 n + 4), such as wrn-28-10')
+      f'model.name = {name!r}: use preact-resnet-18, or wrn-DEPTH-WIDTH with a '
+      'DEPTH of 10, 16, 22, 28, … (6 n + 4), such as wrn-28-10'
+    )
   return lambda: WideResNet(depth, width, num_classes, activation, group_size)

@@ -51,16 +51,19 @@ class BatchNorm(hk.Module):
     offset = hk.get_parameter('offset', shape, images.dtype, jnp.zeros)
     if not batch_stats:
       return _normalize(
-          images, self._mean_ema.average, self._var_ema.average, scale, offset)
+        images, self._mean_ema.average, self._var_ema.average, scale, offset
+      )
     # One image initialises a network of any group size.
-    groups, devices = (1, 1) if hk.running_init() else _layout(
-        len(images), self._group_size)
+    groups, devices = (
+      (1, 1) if hk.running_init() else layout(len(images), self._group_size)
+    )
     grouped = images.reshape(groups, -1, *images.shape[1:])
     mean = jnp.mean(grouped, (1, 2, 3), keepdims=True)
     mean_of_squares = jnp.mean(jnp.square(grouped), (1, 2, 3), keepdims=True)
     if devices > 1:
       mean, mean_of_squares = parallel.mean_in_group(
-          jnp.stack([mean, mean_of_squares]), devices)
+        jnp.stack([mean, mean_of_squares]), devices
+      )
     var = mean_of_squares - jnp.square(mean)
     self._mean_ema(jnp.mean(mean, 0))
     self._var_ema(jnp.mean(var, 0))
@@ -74,17 +77,27 @@ def _normalize(images, mean, var, scale, offset):
   return images * slope + (offset - mean * slope)
 
 
-def _layout(batch_size, group_size):
-  """Groups in a device's batch, and devices in a group; one of them is 1."""
+def layout(batch_size: int, group_size: int | None) -> tuple[int, int]:
+  """Groups in a device's batch, and devices in a group; one of them is 1.
+
+  Args:
+    batch_size: images of a device's batch.
+    group_size: images that share statistics.
+
+  Raises:
+    UserError: if neither divides the other, or group_size is None.
+  """
   if group_size is None:
     raise UserError(
-        'BatchNorm has no group_size, so it can only use running statistics: build '
-        'the model with group_size to train it')
+      'BatchNorm has no group_size, so it can only use running statistics: build '
+      'the model with group_size to train it'
+    )
   if batch_size % group_size == 0:
     return batch_size // group_size, 1
   if group_size % batch_size == 0:
     return 1, group_size // batch_size
   raise UserError(
-      f'a BatchNorm group of {group_size} images and a device batch of {batch_size}: '
-      'one must be a multiple of the other; change model.batch_norm_group, the batch '
-      'size or the number of devices')
+    f'a BatchNorm group of {group_size} images and a device batch of {batch_size}: '
+    'one must be a multiple of the other; change model.batch_norm_group, the batch '
+    'size or the number of devices'
+  )

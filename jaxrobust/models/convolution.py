@@ -49,8 +49,11 @@ def conv2d(images: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
   if stride > 1:
     return _convolve(images, kernel, stride, 'SAME')
   return jax.lax.platform_dependent(
-      images, kernel, cpu=_convolve_on_cpu,
-      default=lambda x, k: _convolve(x, k, 1, 'SAME'))
+    images,
+    kernel,
+    cpu=_convolve_on_cpu,
+    default=lambda x, k: _convolve(x, k, 1, 'SAME'),
+  )
 
 
 def _forward(images, kernel, stride):
@@ -62,9 +65,9 @@ def _backward(stride, residuals, cotangent):
   _, vjp = jax.vjp(lambda x, k: _convolve(x, k, stride, 'SAME'), images, kernel)
   ordinary = lambda: vjp(cotangent)
   on_cpu = lambda: (
-      _images_gradient(cotangent, kernel, stride, images.shape),
-      _kernel_gradient(images, cotangent, kernel.shape) if stride == 1
-      else ordinary()[1])
+    _images_gradient(cotangent, kernel, stride, images.shape),
+    _kernel_gradient(images, cotangent, kernel.shape) if stride == 1 else ordinary()[1],
+  )
   return jax.lax.platform_dependent(cpu=on_cpu, default=ordinary)
 
 
@@ -73,8 +76,12 @@ conv2d.defvjp(_forward, _backward)
 
 def _convolve(images, kernel, stride, padding):
   return jax.lax.conv_general_dilated(
-      images, kernel, (stride, stride), padding,
-      dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    images,
+    kernel,
+    (stride, stride),
+    padding,
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
 
 
 def _convolve_on_cpu(images, kernel):
@@ -105,7 +112,7 @@ def _images_gradient(cotangent, kernel, stride, shape):
   for phase in itertools.product(range(stride), repeat=2):
     shifts = [(p + low) // stride for p, low in zip(phase, lows, strict=True)]
     first = [(p + low) % stride for p, low in zip(phase, lows, strict=True)]
-    taps = kernel[first[0]::stride, first[1]::stride][::-1, ::-1]
+    taps = kernel[first[0] :: stride, first[1] :: stride][::-1, ::-1]
     if 0 in taps.shape:
       phases.append(jnp.zeros((batch, *outputs, channels), cotangent.dtype))
       continue
@@ -113,8 +120,9 @@ def _images_gradient(cotangent, kernel, stride, shape):
     phases.append(_convolve(cotangent, taps.swapaxes(2, 3), 1, padding))
   gradient = jnp.stack(phases, 3).reshape(batch, *outputs, stride, stride, channels)
   gradient = gradient.swapaxes(2, 3).reshape(
-      batch, outputs[0] * stride, outputs[1] * stride, channels)
-  return gradient[:, :shape[1], :shape[2]]
+    batch, outputs[0] * stride, outputs[1] * stride, channels
+  )
+  return gradient[:, : shape[1], : shape[2]]
 
 
 def _kernel_gradient(images, cotangent, shape):
@@ -127,21 +135,31 @@ def _kernel_gradient(images, cotangent, shape):
   height, width = images.shape[1:3]
   images = jnp.pad(images, ((0, 0), ((rows - 1) // 2, rows // 2), (0, 0), (0, 0)))
   cotangent = jnp.pad(
-      cotangent, ((0, 0), (0, 0), (columns // 2, (columns - 1) // 2), (0, 0)))
+    cotangent, ((0, 0), (0, 0), (columns // 2, (columns - 1) // 2), (0, 0))
+  )
   shifted = jnp.stack(
-      [cotangent[:, :, j:j + width] for j in reversed(range(columns))], 3)
+    [cotangent[:, :, j : j + width] for j in reversed(range(columns))], 3
+  )
   shifted = shifted.reshape(-1, columns * features)
-  gradient = jnp.stack([
-      jnp.tensordot(images[:, i:i + height].reshape(-1, channels), shifted, (0, 0))
-      for i in range(rows)])
+  gradient = jnp.stack(
+    [
+      jnp.tensordot(images[:, i : i + height].reshape(-1, channels), shifted, (0, 0))
+      for i in range(rows)
+    ]
+  )
   return gradient.reshape(rows, channels, columns, features).swapaxes(1, 2)
 
 
 class Conv2D(hk.Module):
   """`conv2d` without bias; parameter `w` and initialisation are hk.Conv2D's."""
 
-  def __init__(self, output_channels: int, kernel_size: int, stride: int = 1,
-               name: str | None = None):
+  def __init__(
+    self,
+    output_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    name: str | None = None,
+  ):
     super().__init__(name=name)
     self._output_channels = output_channels
     self._kernel_size = kernel_size
@@ -152,6 +170,9 @@ class Conv2D(hk.Module):
     size, channels = self._kernel_size, images.shape[-1]
     stddev = (size * size * channels) ** -0.5
     kernel = hk.get_parameter(
-        'w', (size, size, channels, self._output_channels), images.dtype,
-        init=hk.initializers.TruncatedNormal(stddev))
+      'w',
+      (size, size, channels, self._output_channels),
+      images.dtype,
+      init=hk.initializers.TruncatedNormal(stddev),
+    )
     return conv2d(images, kernel, self._stride)

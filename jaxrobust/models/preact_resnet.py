@@ -17,8 +17,13 @@ class PreActResNet18(hk.Module):
   known, so the names here are our own and that file may need its keys renamed.
   """
 
-  def __init__(self, num_classes: int, activation: Callable, group_size: int | None,
-               name: str = 'preact_res_net'):
+  def __init__(
+    self,
+    num_classes: int,
+    activation: Callable,
+    group_size: int | None,
+    name: str = 'preact_res_net',
+  ):
     """Makes the network.
 
     Args:
@@ -31,11 +36,18 @@ class PreActResNet18(hk.Module):
     self._activation = activation
     self._conv = Conv2D(64, 3, name='conv_2d')
     self._blocks = [
-        _Block(channels, stride if index == 0 else 1, activation, group_size,
-               name=f'layer_{layer}_block_{index}')
-        for layer, (channels, stride) in enumerate(
-            [(64, 1), (128, 2), (256, 2), (512, 2)])
-        for index in range(2)]
+      _Block(
+        channels,
+        stride if index == 0 else 1,
+        activation,
+        group_size,
+        name=f'layer_{layer}_block_{index}',
+      )
+      for layer, (channels, stride) in enumerate(
+        [(64, 1), (128, 2), (256, 2), (512, 2)]
+      )
+      for index in range(2)
+    ]
     self._batch_norm = BatchNorm(group_size, name='batchnorm')
     self._logits = hk.Linear(num_classes, w_init=jnp.zeros, name='logits')
 
@@ -55,10 +67,11 @@ class _Block(hk.Module):
     super().__init__(name=name)
     self._channels, self._stride = channels, stride
     self._activation = activation
-    self._batch_norms = [
-        BatchNorm(group_size, name=f'batchnorm_{i}') for i in (0, 1)]
-    self._convs = [Conv2D(channels, 3, stride, name='conv_2d_1'),
-                   Conv2D(channels, 3, name='conv_2d_2')]
+    self._batch_norms = [BatchNorm(group_size, name=f'batchnorm_{i}') for i in (0, 1)]
+    self._convs = [
+      Conv2D(channels, 3, stride, name='conv_2d_1'),
+      Conv2D(channels, 3, name='conv_2d_2'),
+    ]
     self._shortcut = Conv2D(channels, 3, stride, name='shortcut')
 
   def __call__(self, inputs, batch_stats):

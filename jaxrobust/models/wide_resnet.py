@@ -13,8 +13,15 @@ from jaxrobust.models.convolution import Conv2D
 class WideResNet(hk.Module):
   """WRN-depth-width; names of modules and parameters are the authors' released ones."""
 
-  def __init__(self, depth: int, width: int, num_classes: int, activation: Callable,
-               group_size: int | None, name: str = 'wide_res_net'):
+  def __init__(
+    self,
+    depth: int,
+    width: int,
+    num_classes: int,
+    activation: Callable,
+    group_size: int | None,
+    name: str = 'wide_res_net',
+  ):
     """Makes the network.
 
     Args:
@@ -29,10 +36,17 @@ class WideResNet(hk.Module):
     self._activation = activation
     self._init_conv = Conv2D(16, 3, name='init_conv')
     self._blocks = [
-        _Block(channels * width, stride if index == 0 else 1, index == 0, activation,
-               group_size, name=f'resnet_lay_{layer}_block_{index}')
-        for layer, (channels, stride) in enumerate([(16, 1), (32, 2), (64, 2)])
-        for index in range((depth - 4) // 6)]
+      _Block(
+        channels * width,
+        stride if index == 0 else 1,
+        index == 0,
+        activation,
+        group_size,
+        name=f'resnet_lay_{layer}_block_{index}',
+      )
+      for layer, (channels, stride) in enumerate([(16, 1), (32, 2), (64, 2)])
+      for index in range((depth - 4) // 6)
+    ]
     self._batch_norm = BatchNorm(group_size, name='batchnorm')
     self._logits = hk.Linear(num_classes, w_init=jnp.zeros, name='logits')
 
@@ -51,10 +65,11 @@ class _Block(hk.Module):
   def __init__(self, channels, stride, projects, activation, group_size, name):
     super().__init__(name=name)
     self._activation = activation
-    self._batch_norms = [
-        BatchNorm(group_size, name=f'batchnorm_{i}') for i in (0, 1)]
+    self._batch_norms = [BatchNorm(group_size, name=f'batchnorm_{i}') for i in (0, 1)]
     self._convs = [
-        Conv2D(channels, 3, stride, name='conv_0'), Conv2D(channels, 3, name='conv_1')]
+      Conv2D(channels, 3, stride, name='conv_0'),
+      Conv2D(channels, 3, name='conv_1'),
+    ]
     self._shortcut = Conv2D(channels, 1, stride, name='shortcut') if projects else None
 
   def __call__(self, inputs, batch_stats):

@@ -14,14 +14,18 @@ import jax.numpy as jnp
 def suits(images_shape, kernel_shape) -> bool:
   """Whether `convolve` takes these shapes, and is worth it.
 
-  Measured on two cores of an x86 machine against XLA's convolution, same float32
-  images: 0.85 times its speed with 16 channels (8x8), 1.1 to 1.35 with 32 and 1.2 to
-  1.7 with 64, 1.9 to 2.1 with 128 and more; on maps of 2x2, where XLA is at its
-  worst, 12 (64 channels) and 33 (128).
+  Measured on one core of an x86 machine against XLA's convolution, in float32: 1.2 to
+  1.7 times its speed with 64 channels and 1.9 to 2.1 with 128 and more; on maps of
+  2x2, where XLA is at its worst, 12 (64 channels) and 33 (128). With 32 channels 1.1
+  to 1.35, which is not worth the compilation: WRN-16-4 takes 2.3 times as long to
+  compile.
   """
   _, height, width, _ = images_shape
-  return (kernel_shape[:2] == (3, 3) and height % 2 == width % 2 == 0
-          and min(kernel_shape[2:]) >= 32)
+  return (
+    kernel_shape[:2] == (3, 3)
+    and height % 2 == width % 2 == 0
+    and min(kernel_shape[2:]) >= 64
+  )
 
 
 def convolve(images: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -39,12 +43,16 @@ def convolve(images: jax.Array, kernel: jax.Array) -> jax.Array:
   # Lists of 4 rows of 4: a stacked array would cost a copy of everything.
   taps = [_transform_kernel(row) for row in _transform_kernel(kernel)]
   tiles = [
-      _transform_tile([row[:, :, i:i + width - 1:2] for i in range(4)])
-      for row in _transform_tile([padded[:, i:i + height - 1:2] for i in range(4)])]
-  multiply = lambda tile, tap: jnp.matmul(
-      tile.reshape(-1, channels), tap).reshape(batch, height // 2, width // 2, -1)
-  products = [[multiply(*pair) for pair in zip(*rows, strict=True)]
-              for rows in zip(tiles, taps, strict=True)]
+    _transform_tile([row[:, :, i : i + width - 1 : 2] for i in range(4)])
+    for row in _transform_tile([padded[:, i : i + height - 1 : 2] for i in range(4)])
+  ]
+  multiply = lambda tile, tap: jnp.matmul(tile.reshape(-1, channels), tap).reshape(
+    batch, height // 2, width // 2, -1
+  )
+  products = [
+    [multiply(*pair) for pair in zip(*rows, strict=True)]
+    for rows in zip(tiles, taps, strict=True)
+  ]
   columns = [_gather_outputs(row) for row in products]
   rows = [_gather_outputs(column) for column in zip(*columns, strict=True)]
   # [column of the tile][row of the tile][B, H / 2, W / 2, O]
