@@ -106,17 +106,21 @@ def figure(runs) -> bytes:
   from matplotlib import pyplot as plt
 
   robust = [(f, c) for f, c in runs if c.loss.name != 'standard']
-  rows = image_rows(robust)
+  by_name = {}
+  for folder, config in robust:
+    by_name.setdefault(configs.experiment_name(config), (folder, config))
+  rows = image_rows(by_name)
   fig = plt.figure(figsize=(11, 4.2 + 1.05 * len(rows)), layout='constrained')
   curves, images = fig.subfigures(2, 1, height_ratios=(4.2, max(1.05 * len(rows), 0.1)))
   clean_axis, robust_axis = curves.subplots(1, 2, sharex=True)
-  names = list(dict.fromkeys(configs.experiment_name(c) for _, c in robust))
+  names = list(by_name)
   for folder, config in robust:
     name = configs.experiment_name(config)
-    _draw_curves(clean_axis, robust_axis, folder, f'C{names.index(name)}')
+    label = name if folder == by_name[name][0] else None  # Once for all its seeds.
+    _draw_curves(clean_axis, robust_axis, folder, f'C{names.index(name)}', label)
   for axis, title in ((clean_axis, 'clean accuracy'), (robust_axis, 'robust accuracy')):
     axis.set(title=f'{title}, averaged parameters', xlabel='step')
-    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
     axis.grid(alpha=0.3)
   robust_axis.legend(fontsize=8)
   if rows:
@@ -132,7 +136,7 @@ def figure(runs) -> bytes:
   return buffer.getvalue()
 
 
-def _draw_curves(clean_axis, robust_axis, folder: epath.Path, color: str):
+def _draw_curves(clean_axis, robust_axis, folder: epath.Path, color: str, name):
   """Validation accuracy of a run, and the accuracy on its training batches, dotted."""
   lines = metrics.read(folder)
   attack = next(
@@ -148,26 +152,32 @@ def _draw_curves(clean_axis, robust_axis, folder: epath.Path, color: str):
     (clean_axis, 'eval_ema/clean_accuracy', 'train/clean_accuracy'),
     (robust_axis, attack, 'train/adv_accuracy'),
   ):
-    for key, style, label in (
-      (validation, '-', f'{folder.name}: validation'),
-      (training, ':', f'{folder.name}: training batches'),
+    for key, style, what in (
+      (validation, '-', 'validation'),
+      (training, ':', 'training batches'),
     ):
+      label = f'{name}: {what}' if name else None
       points = [(x['step'], x[key]) for x in lines if x.get(key) is not None]
       if points:
         axis.plot(*zip(*points, strict=True), style, color=color, label=label)
 
 
 def image_rows(runs) -> list[tuple[str, np.ndarray]]:
-  """(title, images [_SHOWN, H, W, C] in [0, 1]) of what the runs saw and met."""
+  """(title, images [_SHOWN, H, W, C] in [0, 1]) of what the runs saw and met.
+
+  Args:
+    runs: experiment name → (workdir, config) of one of its runs.
+  """
   rows = []
-  for folder, _ in runs:
+  for name, (folder, _) in runs.items():
     path = folder / 'figures' / 'examples.npz'
     if path.exists():
       with np.load(io.BytesIO(path.read_bytes())) as file:
         if not rows:
           rows.append(('test images', file['images'][:_SHOWN] / 255))
-        rows.append((f'adversarial for\n{folder.name}', file['adversarial'][:_SHOWN]))
-  for source in sorted({c.data.samples for _, c in runs if c.data.samples}):
+        rows.append((f'adversarial for\n{name}', file['adversarial'][:_SHOWN]))
+  sources = {c.data.samples for _, c in runs.values() if c.data.samples}
+  for source in sorted(sources):
     if epath.Path(source).exists():
       sample_set = samples.SampleSet.open(source)
       rows.append(
@@ -176,8 +186,8 @@ def image_rows(runs) -> list[tuple[str, np.ndarray]]:
           sample_set.gather(np.arange(min(_SHOWN, len(sample_set)))) / 255,
         )
       )
-  if runs and runs[0][1].dataset.name == 'digits':
-    config = runs[0][1].dataset
+  config = next((c.dataset for _, c in runs.values()), None)
+  if config is not None and config.name == 'digits':
     real = datasets.load(
       'digits', 'train', train_images=_SHOWN, validation_images=config.validation_images
     )
