@@ -86,7 +86,7 @@ class Progress:
       seconds: least time between two log lines.
     """
     self._what, self._total, self._unit = what, total, unit
-    self._seconds, self._done, self._first = seconds, done, done
+    self._seconds, self._done, self._first = seconds, done, None
     self._start = self._last = time.monotonic()
     self._bar = None
     if parallel.is_writer() and sys.stderr.isatty():
@@ -102,19 +102,22 @@ class Progress:
       self._bar.update(count)
       return
     now = time.monotonic()
+    if self._first is None:  # The first units compile: the speed is of the others.
+      self._first, self._start = self._done, now
     if parallel.is_writer() and (
       now - self._last >= self._seconds or self._done >= self._total
     ):
       self._last = now
       rate = (self._done - self._first) / max(now - self._start, 1e-9)
       left = (self._total - self._done) / rate if rate else math.inf
+      left = left if self._done < self._total else 0
       logging.info(
-        '%s: %d of %d %s, %.3g a second, %s left%s',
+        '%s: %d of %d %s%s, %s left%s',
         self._what,
         self._done,
         self._total,
         self._unit,
-        rate,
+        f', {rate:.3g} a second' if rate else '',
         duration(left),
         f', {note}' if note else '',
       )

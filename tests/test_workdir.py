@@ -62,6 +62,20 @@ def test_metrics_forget_what_was_written_after_the_checkpoint(tmp_path, monkeypa
   assert list(tmp_path.glob('events.*'))
 
 
+def test_progress_leaves_compilation_out_of_the_speed(monkeypatch, caplog):
+  clock = iter([0, 100, 110, 120])  # The first step takes 100 seconds, the others 10.
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: next(clock))
+  caplog.set_level('INFO', logger='absl')
+  progress = metrics.Progress('train', 10, 'steps', seconds=0)
+  for _ in range(3):
+    progress.advance(1, 'loss 1')
+  assert [r.getMessage() for r in caplog.records] == [
+    'train: 1 of 10 steps, unknown time left, loss 1',
+    'train: 2 of 10 steps, 0.1 a second, 1:20 left, loss 1',
+    'train: 3 of 10 steps, 0.1 a second, 1:10 left, loss 1',
+  ]
+
+
 def test_durations():
   assert metrics.duration(59.6) == '1:00'
   assert metrics.duration(3_725) == '1:02:05'
