@@ -122,7 +122,8 @@ def figure(runs) -> bytes:
     axis.set(title=f'{title}, averaged parameters', xlabel='step')
     axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
     axis.grid(alpha=0.3)
-  robust_axis.legend(fontsize=8)
+  if robust_axis.lines:
+    robust_axis.legend(fontsize=8)
   if rows:
     grid = images.subplots(len(rows), _SHOWN, squeeze=False)
     for axes, (title, row) in zip(grid, rows, strict=True):

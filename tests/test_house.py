@@ -95,9 +95,9 @@ class TestHouse:
 
 def test_the_step_imports_without_tensorflow():
   """Follows the imports of the step, the models and the attacks."""
-  seen, todo = set(), ['update', 'losses', 'models', 'attacks.suites', 'optimizer']
-  while todo:
-    name = todo.pop()
+  seen, queue = set(), ['update', 'losses', 'models', 'attacks.suites', 'optimizer']
+  while queue:
+    name = queue.pop()
     path = PACKAGE / f'{name.replace(".", "/")}.py'
     path = path if path.exists() else PACKAGE / name.replace('.', '/') / '__init__.py'
     if name in seen or not path.exists():
@@ -105,7 +105,7 @@ def test_the_step_imports_without_tensorflow():
     seen.add(name)
     used = top_level_imports(path)
     assert not {m for m in used if m.split('.')[0].startswith('tensorflow')}, name
-    todo += [m.removeprefix('jaxrobust.') for m in used if m.startswith('jaxrobust.')]
+    queue += [m.removeprefix('jaxrobust.') for m in used if m.startswith('jaxrobust.')]
   assert 'data.augment' in seen
 
 
