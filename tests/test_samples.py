@@ -75,7 +75,7 @@ def test_gather_into_given_places_and_refuses_indices_outside(tmp_path):
   images, _ = make_arrays()
   found = write(tmp_path / 'set')
   out = np.zeros((4, *SHAPE), np.uint8)
-  found.gather(np.array([12, 3]), out=[out[3], out[1]])
+  found.gather(np.array([12, 3]), out=out, rows=np.array([3, 1]))
   np.testing.assert_array_equal(out[[3, 1]], images[[12, 3]])
   assert not out[[0, 2]].any()
   for bad in (-1, N):

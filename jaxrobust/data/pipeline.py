@@ -153,7 +153,7 @@ def train_batches(
   sizes = np.where(is_real, num_images, len(samples) if num_generated else 0)
   keys = np.where(is_real, *(_stream_key(seed, s) for s in (_REAL, _GENERATED)))
   shape = real.images.shape[1:] if num_real else samples.image_shape
-  generated_slots = np.flatnonzero(~is_real).tolist()
+  generated_slots = np.flatnonzero(~is_real)
 
   def gather(indices):
     images = _aligned_empty((stop - start, *shape))
@@ -163,7 +163,7 @@ def train_batches(
       labels[is_real] = real.labels[indices[is_real]]
     if num_generated:
       chosen = indices[~is_real]
-      samples.gather(chosen, out=[images[s] for s in generated_slots])
+      samples.gather(chosen, out=images, rows=generated_slots)
       labels[~is_real] = samples.gather_labels(chosen)
     return images, labels
 
