@@ -1,6 +1,6 @@
 """Images per second of the training input against a per-example tf.data pipeline.
 
-  python benchmarks/input_pipeline.py [--repeats 7] [--folder DIR]
+  python -m benchmarks.input_pipeline [--repeats 7] [--folder DIR]
 
 Batches of 1,024 images of 32x32x3, 31.25 % real, from 50,000 real images and a
 sample set of 1M (a dense one, 3 GB, in the system's cache where memory allows) or

@@ -1,6 +1,6 @@
 """Seconds of a TRADES-PGD-10 step against PyTorch and against a plain gradient rule.
 
-  python benchmarks/train_step.py [--rounds 7] [--threads 2] [--cases wrn-16-4:64 …]
+  python -m benchmarks.train_step [--rounds 7] [--threads 2] [--cases wrn-16-4:64 …]
 
 The rivals, each in a process of its own; turns alternate in order, so that what else
 the machine does meets all of them:
