@@ -20,11 +20,11 @@ class Chip(NamedTuple):
   usable: float | None
 
 
-# Peaks are those that Google publishes of its chips: those of v4 and v5e were compared
-# with public pages, the others were not looked up again. They are of bfloat16; by jax's
-# default precision float32 convolutions multiply in bfloat16 on a TPU, too, so the same
-# peak applies. Usable memory: what the compiler of libtpu 0.0.52 names as the limit
-# when it refuses a program.
+# Peaks are those of Google Cloud's pages on TPU versions; that of v2 is a quarter of
+# the 180 TFLOP/s of its board. They are of bfloat16; by jax's default precision
+# float32 convolutions multiply in bfloat16 on a TPU, too, so the same peak applies.
+# Usable memory: what the compiler of libtpu 0.0.52 names as the limit when it refuses
+# a program.
 CHIPS = {
   'v2': Chip(45e12, 2, None),
   'v3': Chip(123e12, 2, 15.48),

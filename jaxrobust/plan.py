@@ -2,7 +2,7 @@ r"""Compiles a run for a TPU that is not here: does it fit, and what will it cos
 
 Usage:
   python -m jaxrobust.plan --topology=SLICE --config=experiments/FILE.py[:ARG] \
-      [--what=train|evaluate] [--suggest] [--sweep] [--utilization=0.4]
+      [--what=train|evaluate|sample] [--suggest] [--sweep] [--utilization=0.4]
       [--config.a.b=VALUE …]
 
 Examples:
@@ -14,20 +14,24 @@ Examples:
         --config=experiments/cifar10_linf.py:wrn-70-16,ddpm
   The first attack of AutoAttack:
     … --what=evaluate --config.evaluation.suite=autoattack
+  The diffusion generator, its training and its sampling:
+    python -m jaxrobust.plan --topology=v4:2x2x1 --config=experiments/cifar10_ddpm.py
+    … --what=sample
 
   --topology=SLICE   generation:chips, such as v2:2x2, v3:4x4, v4:2x2x4, v5e:2x4,
                      v5p:2x2x2, v6e:4x4.
-  --what=train       the training step (the default), or
-  --what=evaluate    an attempt of the first attack of config.evaluation.suite.
+  --what=train       the training step of a classifier or generator (the default), or
+  --what=evaluate    an attempt of the first attack of config.evaluation.suite, or
+  --what=sample      a batch of a generator's samples.
   --suggest          compiles alternatives if it does not fit: rematerialisation,
                      accumulation, bfloat16, a smaller batch.
   --sweep            adds the total over the experiment's sweep().
   --utilization=U    share of the chip's peak that the estimate of time supposes.
 
 No TPU is needed or used: the compiler comes with libtpu (pip install
-'jaxrobust[plan]'), on x86 Linux. It compiles the very program that `train` or
-`evaluate` runs, which takes minutes; results are kept, by content of the program, in
-$JAXROBUST_CACHE or ~/.cache/jaxrobust.
+'jaxrobust[plan]'), on x86 Linux. It compiles the very program that `train`,
+`evaluate` or `generate` runs, which takes minutes; results are kept, by content of the
+program, in $JAXROBUST_CACHE or ~/.cache/jaxrobust.
 
 Memory, bytes and collectives are the compiler's. Operations are counted in the
 program's jaxpr: multiplications and additions of convolutions and matrix products, each
@@ -37,7 +41,6 @@ Cloud's pages on TPU versions) times the utilization, which is a guess until it 
 measured.
 """
 
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -46,18 +49,13 @@ import os
 import re
 import sys
 import time
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
-from jaxrobust import cli, costs, models, optimizer, parallel, update
+from jaxrobust import cli, costs, parallel, programs
 from jaxrobust import config as configs
-from jaxrobust.attacks import norms, suites
-from jaxrobust.attacks.evaluation import Evaluator
-from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 
 _GIB = 2**30
@@ -72,8 +70,8 @@ def main(config, workdir, topology, what, suggest, sweep, utilization):
       '--config=experiments/cifar10_linf.py'
     )
   what, share = what or 'train', _share(utilization)
-  if what not in ('train', 'evaluate'):
-    raise UserError(f'--what={what}: use train or evaluate')
+  if what not in programs.KINDS:
+    raise UserError(f'--what={what}: use {", ".join(programs.KINDS)}')
   generation = topology.partition(':')[0]
   if generation not in costs.CHIPS:
     raise UserError(
@@ -83,11 +81,11 @@ def main(config, workdir, topology, what, suggest, sweep, utilization):
   chip = costs.CHIPS[generation]
   devices = parallel.topology_devices(topology)
   chips = len(devices) // chip.devices
-  program = program_of(config, what, len(devices))
+  program = programs.of(config, what, len(devices))
   operations = operations_of(program, len(devices))
   result = compile_for(devices, topology, program)
   print(
-    f'{configs.experiment_name(config)}, {what}, on {topology}: {len(devices)} '
+    f'{programs.name(config)}, {what}, on {topology}: {len(devices)} '
     f'devices of {chips} chips, {program.images} images each'
   )
   for line in report(result, operations, program, len(devices), chip):
@@ -101,7 +99,7 @@ def main(config, workdir, topology, what, suggest, sweep, utilization):
     for name, point in _points(config):
       kind = _kind(point)
       if kind not in known:
-        other = program_of(point, 'train', len(devices))
+        other = programs.of(point, 'train', len(devices))
         cost = operations_of(other, len(devices))
         known[kind] = hours(cost, other, chip, share) * chips
       total += known[kind]
@@ -109,97 +107,13 @@ def main(config, workdir, topology, what, suggest, sweep, utilization):
     print(f'sweep       {total:,.4g} chip-hours of training')
 
 
-class Program(NamedTuple):
-  """What is compiled.
-
-  Attributes:
-    fn: for one device.
-    arguments: its shapes.
-    donated: arguments that give their memory to results.
-    images: of a device.
-    calls: of it in the whole run, at most.
-    rounds: of a loop in it that stops by itself, at most.
-  """
-
-  fn: object
-  arguments: tuple
-  donated: tuple[int, ...]
-  images: int
-  calls: int
-  rounds: int = 1
-
-
-def operations_of(program: Program, num_devices: int) -> float:
+def operations_of(program: programs.Program, num_devices: int) -> float:
   """FLOPs of a call on one of so many devices."""
   jaxpr = parallel.trace(program.fn, program.arguments, num_devices)
   return costs.flops(jaxpr, rounds=program.rounds)
 
 
-def program_of(config, what: str, num_devices: int) -> Program:
-  """The program of a config on so many devices.
-
-  Args:
-    config: a classifier's, after all overrides.
-    what: 'train' or 'evaluate'.
-    num_devices: of the slice.
-
-  Raises:
-    UserError: if the batch does not divide over the devices.
-  """
-  derived = configs.resolve(config)
-  info = datasets.INFO[config.dataset.name]
-  model = models.from_config(config.model, info)
-  part = config.data if what == 'train' else config.evaluation
-  images, left = divmod(part.batch_size, num_devices)
-  if left:
-    raise UserError(
-      f'a batch of {part.batch_size} does not divide over {num_devices} devices: use '
-      'a multiple of that number, or another --topology'
-    )
-  array = lambda kind, *shape: jax.ShapeDtypeStruct((images, *shape), kind)
-  pixels, labels = array(jnp.uint8, *info.image_shape), array(jnp.int32)
-  if what == 'train':
-    sgd = optimizer.make(config.optimizer, derived)
-    state = jax.eval_shape(lambda: update.init_state(config, model, sgd))
-    batch = update.Batch(pixels, labels, array(bool), array(jnp.int32))
-    step = update.make_step(config, model, sgd, info.num_classes)
-    return Program(step, (state, batch), (0,), images, derived.num_steps)
-  variables = jax.eval_shape(model.init, jax.random.key(0))
-  attempt, attack = _attempt(config, model)
-  count = config.evaluation.num_images or info.test_size
-  return Program(
-    attempt,
-    (variables, pixels, labels, labels, jax.ShapeDtypeStruct((), jnp.int32)),
-    (),
-    images,
-    attack.num_attempts(info.num_classes) * -(-count // config.evaluation.batch_size),
-    getattr(attack, 'num_steps', 0) or getattr(attack, 'num_queries', 1),
-  )
-
-
-def _attempt(config, model):
-  """An attempt of the suite's first attack, as Evaluator maps it, and the attack."""
-  ball = norms.get(config.threat.norm, config.threat.epsilon)
-  if config.evaluation.suite == 'pgd':
-    attacks = [('pgd', suites.attack_from_config(config.evaluation.attack, ball))]
-  else:
-    attacks = suites.get(config.evaluation.suite, ball)
-  if not attacks:
-    raise UserError(
-      f'config.evaluation.suite = {config.evaluation.suite!r} has no attack to plan: '
-      'use another suite, such as autoattack'
-    )
-  name, attack = attacks[0]
-  evaluator = Evaluator(
-    lambda variables, x: model.apply(*variables, x, batch_stats=False)[0],
-    [(name, attack)],
-    batch_size=config.evaluation.batch_size,
-    seed=config.seed,
-  )
-  return functools.partial(evaluator._attempt_shard, name, attack), attack
-
-
-def compile_for(devices: list, topology: str, program: Program) -> dict:
+def compile_for(devices: list, topology: str, program: programs.Program) -> dict:
   """What the compiler says of a program; from the cache if it said so before.
 
   Returns:
@@ -276,7 +190,11 @@ def fits(result: dict, usable: float | None) -> str:
 
 
 def report(
-  result: dict, operations: float, program: Program, num_devices: int, chip: costs.Chip
+  result: dict,
+  operations: float,
+  program: programs.Program,
+  num_devices: int,
+  chip: costs.Chip,
 ) -> list[str]:
   """Lines on memory, operations and traffic.
 
@@ -306,7 +224,7 @@ def report(
 
 
 def hours(
-  operations: float, program: Program, chip: costs.Chip, utilization: float
+  operations: float, program: programs.Program, chip: costs.Chip, utilization: float
 ) -> float:
   """Of the whole run, by operations of a call on a device."""
   rate = chip.peak / chip.devices * utilization
@@ -331,7 +249,7 @@ def alternatives(config, what: str, devices: list, topology: str):
     for overrides in kind:
       other = config.copy_and_resolve_references()
       other.update_from_flattened_dict(overrides)
-      result = compile_for(devices, topology, program_of(other, what, len(devices)))
+      result = compile_for(devices, topology, programs.of(other, what, len(devices)))
       flags = ' '.join(f'--config.{k}={v}' for k, v in overrides.items())
       yield f'  {flags}: {fits(result, usable)}'
       if 'refused' not in result:
@@ -340,18 +258,20 @@ def alternatives(config, what: str, devices: list, topology: str):
 
 def changes(config, what: str, num_devices: int) -> list[list[dict]]:
   """Overrides that save memory, by kind and from the mildest."""
-  field = 'data.batch_size' if what == 'train' else 'evaluation.batch_size'
-  size = config.data.batch_size if what == 'train' else config.evaluation.batch_size
-  group = config.model.batch_norm_group if what == 'train' else 1
-  now = config.training.accumulation if what == 'train' else 1
+  field, size = programs.batch(config, what)
+  group, now = 1, 1
+  if classifier := what == 'train' and 'model' in config:
+    group, now = config.model.batch_norm_group, config.training.accumulation
   # Parts need whole groups on a device; without them a group may span several.
   multiple = math.lcm(group, num_devices) if now == 1 else group * num_devices * now
+  if what == 'sample':
+    multiple = 1  # The field is a device's.
   smaller = [
     {field: size // n} for n in (2, 4, 8, 16) if size % n == 0 == size // n % multiple
   ]
   remat = {'model.remat': True}
-  if what == 'evaluate':
-    return [[remat], smaller]
+  if not classifier:
+    return [[remat], smaller] if 'model' in config else [smaller]
   groups = size // num_devices // group
   parts = [
     {'training.accumulation': n} for n in range(now + 1, groups + 1) if groups % n == 0

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import cifar10_linf, digits
+from experiments import cifar10_ddpm, cifar10_linf, digits, digits_ddpm, digits_gaussian
 from jaxrobust import config as configs
-from jaxrobust import costs, models, parallel, plan
+from jaxrobust import costs, models, parallel, plan, programs
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.models.convolution import conv2d
@@ -104,7 +104,7 @@ def test_a_forward_pass_as_xla_counts_it():
 
 
 def operations_of(what='train', **overrides):
-  return plan.operations_of(plan.program_of(small(**overrides), what, 8), 8)
+  return plan.operations_of(programs.of(small(**overrides), what, 8), 8)
 
 
 def test_the_attack_is_in_the_step():
@@ -139,7 +139,7 @@ def test_collectives_and_their_bytes():
 
 
 def test_report():
-  program = plan.Program(None, (), (), images=8, calls=100)
+  program = programs.Program(None, (), (), images=8, calls=100)
   chip = costs.Chip(peak=100e12, devices=2, usable=15.5)
   lines = '\n'.join(plan.report(FITS, 4e12, program, 4, chip))
   # 3 + 1 - 0.5 + 2 GiB; 4e12 over 8 images, times 4 devices.
@@ -183,6 +183,30 @@ def test_what_would_save_memory():
       configs.resolve(other)
 
 
+def test_what_would_save_memory_of_a_generator():
+  config = cifar10_ddpm.get_config()
+  # 128 images, on 32 devices: a batch of 64 or 32 still divides.
+  assert plan.changes(config, 'train', 32) == [
+    [{'generator.training.batch_size': 64}, {'generator.training.batch_size': 32}]
+  ]
+  # A device's own batch of 250 does not depend on their number.
+  assert plan.changes(config, 'sample', 32) == [[{'samples.batch_size': 125}]]
+
+
+def test_the_programs_of_a_generator():
+  config = digits_ddpm.get_config().unlock()
+  operations = lambda what: plan.operations_of(programs.of(config, what, 8), 8)
+  step, samples = operations('train'), operations('sample')
+  # An update is a forward pass and two of gradients of 64 / 8 images, less the first
+  # layer's gradient of its input; a sample 20 forward passes, of 250.
+  forward = samples / (20 * 250)
+  assert 2.8 * 8 * forward < step < 3 * 8 * forward
+  assert programs.of(config, 'sample', 8).calls == 5  # 10,000 samples, 2,000 a call
+  assert programs.of(config, 'train', 8).calls == 2_000
+  config.generator.sampling.num_steps = 10
+  assert operations('sample') == samples / 2
+
+
 class Lowered:
   """Plays jax's Lowered; counts compilations."""
 
@@ -202,7 +226,7 @@ class Lowered:
 
 
 def test_results_are_kept_by_content(tmp_path, monkeypatch):
-  program = plan.Program(None, (), (), 8, 100)
+  program = programs.Program(None, (), (), 8, 100)
   monkeypatch.setenv('JAXROBUST_CACHE', str(tmp_path))
   monkeypatch.setattr(plan.importlib.metadata, 'version', lambda name: '1.0')
   monkeypatch.setattr(plan, '_measures', lambda compiled: dict(FITS))
@@ -233,7 +257,7 @@ def test_results_are_kept_by_content(tmp_path, monkeypatch):
   [
     ({'topology': ''}, 'v3:4x4'),
     ({'topology': 'v9:2x2'}, 'v3:4x4'),
-    ({'what': 'generate'}, 'train or evaluate'),
+    ({'what': 'generate'}, 'train, evaluate, sample'),
     ({'utilization': '40'}, 'at most 1'),
   ],
 )
@@ -251,9 +275,22 @@ def test_libtpu_is_optional_and_its_absence_told(monkeypatch):
     parallel.topology_devices('v3:2x2')
 
 
+@pytest.mark.parametrize(
+  'experiment, what, words',
+  [
+    (digits, 'sample', 'has no such program; use train or evaluate'),
+    (digits_ddpm, 'evaluate', 'digits_ddpm has no such program; use train or sample'),
+    (digits_gaussian, 'train', 'give a diffusion experiment'),
+  ],
+)
+def test_a_config_without_such_a_program(experiment, what, words):
+  with pytest.raises(UserError, match=words):
+    programs.of(experiment.get_config(), what, 1)
+
+
 def test_a_batch_must_divide_over_the_slice():
   with pytest.raises(UserError, match='a batch of 32 does not divide over 5 devices'):
-    plan.program_of(small(), 'train', 5)
+    programs.of(small(), 'train', 5)
 
 
 @pytest.mark.skipif(

@@ -36,7 +36,7 @@ class DDPM:
 
   def __init__(self, params: Any, settings, info: datasets.DatasetInfo):
     self.params, self.settings, self.info = params, settings, info
-    self._mapped = parallel.pmap(_make_draw(settings, info))
+    self._mapped = parallel.pmap(make_draw(settings, info))
     self._replicated = parallel.replicate(params)
 
   @staticmethod
@@ -96,15 +96,7 @@ class DDPM:
     """
     cls.check(settings, info)
     training = settings.training
-    learning_rate_fn = optimizer.schedule(
-      'constant',
-      learning_rate=training.learning_rate,
-      num_steps=training.num_steps,
-      warmup_steps=training.warmup_steps,
-    )
-    adam = optax.chain(
-      optax.clip_by_global_norm(training.gradient_clip), optax.adam(learning_rate_fn)
-    )
+    adam, learning_rate_fn = make_optimizer(training)
     fresh = jax.jit(lambda: init_state(settings, info, adam, seed))()
     run = loop.Loop(folder, fresh, keep=training.checkpoint_keep)
     slots = parallel.process_slots(training.batch_size)
@@ -194,6 +186,22 @@ def make_network(settings, info: datasets.DatasetInfo) -> hk.Transformed:
   )
 
 
+def make_optimizer(training) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """Adam with a clipped gradient, and its learning rate by the step.
+
+  Args:
+    training: `config.generator.training`.
+  """
+  learning_rate_fn = optimizer.schedule(
+    'constant',
+    learning_rate=training.learning_rate,
+    num_steps=training.num_steps,
+    warmup_steps=training.warmup_steps,
+  )
+  clip = optax.clip_by_global_norm(training.gradient_clip)
+  return optax.chain(clip, optax.adam(learning_rate_fn)), learning_rate_fn
+
+
 def init_state(settings, info, adam, seed: int) -> update.TrainState:
   """The state before the first update; the network has no other state."""
   image = jnp.zeros((1, *info.image_shape))
@@ -256,8 +264,16 @@ def make_step(settings, info, adam: optax.GradientTransformation, seed: int):
   return step
 
 
-def _make_draw(settings, info):
-  """`((params, key data), indices [b]) -> images uint8 [b, H, W, C]` on a device."""
+def make_draw(settings, info: datasets.DatasetInfo):
+  """Builds the sampler of a device, to be mapped by `parallel.pmap`.
+
+  Args:
+    settings: `config.generator`.
+    info: the data set's.
+
+  Returns:
+    `draw((params, key data), indices int32 [b]) -> images uint8 [b, H, W, C]`.
+  """
   network = make_network(settings, info)
   sampling = settings.sampling
   table = samplers.SAMPLERS[sampling.sampler](
