@@ -96,8 +96,8 @@ def test_local_runs_the_public_programs_in_order(call, tmp_path):
     'train',
     'generate',
     'train',
-    'train',
     'evaluate',
+    'train',
     'evaluate',
     'report',
   ]
@@ -116,6 +116,20 @@ def test_local_with_several_seeds(call, tmp_path):
     2,
     0,
   ]
+
+
+def test_local_in_full_trains_with_the_samples_of_both_generators(call, tmp_path):
+  done, calls = call('local.sh', '--full', str(tmp_path / 'out'))
+  assert done.returncode == 0, done.stderr
+  generated = [c for c in calls if '-m jaxrobust.generate' in c]
+  assert [c.split('--config=')[1].split()[0] for c in generated] == [
+    'experiments/digits_gaussian.py',
+    'experiments/digits_ddpm.py',
+  ]
+  trained = [c for c in calls if '-m jaxrobust.train' in c]
+  samples = [c.split('.samples=')[1] for c in trained if '.samples=' in c]
+  assert samples == [f'{tmp_path}/out/{x}/samples' for x in ('gaussian', 'ddpm')]
+  assert sum('-m jaxrobust.evaluate' in c for c in calls) == 3
 
 
 @pytest.mark.parametrize('code', [1, 42, 134])
