@@ -78,25 +78,34 @@ def _run(main, extra_flags=(), needs_workdir=True, default_config=None) -> int:
   for name in extra_flags:
     flags.DEFINE_string(name.rstrip('_'), '', '', flag_values=values)
   _quiet_logs()
+  leave = lambda state, message='': None  # Until there is a workdir to tell it to.
   try:
     config = _parse(values, extra_flags, needs_workdir, default_config)
     # Only now: a mistake on the command line should not wait for jax.
     from jaxrobust import parallel
+    from jaxrobust import workdir as workdirs
 
     parallel.initialize(values.coordinator, values.num_processes, values.process_id)
     extra = {name: values[name.rstrip('_')].value for name in extra_flags}
+    workdirs.begin([pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]])
+    leave = workdirs.write_status
     main(config, values.workdir, **extra)
   except PreemptedError as e:
     logging.info('%s', e)
+    leave('preempted', str(e))
     return PREEMPTED
   except UserError as e:
     print(f'error: {e}', file=sys.stderr)
+    leave('failed', str(e))
     return ERROR
   except KeyboardInterrupt:
+    leave('preempted', 'interrupted from the keyboard')
     return INTERRUPTED
-  except Exception:  # A fault of the machine or of this code: start it again.
+  except Exception as e:  # A fault of the machine or of this code: start it again.
     traceback.print_exc()
+    leave('failed', f'{type(e).__name__}: {e}')
     return CRASHED
+  leave('done')
   return DONE
 
 

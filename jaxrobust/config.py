@@ -189,6 +189,22 @@ def check(config):
     )
 
 
+def load_file(file: str):
+  """The module in a Python file; UserError if there is no such file."""
+  if not os.path.exists(file):
+    raise UserError(f'{file}: no such file; run from the repository, or give its path')
+  spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def load(experiment: str):
+  """The locked config of an experiment, written `FILE.py` or `FILE.py:ARG`."""
+  file, *arg = experiment.split(':', 1)
+  return load_file(file).get_config(*arg).lock()
+
+
 def sweep_points(config, file: str) -> list[tuple]:
   """The points that the sweep() of an experiment's file yields.
 
@@ -203,9 +219,7 @@ def sweep_points(config, file: str) -> list[tuple]:
     UserError: without a sweep(), for an override that is no field or has another type,
       or if two points have the same experiment's name.
   """
-  spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
-  experiment = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(experiment)
+  experiment = load_file(file)
   if not hasattr(experiment, 'sweep'):
     raise UserError(
       f'{file} defines no sweep(): yield pairs of a name and overrides from it, such '

@@ -1,8 +1,9 @@
-r"""Runs the points of a sweep: seeds, shares of real images, models.
+r"""Runs the points of a sweep, or whatever fills a table of the paper.
 
 Usage:
   python -m jaxrobust.sweep --workdir=RUNS --config=experiments/FILE.py[:ARG] \
       [--list] [--only=REGEX] [--shard=I/N] [--config.a.b=VALUE …]
+  python -m jaxrobust.sweep --workdir=RUNS --table=NAME [--tables=FILE] …
 
 Examples:
   What there is to do, each line a command to copy:
@@ -13,11 +14,17 @@ Examples:
     … --shard=1/4
   The seeds only:
     … --only='seed-\d+'
+  A table of the paper in handwritten digits, on a laptop:
+    python -m jaxrobust.sweep --workdir=runs/paper --table=digits-linf
 
+  --table=NAME       of experiments/paper.py, or of --tables=FILE. Labellers and sample
+                     sets that its rows need are made first; tables share runs.
   --list             prints the commands instead of running them; finished ones as
                      comments.
-  --only=REGEX       the points whose whole name it matches.
-  --shard=I/N        every N-th point from the I-th, counted from 0.
+  --only=REGEX       the points whose whole name it matches, and what they need. The
+                     name of a table's run is that of its workdir.
+  --shard=I/N        every N-th point from the I-th, counted from 0; what a table's
+                     rows need is not shared out, and must be finished.
 
 The experiment's file defines sweep(), which yields pairs of a name and overrides, such
 as ('seed-1', {'seed': 1, 'variant': 'seed-1'}). A point is trained, then evaluated, in
@@ -30,60 +37,45 @@ end with 0 ends the sweep with its exit code, so 42 means: run me again.
 """
 
 import re
-import shlex
 import signal
 import subprocess
 import sys
-from typing import NamedTuple
 
 from absl import logging
 from etils import epath
 
 from jaxrobust import cli
 from jaxrobust import config as configs
-from jaxrobust import workdir as workdirs
 from jaxrobust.errors import UserError
+from jaxrobust.points import Maker, Point, command_line, find_table, read_tables
 
 _OF_PROCESSES = ('--coordinator=', '--num_processes=', '--process_id=')
 
 
-def main(config, workdir, list_, only, shard):
+def main(config, workdir, list_, only, shard, table, tables):
   """Lists or runs the points."""
   given = lambda starts: [x for x in sys.orig_argv if x.startswith(starts)]
-  if not given('--config='):
-    raise UserError('--config= is missing: give an experiment that has a sweep()')
-  path = given('--config=')[-1].removeprefix('--config=')
   common = given(('--config.', *_OF_PROCESSES))
-  chosen = select(points(config, path, workdir, common), only, shard)
+  if table and given('--config='):
+    raise UserError('give --config= or --table=, not both: a row has its own config')
+  if table:
+    known, preparations = read_tables(tables)
+    maker = Maker(workdir, preparations, common)
+    found = maker.of_table(find_table(table, known))
+  elif given('--config='):
+    path = given('--config=')[-1].removeprefix('--config=')
+    found = points(config, path, workdir, common)
+  else:
+    raise UserError('give --config= of an experiment that has a sweep(), or --table=')
+  if not found:
+    raise UserError(f'--table={table} has no row to run: its rows are published only')
+  chosen = select(found, only, shard)
   if not list_:
     run(chosen)
     return
   for point in chosen:
     for command, finished in point.commands():
       print('# finished: ' * finished + command_line(command))
-
-
-class Point(NamedTuple):
-  """One run of a sweep.
-
-  Attributes:
-    name: as the experiment's sweep() calls it.
-    config: with the point's overrides.
-    workdir: its folder.
-    flags: of both programs, without the name of the program.
-  """
-
-  name: str
-  config: object
-  workdir: epath.Path
-  flags: list[str]
-
-  def commands(self) -> list[tuple[list[str], bool]]:
-    """Its programs with their flags, and whether each is finished."""
-    return [
-      (['train', *self.flags], (self.workdir / 'checkpoint.npy').exists()),
-      (['evaluate', *self.flags], _is_evaluated(self.config, self.workdir)),
-    ]
 
 
 def points(config, path: str, workdir: str, common: list[str] = ()) -> list[Point]:
@@ -113,10 +105,16 @@ def points(config, path: str, workdir: str, common: list[str] = ()) -> list[Poin
 
 
 def select(found: list[Point], only: str = '', shard: str = '') -> list[Point]:
-  """The points whose whole name matches `only`, of these those of shard 'I/N'.
+  """Points by name, those of a shard 'I/N', and what they need.
+
+  Args:
+    found: all points; what a point needs stands before it.
+    only: matches the whole names of the chosen ones; '' is all.
+    shard: which of these, by their number; '' is all.
 
   Raises:
-    UserError: if no point matches, or for what is no shard.
+    UserError: if no point matches, for what is no shard, or if something that a shard
+      needs is not finished: shards that made it would do so at the same time.
   """
   try:
     chosen = [p for p in found if re.fullmatch(only or '.*', p.name)]
@@ -124,12 +122,27 @@ def select(found: list[Point], only: str = '', shard: str = '') -> list[Point]:
     raise UserError(f'--only={only}: {e}; give a regular expression') from e
   if not chosen:
     raise UserError(f'--only={only} matches none of {", ".join(p.name for p in found)}')
-  if not shard:
-    return chosen
-  parts = re.fullmatch(r'(\d+)/(\d+)', shard)
-  if not parts or int(parts[1]) >= int(parts[2]):
-    raise UserError(f'--shard={shard}: write I/N with I from 0 to N - 1')
-  return chosen[int(parts[1]) :: int(parts[2])]
+  if shard:
+    parts = re.fullmatch(r'(\d+)/(\d+)', shard)
+    if not parts or int(parts[1]) >= int(parts[2]):
+      raise UserError(f'--shard={shard}: write I/N with I from 0 to N - 1')
+    needed = {name for p in found for name in p.needs}
+    chosen = [p for p in chosen if p.name not in needed]
+    chosen = chosen[int(parts[1]) :: int(parts[2])]
+  wanted = {p.name for p in chosen}
+  for point in reversed(found):
+    if point.name in wanted:
+      wanted |= set(point.needs)
+  if shard:
+    missing = [
+      p.name for p in found if p.name in wanted & needed and not p.is_finished()
+    ]
+    if missing:
+      raise UserError(
+        f'--shard={shard} needs what is not finished: run it once, '
+        f"with --only='{'|'.join(missing)}'"
+      )
+  return [p for p in found if p.name in wanted]
 
 
 def run(chosen: list[Point]):
@@ -147,11 +160,6 @@ def run(chosen: list[Point]):
       if code := runner(command):
         logging.info('exit code %d: %s', code, line)
         sys.exit(code)
-
-
-def command_line(command: list[str]) -> str:
-  """A command to copy into a shell."""
-  return shlex.join(['python', '-m', f'jaxrobust.{command[0]}', *command[1:]])
 
 
 class _Runner:
@@ -178,17 +186,6 @@ class _Runner:
     return 128 - code if code < 0 else code
 
 
-def _is_evaluated(config, workdir: epath.Path) -> bool:
-  """Whether results.json has the suite that the config asks for, on its split."""
-  wanted = config.evaluation
-  return any(
-    (x['protocol']['suite'] + '-').startswith(f'{wanted.suite}-')
-    and x['protocol']['split'] == wanted.split
-    and wanted.num_images in (None, x['protocol']['num_images'])
-    for x in workdirs.read_results(workdir)
-  )
-
-
 if __name__ == '__main__':
   # Each run joins the other workers itself; this program must not, before them.
   sys.argv[1:] = [
@@ -196,4 +193,6 @@ if __name__ == '__main__':
     for x in sys.argv[1:]
     if not x.startswith(_OF_PROCESSES)
   ]
-  cli.run(main, extra_flags=('list_', 'only', 'shard'))
+  if any(x.startswith('--table=') for x in sys.argv):  # Its rows have their configs.
+    sys.argv = [x for x in sys.argv if not x.startswith('--config.')]
+  cli.run(main, extra_flags=('list_', 'only', 'shard', 'table', 'tables'))

@@ -4,8 +4,10 @@ Files are written to a temporary name and renamed, so that none is ever half the
 Paths may be local or `gs://`.
 """
 
+import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 
 from etils import epath
@@ -15,6 +17,7 @@ from jaxrobust import parallel
 from jaxrobust.errors import UserError
 
 _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'numpy')
+_program = {}  # of this process: its command, and the folder that it has claimed
 
 
 def claim(workdir: str, config) -> epath.Path:
@@ -44,7 +47,60 @@ def claim(workdir: str, config) -> epath.Path:
       write(path, configs.to_json(config))
     except OSError as e:
       raise UserError(f'cannot write to {folder}: {e.strerror or e}') from e
+  if _program:
+    _program['folder'] = folder
+    write_status('running')
   return folder
+
+
+def begin(command: list[str]):
+  """Says that this process is a program: what it claims gets a status.json.
+
+  Args:
+    command: the program's name and its flags.
+  """
+  _program.update(command=command, folder=None)
+
+
+def write_status(state: str, message: str = ''):
+  """Writes status.json, if this process is a program that has claimed a workdir.
+
+  Args:
+    state: 'running', 'done', 'preempted' or 'failed'.
+    message: what else there is to say; kept in one line.
+  """
+  folder, command = _program.get('folder'), _program.get('command')
+  if state != 'running':
+    _program.clear()
+  if folder is None or not parallel.is_writer():
+    return
+  status = {
+    'state': state,
+    'message': ' '.join(message.split()),
+    'command': command,
+    'host': platform.node(),
+    'pid': os.getpid(),
+  }
+  with contextlib.suppress(OSError):  # A full disk must not hide a program's error.
+    write(folder / 'status.json', json.dumps(status, indent=2) + '\n')
+
+
+def read_status(folder: epath.Path) -> dict:
+  """What status.json says; {} if it is absent.
+
+  A program that runs no more, though the file says so, is 'interrupted'. Only its own
+  host can tell.
+  """
+  path = folder / 'status.json'
+  status = json.loads(path.read_text()) if path.exists() else {}
+  if status.get('state') == 'running' and status['host'] == platform.node():
+    try:
+      os.kill(status['pid'], 0)
+    except ProcessLookupError:
+      status['state'] = 'interrupted'
+    except PermissionError:  # It runs, and is of another user.
+      pass
+  return status
 
 
 def read_config(folder: str | epath.Path):

@@ -15,7 +15,7 @@ from jaxrobust.data import datasets, pipeline
 FILES = sorted(
   p.stem
   for p in (pathlib.Path(__file__).parent.parent / 'experiments').glob('*.py')
-  if not p.stem.startswith(('base', '__'))
+  if not p.stem.startswith(('base', 'paper', '__'))
   and not p.stem.endswith(('_gaussian', '_ddpm'))
 )
 GENERATORS = sorted(

@@ -117,4 +117,4 @@ def test_the_step_imports_without_tensorflow():
 def test_experiments_import_no_jax():
   for path in (ROOT / 'experiments').glob('*.py'):
     used = {m.split('.')[0] for m in imports(path)}
-    assert used <= {'re', 'ml_collections', 'experiments'}, path
+    assert used <= {'re', 'typing', 'ml_collections', 'experiments'}, path

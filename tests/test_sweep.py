@@ -252,3 +252,28 @@ def test_the_program_lists_and_passes_flags_on(tmp_path):
     f'python -m jaxrobust.evaluate {flags}',
   ]
   assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_the_program_lists_a_table(tmp_path):
+  def sweep_(*flags):
+    return subprocess.run(
+      [sys.executable, '-m', 'jaxrobust.sweep', f'--workdir={tmp_path}', *flags],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+    )
+
+  done = sweep_(
+    *('--table=digits-linf', '--list', '--only=.*gaussian_seed-1'),
+    *('--config.log.interval_epochs=1', '--coordinator=auto'),
+  )
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  assert [x.split()[2] for x in lines] == [
+    f'jaxrobust.{x}' for x in ('train', 'generate', 'train', 'evaluate')
+  ]
+  for line in lines:
+    assert '--config.log.interval_epochs=1 --coordinator=auto' in line
+  both = sweep_('--table=digits-linf', '--config=experiments/digits.py')
+  assert both.returncode == 1 and 'not both' in both.stderr

@@ -1,0 +1,196 @@
+"""Runs as sweeps and tables name them: their commands, and how far each is."""
+
+import shlex
+from typing import NamedTuple
+
+from etils import epath
+
+from jaxrobust import config as configs
+from jaxrobust import workdir as workdirs
+from jaxrobust.errors import UserError
+
+TABLES = 'experiments/paper.py'
+
+
+class Point(NamedTuple):
+  """A run of a sweep or a table.
+
+  Attributes:
+    name: as the experiment's sweep() calls it, or the workdir's.
+    config: with the point's overrides.
+    workdir: its folder.
+    flags: of its programs, without their names.
+    programs: that make it, in order.
+    suite: that judges it; '' for the config's.
+    needs: names of the points to run before it.
+  """
+
+  name: str
+  config: object
+  workdir: epath.Path
+  flags: list[str]
+  programs: tuple[str, ...] = ('train', 'evaluate')
+  suite: str = ''
+  needs: tuple[str, ...] = ()
+
+  def commands(self) -> list[tuple[list[str], bool]]:
+    """Its programs with their flags, and whether each is finished."""
+    return [
+      ([program, *self.flags, *self._suite_flag(program)], self.is_finished(program))
+      for program in self.programs
+    ]
+
+  def is_finished(self, program: str = '') -> bool:
+    """Whether a program of it, or all of them, left what they should."""
+    if not program:
+      return all(map(self.is_finished, self.programs))
+    if program == 'train':
+      return (self.workdir / 'checkpoint.npy').exists()
+    if program == 'generate':
+      return (self.workdir / 'samples').exists()
+    return self.result() is not None
+
+  def result(self) -> dict | None:
+    """The last entry of results.json that answers for the point.
+
+    It is of the suite that judges it, on the split and the number of images that the
+    config asks for; any one if it is not evaluated but analysed.
+    """
+    found = workdirs.read_results(self.workdir)
+    if 'evaluate' in self.programs:
+      wanted = self.config.evaluation
+      suite = self.suite or wanted.suite
+      if suite == 'pgd':
+        suite = f'pgd-{wanted.attack.num_steps}'
+      found = [
+        x
+        for x in found
+        if x['protocol']['suite'] == suite
+        and x['protocol']['split'] == wanted.split
+        and wanted.num_images in (None, x['protocol']['num_images'])
+      ]
+    return found[-1] if found else None
+
+  def state(self) -> tuple[str, str]:
+    """How far it is, and a line on it.
+
+    Returns:
+      'done', 'other' (another config lives in its workdir), 'running', 'interrupted',
+      'preempted', 'failed', 'begun' (some of its programs are done) or 'missing'.
+    """
+    if not (self.workdir / 'config.json').exists():
+      return 'missing', ''
+    # The set's folder is in the workdir's name; its spelling depends on --workdir.
+    changed = [
+      line
+      for line in configs.differences(workdirs.read_config(self.workdir), self.config)
+      if not line.startswith(('data.samples:', 'labeller:', 'samples:'))
+    ]
+    if changed:
+      return 'other', '; '.join(changed)
+    unfinished = [p for p in self.programs if not self.is_finished(p)]
+    if not unfinished:
+      return 'done', ''
+    status = workdirs.read_status(self.workdir)
+    program, *flags = status.get('command') or ['']
+    wanted = self._suite_flag(program)
+    is_this = program == unfinished[0] and set(wanted) <= set(flags)
+    if is_this and status['state'] != 'done':
+      return status['state'], f'{program}: {status["message"]}'.rstrip(': ')
+    return 'begun', f'{unfinished[0]} is missing'
+
+  def _suite_flag(self, program: str) -> list[str]:
+    return [f'--suite={self.suite}'] if self.suite and program == 'evaluate' else []
+
+
+def command_line(command: list[str]) -> str:
+  """A command to copy into a shell."""
+  return shlex.join(['python', '-m', f'jaxrobust.{command[0]}', *command[1:]])
+
+
+def read_tables(file: str = '') -> tuple[dict, dict]:
+  """The tables and the preparations of a file such as experiments/paper.py.
+
+  Raises:
+    UserError: if there is no such file, or it defines no tables.
+  """
+  file = file or TABLES
+  module = configs.load_file(file)
+  if not hasattr(module, 'TABLES'):
+    raise UserError(f'{file} defines no TABLES: experiments/paper.py shows how')
+  return module.TABLES, getattr(module, 'PREPARATIONS', {})
+
+
+def find_table(name: str, tables: dict):
+  """The table of a name; UserError with the names if there is none."""
+  if name not in tables:
+    raise UserError(f'--table={name}: there is none; use one of {", ".join(tables)}')
+  return tables[name]
+
+
+class Maker:
+  """Makes the points of tables' rows below a folder."""
+
+  def __init__(self, workdir: str, preparations: dict, common: list[str] = ()):
+    """Every run's `workdir` is below this one and gets the `common` flags."""
+    self._workdir, self._preparations = workdir, preparations
+    self._common, self._configs = list(common), {}
+
+  def of_table(self, table) -> list[Point]:
+    """What the rows need, then the rows, each run once."""
+    found = {}
+    for row in table.rows:
+      for point in self.of_row(table, row):
+        self._add(point, found)
+    is_row = lambda point: point.name not in self._preparations
+    return sorted(found.values(), key=is_row)
+
+  def of_row(self, table, row) -> list[Point]:
+    """A point for each seed of a row; none if it is published only."""
+    if not row.config:
+      return []
+    if row.analysis:
+      return [self._make(row.analysis, ('analyze',), row.config, row.overrides)]
+    points, overrides = [], dict(row.overrides)
+    variant = overrides.pop('variant', '')
+    for seed in table.seeds:
+      own = {'seed': seed, 'variant': f'{variant}_seed-{seed}'.lstrip('_')}
+      point = self._make('', ('train', 'evaluate'), row.config, overrides | own)
+      points.append(point._replace(suite=table.suite))
+    return points
+
+  def _add(self, point: Point, found: dict):
+    """Adds a point after what it needs."""
+    for name in point.needs:
+      if name not in found:
+        made = self._preparations[name]
+        self._add(self._make(name, (made.program,), made.config, made.overrides), found)
+    known = found.setdefault(point.name, point)
+    if changed := configs.differences(known.config, point.config, ignore=()):
+      raise UserError(
+        f'two rows are both named {point.name} ({"; ".join(changed)}): tell them apart '
+        'by the field variant'
+      )
+
+  def _make(self, name: str, programs, path: str, overrides: dict) -> Point:
+    """A point; without a name it has its experiment's."""
+    needs, values = [], {}
+    for field, value in overrides.items():
+      values[field] = value
+      if isinstance(value, str) and value.startswith('{workdir}/'):
+        needs.append(value.split('/')[1])
+        values[field] = value.replace('{workdir}', self._workdir.rstrip('/'))
+    if unknown := [n for n in needs if n not in self._preparations]:
+      raise UserError(f'{path}: no preparation is named {unknown[0]}')
+    if path not in self._configs:
+      self._configs[path] = configs.load(path)
+    config = self._configs[path].copy_and_resolve_references().lock()
+    flags = [f'--config.{field}={value}' for field, value in values.items()]
+    try:
+      config.update_from_flattened_dict(values)
+    except (KeyError, TypeError, ValueError) as e:
+      raise UserError(f'{path} {" ".join(flags)}: {e}') from e
+    name = name or configs.experiment_name(config)
+    folder = epath.Path(self._workdir) / name
+    flags = [f'--workdir={folder}', f'--config={path}', *self._common, *flags]
+    return Point(name, config, folder, flags, programs, needs=tuple(needs))

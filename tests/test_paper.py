@@ -1,0 +1,149 @@
+"""The paper's tables: every row resolves, builds and has a workdir of its own."""
+
+import importlib
+import json
+
+import jax
+import pytest
+
+from experiments import paper
+from jaxrobust import config as configs
+from jaxrobust import generate, points
+from jaxrobust.attacks import norms, suites
+from jaxrobust.data import pipeline
+from tests import test_experiments
+
+MAKER = points.Maker('runs/paper', paper.PREPARATIONS)
+FOUND = {name: MAKER.of_table(table) for name, table in paper.TABLES.items()}
+# A run may stand in several tables; each is checked once.
+RUNS = {p.name: p for found in FOUND.values() for p in found}
+TRAINED = {name: p for name, p in RUNS.items() if 'train' in p.programs}
+
+
+def line(point, program):
+  """What the sweep would run."""
+  (found,) = (c for c, _ in point.commands() if c[0] == program)
+  return points.command_line(found)
+
+
+@pytest.mark.parametrize('name', paper.TABLES)
+def test_every_row_resolves_and_is_judged_by_a_known_suite(name):
+  table = paper.TABLES[name]
+  for point in FOUND[name]:
+    if 'train' in point.programs:
+      derived = configs.resolve(point.config)
+      config, size = point.config, point.config.data.batch_size
+      for devices in (1, 8, 32 if size == 1024 else 2):
+        pipeline.mix_counts(
+          size,
+          derived.real_fraction,
+          config.data.real_repeats,
+          {'devices': devices, 'groups': size // config.model.batch_norm_group},
+        )
+    if 'evaluate' in point.programs:
+      ball = norms.get(point.config.threat.norm, point.config.threat.epsilon)
+      assert point.suite == table.suite and suites.get(point.suite, ball)
+      assert configs.experiment_name(point.config) == point.workdir.name
+    if 'generate' in point.programs:
+      generate.check(point.config)
+  assert len({row.name for row in table.rows}) == len(table.rows)
+  assert table.kind in ('accuracies', 'fractions', 'neighbours')
+
+
+def test_one_workdir_has_one_config_in_all_tables():
+  for found in FOUND.values():
+    for point in found:
+      assert not configs.differences(RUNS[point.name].config, point.config, ignore=())
+
+
+def test_what_a_row_needs_stands_before_it():
+  for name, found in FOUND.items():
+    names = [p.name for p in found]
+    assert len(set(names)) == len(names)
+    for place, point in enumerate(found):
+      assert set(point.needs) <= set(names[:place]), name
+  assert [p.name for p in FOUND['digits-linf'] if 'evaluate' not in p.programs] == [
+    'digits_labeller',
+    'digits_gaussian',
+    'digits_ddpm',
+  ]
+
+
+# What is compiled or has a shape of its own; networks are built in test_experiments.
+def _kind(config):
+  tree = json.loads(configs.to_json(config))
+  parts = ('augment', 'loss', 'attack', 'ema', 'threat', 'training')
+  assert config.model.name in test_experiments.MODELS
+  return json.dumps([tree['dataset']['name'], *(tree[k] for k in parts)])
+
+
+KINDS = {_kind(p.config): name for name, p in TRAINED.items()}
+
+
+@pytest.mark.parametrize('name', KINDS.values())
+def test_the_whole_step_of_every_kind_of_row_builds(name):
+  config = TRAINED[name].config.copy_and_resolve_references().unlock()
+  config.model.name = 'wrn-10-1'
+  before, after, metrics = test_experiments.step_shapes(config)
+  shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+  assert shapes(before) == shapes(after)
+  assert 'train/loss' in metrics
+
+
+def test_lines_of_the_digits():
+  run = RUNS['digits_linf_wrn-10-1_gaussian_real-0.25_seed-1']
+  assert line(run, 'train') == (
+    'python -m jaxrobust.train --workdir=runs/paper/digits_linf_wrn-10-1_gaussian_'
+    'real-0.25_seed-1 --config=experiments/digits.py --config.data.samples=runs/paper/'
+    'digits_gaussian/samples --config.data.real_fraction=0.25 --config.seed=1 '
+    '--config.variant=real-0.25_seed-1'
+  )
+  assert line(run, 'evaluate').endswith('--suite=pgd-40')
+  assert line(RUNS['digits_ddpm'], 'generate') == (
+    'python -m jaxrobust.generate --workdir=runs/paper/digits_ddpm '
+    '--config=experiments/digits_ddpm.py '
+    '--config.labeller=runs/paper/digits_labeller'
+  )
+
+
+def rows(name):
+  return {row.name: row.published for row in paper.TABLES[name].rows}
+
+
+@pytest.mark.parametrize(
+  'name, before, after, percent',
+  [
+    (
+      'cifar10-linf',
+      'Gowal et al. 2020, WRN-70-16',
+      'WRN-70-16, 100M DDPM, CutMix',
+      15.68,
+    ),
+    ('cifar10-l2', 'Gowal et al. 2020, WRN-70-16', 'WRN-70-16, 1M DDPM', 5.11),
+    ('cifar100-linf', 'Gowal et al. 2020, WRN-70-16', 'WRN-70-16, 1M DDPM', 11.52),
+    ('svhn-linf', 'WRN-28-10, real images', 'WRN-28-10, DDPM', 7.16),
+    ('tiny-imagenet-linf', 'WRN-28-10, real images', 'WRN-28-10, DDPM', 23.65),
+  ],
+)
+def test_the_gains_that_the_paper_prints_follow_from_its_numbers(
+  name, before, after, percent
+):
+  gain = rows(name)[after]['robust'] / rows(name)[before]['robust'] - 1
+  assert round(100 * gain, 2) == percent
+  assert f'{percent} %' in paper.TABLES[name].note
+
+
+def test_numbers_agree_with_the_experiments_docstrings():
+  """Two places say what was published."""
+  for table in paper.TABLES.values():
+    for row in table.rows:
+      if row.config and 'clean' in row.published:
+        file = row.config.split('/')[1].split('.py')[0]
+        page = importlib.import_module(f'experiments.{file}').__doc__
+        assert '{clean:.2f} / {robust:.2f}'.format(**row.published) in page
+
+
+def test_nothing_published_belongs_to_the_digits():
+  for name, table in paper.TABLES.items():
+    if name.startswith('digits'):
+      assert not any(row.published for row in table.rows)
