@@ -63,8 +63,8 @@ def test_confidences_that_are_refused(tmp_path, confidences, message):
   [
     # Half of each class: 3, 1 and 1.
     ({'top_fraction': 0.5}, [1, 2, 5, 7, 8]),
-    # 4, 1 and 1; of the equals 0 and 3 the first.
-    ({'top_fraction': 2 / 3}, [0, 1, 2, 5, 7, 8]),
+    # 7 of 10: 4, 1.33 and 1.33, of which the first is rounded up.
+    ({'top_fraction': 2 / 3}, [0, 1, 2, 4, 5, 7, 8]),
     # 4 and one more of class 0; of class 0 the two of confidence 1.
     ({'top_fraction': 0.4, 'balanced': True}, [1, 2, 7, 8]),
     ({'top_fraction': 1.0}, range(10)),
@@ -106,6 +106,52 @@ def test_selections_that_are_refused(tmp_path, options, message):
     selection.select(source, tmp_path / 'set', **options)
   with pytest.raises(UserError, match='no confidences'):
     selection.select(pool(tmp_path / 'old', None), tmp_path / 'set', top_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+  'rule, kept',
+  [
+    # The first ones; the first of each class, one more of classes 0 and 1.
+    (selection.Rule(4, balanced=False), [0, 1, 2, 3]),
+    (selection.Rule(5, balanced=True), [0, 1, 2, 4, 6]),
+    # Of the first 8, in which classes are 4, 2 and 2: 2, 1 and 1, by confidence.
+    (selection.Rule(4, balanced=False, top_fraction=0.5), [1, 2, 5, 7]),
+    # Of the first 2 of each class.
+    (selection.Rule(3, balanced=True, top_fraction=0.5), [1, 2, 7]),
+  ],
+)
+def test_rules_by_hand(rule, kept):
+  for drawn in (slice(8), slice(None)):  # What is drawn beyond changes nothing.
+    labels = LABELS[drawn]
+    assert not rule.shortfall(np.bincount(labels))[0].any()
+    positions, described = rule.choose(labels, CONFIDENCE[drawn], 3)
+    np.testing.assert_array_equal(positions, kept)
+    assert described['drawn'] == len(labels)
+  per_class = [2, 2, 2] if rule.balanced else [4, 2, 2]
+  if rule.top_fraction < 1:
+    assert described['pool'] == {'total': sum(per_class), 'per_class': per_class}
+
+
+def test_what_a_rule_still_needs():
+  short, times = selection.Rule(12, True, 0.5).shortfall(np.array([10, 4, 8]))
+  assert short.tolist() == [0, 4, 0] and times == 2
+  short, times = selection.Rule(12, True).shortfall(np.array([10, 0, 8]))
+  assert short.tolist() == [0, 4, 0] and times == np.inf
+  short, times = selection.Rule(3, False, 0.3).shortfall(np.array([4, 1, 3]))
+  assert short.tolist() == [2] and times == 10 / 8
+
+
+def test_shares_of_classes_sum_to_the_whole():
+  """Largest remainders: 10 of 30, 30 and 39 are 3.03, 3.03 and 3.94."""
+  assert selection.class_quotas([30, 30, 39], 10, False).tolist() == [3, 3, 4]
+  rng = np.random.RandomState(0)
+  for _ in range(100):
+    per_class = rng.randint(0, 50, 7)
+    count = rng.randint(0, per_class.sum() + 1)
+    quotas = selection.class_quotas(per_class, count, False)
+    assert quotas.sum() == count and (quotas <= per_class).all()
+    exact = per_class * count / per_class.sum()
+    assert (np.abs(quotas - exact) < 1).all()
 
 
 def test_command_line(tmp_path, capsys):

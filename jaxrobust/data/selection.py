@@ -1,14 +1,16 @@
-"""Which samples of a larger set to train on.
+"""Which samples of a pool to train on.
 
-The authors draw samples until each class has its number of them: `choose` without
-confidences does the same with a set that exists. Later work draws five times as many
-and keeps the 20 % of each class whose labels are surest: write the pool as a sample
-set with confidences, then `select`; neither holds images in memory.
+The authors draw samples until each class has its number of them; later work draws five
+times as many and keeps the 20 % of each class whose labels are surest. A `Rule` says
+so of samples that are being drawn (`jaxrobust.generate`), `select` of a sample set that
+exists. None holds images in memory.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +18,68 @@ from jaxrobust.data import samples
 from jaxrobust.errors import UserError
 
 _CHUNK = 2**13  # images held in memory while a set is copied
+
+
+class Rule(NamedTuple):
+  """Which of the samples that are being drawn to keep.
+
+  Of the samples in the order drawn the first `count / top_fraction` are candidates, or
+  so many of each class that each can have its share; of the candidates the surest of
+  each class are kept, or all. What was drawn beyond the candidates changes nothing.
+
+  Attributes:
+    count: Samples to keep.
+    balanced: Whether as many of each class as of the others (where they do not divide
+      the number, one more of the first ones), the authors' way.
+    top_fraction: Share of the candidates to keep, in (0, 1], those of each class with
+      the highest confidence. 1, the authors' way, needs no confidences.
+  """
+
+  count: int
+  balanced: bool
+  top_fraction: float = 1.0
+
+  def shortfall(self, per_class: np.ndarray) -> tuple[np.ndarray, float]:
+    """What is missing after drawing samples [K] of each class.
+
+    Returns:
+      Candidates still to be found, int [K] of each class, or [1] of all; and how many
+      times as many draws are likely to find them (infinite for a class not met yet).
+    """
+    wanted = self._candidates(len(per_class))
+    found = np.asarray(per_class) if self.balanced else np.array([np.sum(per_class)])
+    with np.errstate(divide='ignore', invalid='ignore'):
+      times = np.where(wanted, wanted / found, 0).max()
+    return np.maximum(wanted - found, 0), float(times)
+
+  def choose(
+    self, labels: np.ndarray, confidence: np.ndarray | None, num_classes: int
+  ) -> tuple[np.ndarray, dict]:
+    """Chooses among samples without a shortfall.
+
+    Args:
+      labels: int [n] in [0, K).
+      confidence: [n]; may be None where `top_fraction` is 1.
+      num_classes: K.
+
+    Returns:
+      Positions, int [count], ascending, and a description for metadata.json.
+    """
+    wanted = self._candidates(num_classes)
+    pool = choose(labels, wanted) if self.balanced else np.arange(wanted[0])
+    per_class = np.bincount(labels[pool], minlength=num_classes)
+    kept = pool
+    if self.top_fraction < 1:
+      quotas = class_quotas(per_class, self.count, self.balanced)
+      kept = pool[choose(labels[pool], quotas, confidence[pool])]
+    said = {**self._asdict(), 'drawn': len(labels), 'pool': _counts(per_class)}
+    return kept, said
+
+  def _candidates(self, num_classes: int) -> np.ndarray:
+    """Candidates needed, int [K] of each class, or [1] of all."""
+    shares = equal_shares(self.count, num_classes if self.balanced else 1)
+    # 3 / 0.3 is a little above 10.
+    return np.ceil(shares / self.top_fraction - 1e-6).astype(int)
 
 
 def select(
@@ -50,29 +114,34 @@ def select(
   """
   if (count is None) == (top_fraction is None):
     raise UserError('give one of top_fraction and count')
-  per_class = source.metadata['counts']['per_class']
+  fraction = count / len(source) if top_fraction is None else top_fraction
+  if not 0 < fraction <= 1:
+    raise UserError(
+      f'{fraction:.6g} of the pool of {len(source)} samples; keep a share above 0 and '
+      'up to 1'
+    )
   confidence = source.confidence()
-  if top_fraction is None:
-    quotas = class_quotas(per_class, count / len(source), balanced, count)
-    ranks = None
+  if top_fraction is not None and confidence is None:
+    raise UserError(
+      f'{source.path} has no confidences to rank its samples by; label them again '
+      'with confidences, or use count'
+    )
+  total = math.floor(len(source) * fraction + 0.5) if count is None else count
+  per_class = source.metadata['counts']['per_class']
+  if count is None or balanced:
+    quotas = class_quotas(per_class, total, balanced)
+    ranks = confidence if count is None else None
+    indices = choose(source.gather_labels(slice(None)), quotas, ranks)
   else:
-    if confidence is None:
-      raise UserError(
-        f'{source.path} has no confidences to rank its samples by; label them again '
-        'with confidences, or use count'
-      )
-    quotas = class_quotas(per_class, top_fraction, balanced)
-    ranks = confidence
-  indices = choose(source.gather_labels(slice(None)), quotas, ranks)
+    indices = np.arange(total)
   described = (source.path / 'metadata.json').read_bytes()
   selection = {
     'count': count,
-    'top_fraction': top_fraction,
     'balanced': balanced,
+    'top_fraction': top_fraction,
     'pool': {
       'selection': source.metadata['selection'],
-      'total': len(source),
-      'per_class': per_class,
+      **_counts(per_class),
       'metadata_sha256': hashlib.sha256(described).hexdigest(),
     },
   }
@@ -90,39 +159,37 @@ def select(
   )
 
 
-def class_quotas(
-  per_class: Iterable[int],
-  fraction: float,
-  balanced: bool,
-  count: int | None = None,
-) -> np.ndarray | int:
+def equal_shares(count: int, num_classes: int) -> np.ndarray:
+  """`count` shared over K classes, int [K]; the first ones take what is left over."""
+  return count // num_classes + (np.arange(num_classes) < count % num_classes)
+
+
+def class_quotas(per_class: Iterable[int], count: int, balanced: bool) -> np.ndarray:
   """How many samples of each class to keep.
 
   Args:
     per_class: Samples of each class in the pool, [K].
-    fraction: Share of the pool to keep, in (0, 1].
-    balanced: Whether the classes get equal numbers, or this share of each, rounded.
-    count: Number to keep; by default the share of the pool, rounded.
+    count: Samples to keep, at most as many as there are.
+    balanced: Whether the classes get equal numbers, or the same share of each, rounded
+      by largest remainders.
 
   Returns:
-    int [K]; or `count` itself, where it is given and the classes do not matter.
+    int [K], which sum to `count`.
 
   Raises:
-    UserError: The fraction is out of range, or a class has too few samples.
+    UserError: A class has too few samples.
   """
   per_class = np.asarray(per_class)
-  if not 0 < fraction <= 1:
-    raise UserError(
-      f'{fraction:.6g} of the pool of {per_class.sum()} samples; keep a share above 0 '
-      'and up to 1'
-    )
   if not balanced:
-    return np.floor(per_class * fraction + 0.5).astype(int) if count is None else count
-  total = int(per_class.sum() * fraction + 0.5) if count is None else count
-  num_classes = len(per_class)
-  quotas = total // num_classes + (np.arange(num_classes) < total % num_classes)
+    exact = per_class * (count / per_class.sum())
+    # Shares that are whole but for rounding must not lose one to another.
+    quotas = np.floor(exact + 1e-6).astype(int)
+    largest = np.argsort(quotas - exact, kind='stable')
+    quotas[largest[: count - quotas.sum()]] += 1
+    return quotas
+  quotas = equal_shares(count, len(per_class))
   if (short := np.flatnonzero(per_class < quotas)).size:
-    most = int(per_class.min()) * num_classes
+    most = int(per_class.min()) * len(per_class)
     raise UserError(
       f'the pool has too few samples of the classes {short.tolist()} for {quotas[0]} '
       f'of each: keep at most {most} ({most / per_class.sum():.4g} of the pool), draw '
@@ -132,21 +199,19 @@ def class_quotas(
 
 
 def choose(
-  labels: np.ndarray, quotas: np.ndarray | int, confidence: np.ndarray | None = None
+  labels: np.ndarray, quotas: np.ndarray, confidence: np.ndarray | None = None
 ) -> np.ndarray:
   """Chooses samples by class.
 
   Args:
     labels: int [n] in [0, K).
-    quotas: How many of each class, int [K], or of all of them.
+    quotas: How many of each class, int [K].
     confidence: [n]; keeps the highest of each class, the first among equals. By
       default the first of each class.
 
   Returns:
     Positions, int [m], ascending.
   """
-  if np.ndim(quotas) == 0:
-    return np.arange(quotas)
   chosen = []
   for label, quota in enumerate(quotas):
     members = np.flatnonzero(labels == label)
@@ -154,6 +219,11 @@ def choose(
       members = members[np.argsort(-confidence[members], kind='stable')]
     chosen.append(members[:quota])
   return np.sort(np.concatenate(chosen))
+
+
+def _counts(per_class) -> dict:
+  """How many samples there are, and of each class, as metadata."""
+  return {'total': int(np.sum(per_class)), 'per_class': np.asarray(per_class).tolist()}
 
 
 def _batches(source, indices, confidence) -> Iterator[tuple[np.ndarray, ...]]:
