@@ -23,18 +23,23 @@ def get_config(generator: str = 'gaussian'):
   # Workdir of a run whose fitted generator is sampled; '' fits one.
   c.fitted = ''
 
-  # The non-robust classifier that gives the pseudo-labels: the workdir of its run.
+  # The non-robust classifier that gives the pseudo-labels: a workdir, a file with its
+  # card, or a released name; 'condition' takes the classes that samples are drawn for.
   c.labeller = ''
 
   c.samples = config_dict.ConfigDict()
   c.samples.count = 1_000_000  # in the set, after selection
   # 'balanced': the same number for each pseudo-label, the paper's way; 'none'.
   c.samples.selection = 'balanced'
-  # Give up when so many times `count` were drawn and a class is still short.
+  # Share of the candidates that is kept, of each class those with the surest labels; 1
+  # is the paper's way, 0.2 that of later work, which draws five times as many.
+  c.samples.top_fraction = 1.0
+  # Give up when so many times the candidates (count / top_fraction) were drawn and a
+  # class is still short.
   c.samples.max_draws_factor = 20.0
   c.samples.shard_size = 100_000  # images in a file
-  # Images drawn and labelled between two files of draws: an interrupted run repeats
-  # at most so many. (The draws are deleted when the set is written.)
+  # Images in a file of draws, of which samples are drawn in whole files: an interrupted
+  # process repeats at most so many. (They are deleted when the set is written.)
   c.samples.draw_size = 10_000
   # Images sampled and labelled on a device at a time. Not to be changed for the number
   # of devices: it keeps the rounding, and with it every bit, the same on all of them.

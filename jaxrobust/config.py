@@ -31,13 +31,16 @@ _NOT_IDENTITY = (
   'checkpoint.keep',
   'model.remat',
   'training.accumulation',
+  'samples.max_draws_factor',
 )
 
-# Fields of a classifier younger than configs on disk, and what those configs meant.
+# Fields younger than configs on disk, and what those configs meant: of a classifier,
+# and of a generator.
 _YOUNGER = {
   'model': {'remat': False, 'compute_dtype': 'float32'},
   'training': {'accumulation': 1},
 }
+_YOUNGER_OF_GENERATORS = {'samples': {'top_fraction': 1.0}}
 
 _CHOICES = {
   'dataset.name': tuple(datasets.INFO),
@@ -277,8 +280,12 @@ def from_json(text: str):
     return config_dict.placeholder(object) if x is None else x
 
   tree = json.loads(text)
-  if 'threat' in tree:  # A classifier's.
-    tree |= {part: fields | tree[part] for part, fields in _YOUNGER.items()}
+  younger = {}
+  if 'threat' in tree:
+    younger = _YOUNGER
+  elif 'generator' in tree:
+    younger = _YOUNGER_OF_GENERATORS
+  tree |= {part: fields | tree[part] for part, fields in younger.items()}
   return config_dict.ConfigDict(restore(tree)).lock()
 
 

@@ -2,7 +2,7 @@
 
 Usage:
   python -m jaxrobust.generate --workdir=DIR --config=experiments/FILE.py \\
-      --config.labeller=WORKDIR_OF_A_NON_ROBUST_CLASSIFIER
+      --config.labeller=LABELLER [--stage=STAGE]
 
 Example:
   python -m jaxrobust.train --workdir=runs/labeller \\
@@ -12,90 +12,109 @@ Example:
   python -m jaxrobust.train --workdir=runs/robust --config=experiments/digits.py \\
       --config.data.samples=runs/gaussian/samples
 
-The generator sees the training images only. Each sample gets the class that the
-labeller predicts for it; with selection 'balanced' the set has the same number of each
-class. Sample i depends on (seed, i) only, on any number of devices. To sample a
-generator again, with another sampler, seed or labeller, name the workdir where it was
-fitted: --config.fitted=DIR.
+The generator sees the training images only. LABELLER gives each sample its class, and
+how sure it is of it, which is kept in the set: a workdir, a file of parameters with its
+card, the name of a released checkpoint, or `condition`, the class that the sample was
+drawn for (without confidences). config.samples.selection says which samples are kept:
+balanced, the same number of each class, the authors' way; or none, the first ones.
+With config.samples.top_fraction=0.2 five times as many are candidates, and the surest
+fifth of each class is kept.
 
-Writes to the workdir: config.json, generator.npz (the fitted generator), for one that
-trains metrics.jsonl, events.* and checkpoints/, and samples/, the sample set:
-images-*.npy, labels-*.npy and metadata.json. Interrupted, the same command goes on
-from the last checkpoint, or from the last file in drawn/, which holds what was drawn
-and labelled until the set is complete; the set has the same checksums. It takes as
-much disk as the set, once more.
+Stages, each of which --stage runs alone, where those before it are done; without it
+all run that are not done yet:
+  fit      generator.npz, the fitted generator; one that trains writes metrics.jsonl,
+           events.* and checkpoints/ too. --config.fitted=DIR takes that of another run
+  sample   drawn/, the samples that are likely to be enough
+  label    labelled/, their classes and confidences. Where a class turns out short, this
+           and the stage before run again: without --stage by themselves
+  select   samples/, the sample set: images-*.npy, labels-*.npy, confidence-*.npy and
+           metadata.json, which has the rule, the pool's and the set's counts. Then
+           drawn/ and labelled/, which took the pool's size on disk, are removed
+
+Interrupted anywhere, the same command goes on from the last checkpoint of the fit, the
+last file of draws or of labels. Sample i depends on (seed, i) only: the set has the
+same checksums from any number of devices and processes. Several processes fit together,
+then share out the files of draws; they need one workdir that all of them see. Sample
+sets are read at random, so the workdir is a local folder; it may be gs:// for
+--stage=fit, whose result --config.fitted=gs://… takes.
 """
 
 import hashlib
-import io
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import config_dict
 
-from jaxrobust import checkpoint, cli, generators, metrics, models, parallel
+from jaxrobust import checkpoint, cli, generators, metrics, parallel
 from jaxrobust import config as configs
 from jaxrobust import workdir as workdirs
-from jaxrobust.data import datasets, samples, shards
-from jaxrobust.errors import UserError
+from jaxrobust.data import datasets, draws, samples, selection, shards
+from jaxrobust.errors import PreemptedError, UserError
+from jaxrobust.models import zoo
+
+STAGES = ('fit', 'sample', 'label', 'select')
+_CONDITION = 'condition'  # in the place of a labeller
 
 
-def main(config, workdir):
-  """Runs the stages that are not there yet."""
+def main(config, workdir, stage=''):
+  """Runs the stages that are not there yet, or one of them."""
   if config is None:
     raise UserError(
       '--config is missing: give a generator experiment, such as '
       '--config=experiments/digits_gaussian.py'
     )
+  if stage and stage not in STAGES:
+    raise UserError(f'--stage={stage}: use one of {", ".join(STAGES)}, or none for all')
   check(config)
-  parallel.require_one_process('generate')
-  shards.local_path(workdir)  # Refuses a remote folder: samples are read at random.
+  if stage != 'fit':
+    shards.local_path(workdir)  # Refuses a remote folder: samples are read at random.
   info = datasets.INFO[config.dataset.name]
   if (epath.Path(workdir) / 'samples').exists():
     folder = workdirs.claim(workdir, config)
     found = samples.SampleSet.open(folder / 'samples')
+    if parallel.is_writer():
+      _draws(config, folder).remove()  # A run killed before it did so.
     logging.info('%s is finished: %d samples', folder / 'samples', len(found))
     return
   generators.get(config.generator.name).check(config.generator, info)
   if config.fitted:
     check_fitted(config)
-  predict = load_labeller(config.labeller, info, config.samples.batch_size)
+  labeller = None
+  if stage not in ('fit', 'sample'):
+    labeller = load_labeller(config.labeller, info, config.samples.batch_size)
   folder = workdirs.claim(workdir, config)
-  generator = fitted_generator(config, folder, info)
-  selection = Selection(config, info.num_classes)
-  metadata = {
-    'generator': config.generator.to_dict(),
-    'dataset': config.dataset.to_dict(),
-    'seed': config.seed,
-    'labeller': labeller_name(config.labeller),
-    'selection': config.samples.selection,
-  }
-  for unfinished in folder.glob('.samples.*'):  # A run that was killed left it.
-    unfinished.rmtree()
-  samples.write(
-    str(folder / 'samples'),
-    selection.select(draw(config, folder, generator, predict)),
-    metadata=metadata,
-    num_classes=info.num_classes,
-    shard_size=config.samples.shard_size,
-  )
-  (folder / 'drawn').rmtree()
-  agreement = ''
-  if selection.conditional:
-    agreement = (
-      f'; the labeller agrees with the class that a sample was drawn for in '
-      f'{selection.agreed / selection.conditional:.1%}'
-    )
-  logging.info(
-    'wrote %s: %d of %d samples drawn%s',
-    folder / 'samples',
-    config.samples.count,
-    selection.drawn,
-    agreement,
-  )
+  if stage in ('', 'fit', 'sample'):
+    generator = fitted_generator(config, folder, info, may_fit=stage != 'sample')
+  if stage == 'fit':
+    return
+  settings, files = config.samples, _draws(config, folder)
+  at_once = settings.batch_size * parallel.num_local_devices()
+  rng = jax.random.key(config.seed)
+  with _Stop() as stop:
+    while True:
+      num_files, complete = files.plan(info.num_classes, settings.max_draws_factor)
+      if complete or stage == 'select':
+        break
+      if stage != 'label':
+        draw_fn = lambda i: generator.sample(rng, i, settings.batch_size)
+        files.draw(num_files, draw_fn, at_once, stop)
+      if stage != 'sample':
+        files.label(num_files, labeller.label_fn, at_once, stop)
+      if stage:
+        break
+  if stage in ('', 'select'):
+    if not complete:
+      raise UserError(
+        f'{folder} has too few samples that are drawn and labelled: run --stage=sample '
+        'and --stage=label (again), or leave out --stage'
+      )
+    if parallel.is_writer():
+      select(config, folder, files, num_files, labeller.described, info.num_classes)
+    parallel.barrier('selected')
 
 
 def check(config):
@@ -110,20 +129,36 @@ def check(config):
       f'config.dataset.name = {config.dataset.name!r}: use one of '
       f'{", ".join(datasets.INFO)}'
     )
+  settings = config.samples
   for name in ('count', 'max_draws_factor', 'shard_size', 'draw_size', 'batch_size'):
-    if config.samples[name] <= 0:
-      raise UserError(
-        f'config.samples.{name} = {config.samples[name]}: use a number above 0'
-      )
-  if config.samples.selection not in ('balanced', 'none'):
+    if settings[name] <= 0:
+      raise UserError(f'config.samples.{name} = {settings[name]}: use a number above 0')
+  if settings.selection not in ('balanced', 'none'):
     raise UserError(
-      f'config.samples.selection = {config.samples.selection!r}: use balanced or none'
+      f'config.samples.selection = {settings.selection!r}: use balanced or none'
+    )
+  if not 0 < settings.top_fraction <= 1:
+    raise UserError(
+      f'config.samples.top_fraction = {settings.top_fraction}: use a number above 0 '
+      'and up to 1'
     )
   if not config.labeller:
     raise UserError(
       'config.labeller is not set: give the workdir of a non-robust '
       'classifier (train with config.loss.name=standard)'
     )
+  if config.labeller == _CONDITION:
+    if settings.top_fraction < 1:
+      raise UserError(
+        f"config.labeller = 'condition' is sure of every label, so that "
+        f'config.samples.top_fraction = {settings.top_fraction} has nothing to rank '
+        'by: use 1, or a classifier'
+      )
+    if not generators.get(config.generator.name).conditional(config.generator):
+      raise UserError(
+        "config.labeller = 'condition' for a generator without classes: give a "
+        'classifier, or set config.generator.network.conditional=True'
+      )
 
 
 def check_fitted(config):
@@ -148,142 +183,164 @@ def check_fitted(config):
     raise UserError(f'config.fitted = {folder} has no generator.npz: finish its fit')
 
 
-def fitted_generator(config, folder: epath.Path, info: datasets.DatasetInfo):
+def fitted_generator(config, folder: epath.Path, info, may_fit: bool):
   """The run's generator: that of config.fitted, its own, or one fitted now."""
   generator_class = generators.get(config.generator.name)
   path = epath.Path(config.fitted or folder) / 'generator.npz'
-  if path.exists():
-    return generator_class.restore(path, config.generator, info)
-  real = datasets.load(
-    config.dataset.name,
-    'train',
-    data_dir=config.dataset.data_dir,
-    train_images=config.dataset.train_images,
-    validation_images=config.dataset.validation_images,
-  )
-  logging.info(
-    'fitting %s to %d training images', config.generator.name, len(real.images)
-  )
-  generator = generator_class.fit(
-    real, info, config.generator, folder=folder, seed=config.seed
-  )
-  generator.save(path)
-  return generator
+  found = path.exists()
+  parallel.require_agreement(int(found))
+  if not found:
+    if not may_fit:
+      raise UserError(f'{path} is absent: run --stage=fit first')
+    real = datasets.load(
+      config.dataset.name,
+      'train',
+      data_dir=config.dataset.data_dir,
+      train_images=config.dataset.train_images,
+      validation_images=config.dataset.validation_images,
+    )
+    logging.info(
+      'fitting %s to %d training images', config.generator.name, len(real.images)
+    )
+    generator = generator_class.fit(
+      real, info, config.generator, folder=folder, seed=config.seed
+    )
+    if parallel.is_writer():
+      generator.save(path)
+      logging.info('wrote %s', path)
+    parallel.barrier('fitted')
+    if not path.exists():
+      raise UserError(
+        f'{path} was written by another process and is not here: give all of them one '
+        'workdir that they share'
+      )
+  # What all processes read is the same to the last bit.
+  return generator_class.restore(path, config.generator, info)
 
 
-def load_labeller(path: str, info: datasets.DatasetInfo, batch_size: int):
-  """`images uint8 [n, H, W, C] → classes int32 [n]`, by the run in a workdir.
+class Labeller(NamedTuple):
+  """Gives samples their classes.
+
+  Attributes:
+    described: for metadata.json.
+    label_fn: see `Draws.label`.
+  """
+
+  described: dict | str
+  label_fn: Callable
+
+
+def load_labeller(path: str, info: datasets.DatasetInfo, batch_size: int) -> Labeller:
+  """A classifier that labels samples, or none.
 
   Args:
-    path: of the workdir.
+    path: of a workdir or a file with a card, the name of a released checkpoint, or
+      'condition' for the classes that samples are drawn for.
     info: of the data set that is generated.
     batch_size: images on a device at a time.
 
   Raises:
-    UserError: if no finished run is there, or it is of another kind of images.
+    UserError: if nothing is there, nothing says what it is, or it is of another kind
+      of images.
   """
-  folder = epath.Path(path)
-  config = workdirs.read_config(folder)
-  configs.check(config)
-  theirs = datasets.INFO[config.dataset.name]
+  if path == _CONDITION:
+    return Labeller(_CONDITION, lambda images, classes: {'labels': classes})
+  found = zoo.find(path)
+  if found is None:
+    raise UserError(
+      f'config.labeller = {path}: nothing says what network that is; give a workdir '
+      'that finished training, a file with its card, or the name of a released '
+      'checkpoint'
+    )
+  theirs = datasets.INFO[found.card.dataset]
   if (theirs.image_shape, theirs.num_classes) != (info.image_shape, info.num_classes):
     raise UserError(
       f'config.labeller = {path} was trained on {theirs.name}, which has '
       f'other images or classes than {info.name}'
     )
-  model = models.from_config(config.model, theirs)
-  variables = parallel.replicate(checkpoint.load(folder, model))
-  mapped = parallel.pmap(
-    lambda v, x: model.apply(*v, x / 255, batch_stats=False)[0].argmax(-1)
+  model = found.card.build()
+  variables = parallel.replicate(checkpoint.load(found.path, model))
+
+  def predict(variables, images):
+    logits, _ = model.apply(*variables, images / 255, batch_stats=False)
+    sure = jax.nn.softmax(logits).max(-1)
+    return {'labels': logits.argmax(-1), 'confidence': sure}
+
+  mapped = parallel.pmap(predict, local=True)
+  digest = hashlib.sha256(found.path.read_bytes()).hexdigest()
+  return Labeller(
+    {'experiment': found.card.name, 'checkpoint_sha256': digest},
+    lambda images, _: parallel.map_in_batches(mapped, variables, images, batch_size),
   )
-  return lambda images: np.int32(
-    parallel.map_in_batches(mapped, variables, np.float32(images), batch_size)
+
+
+def select(config, folder: epath.Path, files: draws.Draws, num_files, labeller, k):
+  """Writes the sample set, then removes what it was selected from."""
+  batches, described = files.select(num_files, k)
+  samples.write(
+    str(folder / 'samples'),
+    _shown(batches, config.samples.count),
+    metadata={
+      'generator': config.generator.to_dict(),
+      'dataset': config.dataset.to_dict(),
+      'seed': config.seed,
+      'labeller': labeller,
+      'selection': described,
+    },
+    num_classes=k,
+    shard_size=config.samples.shard_size,
+  )
+  files.remove()
+  agreement = described.get('agreement_with_condition')
+  logging.info(
+    'wrote %s: %d of %d samples drawn%s',
+    folder / 'samples',
+    config.samples.count,
+    described['drawn'],
+    ''
+    if agreement is None
+    else f'; the labeller agrees with the class that a sample was drawn for in '
+    f'{agreement:.1%}',
   )
 
 
-def draw(config, folder: epath.Path, generator, predict):
-  """Yields (images, pseudo-labels, classes drawn for), for ever, and keeps them."""
-  rng = jax.random.key(config.seed)
-  size = min(config.samples.draw_size, config.samples.count)
-  at_once = config.samples.batch_size * parallel.num_local_devices()
-  (folder / 'drawn').mkdir(exist_ok=True)
-  for number in itertools.count():
-    path = folder / 'drawn' / f'{number:06d}.npz'
-    if path.exists():
-      with np.load(io.BytesIO(path.read_bytes())) as file:
-        yield file['arr_0'], file['arr_1'], file['arr_2']
-      continue
-    parts = []
-    for start in range(0, size, at_once):
-      indices = number * size + np.arange(start, min(start + at_once, size))
-      images, classes = generator.sample(rng, indices, config.samples.batch_size)
-      parts.append((images, predict(images), classes))
-      yield parts[-1]
-    buffer = io.BytesIO()
-    np.savez(buffer, *map(np.concatenate, zip(*parts, strict=True)))
-    workdirs.write(path, buffer.getvalue())
+def _shown(batches, count: int):
+  """Shows the samples of the set go by."""
+  progress = metrics.Progress('select', count, 'samples')
+  for batch in batches:
+    yield batch
+    progress.advance(len(batch[0]))
+  progress.close()
 
 
-class Selection:
-  """Takes samples until the set is full, and counts.
-
-  Attributes:
-    drawn: samples looked at.
-    conditional: those that were drawn for a class.
-    agreed: those whose pseudo-label is the class they were drawn for.
-  """
-
-  def __init__(self, config, num_classes: int):
-    """`config.samples.count` samples, shared equally over the classes if balanced."""
-    settings = config.samples
-    self._count, self._balanced = settings.count, settings.selection == 'balanced'
-    self._most = int(settings.count * settings.max_draws_factor)
-    # A count that the classes do not divide leaves one more to the first ones.
-    self._quota = np.full(num_classes, settings.count)
-    if self._balanced:
-      extra = np.arange(num_classes) < settings.count % num_classes
-      self._quota = settings.count // num_classes + extra
-    self.drawn = self.conditional = self.agreed = 0
-
-  def select(self, batches):
-    """Yields (images, labels) of the samples that are kept."""
-    room, left = self._quota.copy(), self._count
-    progress = metrics.Progress('samples', self._count, 'samples')
-    for images, labels, classes in batches:
-      # The n-th sample of a class in this batch is kept while there is room for n.
-      rank = np.zeros(len(labels), int)
-      for label in np.unique(labels):
-        members = labels == label
-        rank[members] = np.arange(members.sum())
-      keep = rank < room[labels]
-      keep &= np.cumsum(keep) <= left
-      room -= np.bincount(labels[keep], minlength=len(room))
-      left -= keep.sum()
-      self.drawn += len(labels)
-      self.conditional += int((classes >= 0).sum())
-      self.agreed += int((labels == classes).sum())
-      progress.advance(int(keep.sum()), f'of {self.drawn} drawn')
-      yield images[keep], labels[keep]
-      if not left:
-        progress.close()
-        return
-      if self.drawn >= self._most:
-        short = np.flatnonzero(room)
-        raise UserError(
-          f'after {self.drawn} samples the labeller has found too few of the classes '
-          f'{short.tolist()} ({left} of {self._count} are missing): use a better '
-          'generator or labeller, config.samples.selection=none, or a higher '
-          'config.samples.max_draws_factor'
-        )
+def _draws(config, folder: epath.Path) -> draws.Draws:
+  """The run's files of draws."""
+  settings = config.samples
+  rule = selection.Rule(
+    settings.count, settings.selection == 'balanced', settings.top_fraction
+  )
+  return draws.Draws(folder, rule, settings.draw_size)
 
 
-def labeller_name(path: str) -> dict:
-  """What is known of the labeller: its experiment and the checksum of its file."""
-  folder = epath.Path(path)
-  config = workdirs.read_config(folder)
-  digest = hashlib.sha256((folder / 'checkpoint.npy').read_bytes()).hexdigest()
-  return {'experiment': configs.experiment_name(config), 'checkpoint_sha256': digest}
+class _Stop:
+  """Called before each batch; raises PreemptedError when somebody asked to stop."""
+
+  def __enter__(self):
+    self._preemption = parallel.Preemption()
+    # Beyond the steps of the fit: processes stop at the next number that none of them
+    # has asked about.
+    self._batches = itertools.count(2**30)
+    return self
+
+  def __exit__(self, *exception):
+    self._preemption.close()
+
+  def __call__(self):
+    if self._preemption.reached(next(self._batches)):
+      raise PreemptedError(
+        'stopped while sampling, whole files are kept: run the same command again'
+      )
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(main, ('stage',))

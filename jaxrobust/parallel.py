@@ -80,22 +80,17 @@ def kind_of_device() -> str:
   return jax.devices()[0].device_kind
 
 
-def require_one_process(program: str):
-  """Raises UserError if the run has several processes."""
-  if jax.process_count() > 1:
-    raise UserError(
-      f'{program} runs in one process: start it once, without --coordinator'
-    )
-
-
 def require_agreement(step: int):
-  """Raises UserError if the processes would start from different steps."""
+  """Raises UserError if the processes would start from different steps.
+
+  Until all have asked, none goes on.
+  """
   if jax.process_count() > 1:
     steps = multihost_utils.process_allgather(np.int32(step)).tolist()
     if len(set(steps)) > 1:
       raise UserError(
-        f'the processes found checkpoints of different steps, {steps}: give all of '
-        'them one workdir that they share'
+        f'the processes found different progress, {steps}: give all of them one '
+        'workdir that they share'
       )
 
 
@@ -104,9 +99,24 @@ def num_local_devices() -> int:
   return jax.local_device_count()
 
 
-def pmap(fn, donate_argnums=()):
-  """Maps `fn` over all devices; inside, the collectives below may be used."""
-  return jax.pmap(fn, axis_name=AXIS, donate_argnums=donate_argnums)
+def share(items: list) -> list:
+  """This process's part of a list; None makes it as long as any other's."""
+  rounds = -(-len(items) // jax.process_count())
+  turns = range(jax.process_index(), rounds * jax.process_count(), jax.process_count())
+  return [items[i] if i < len(items) else None for i in turns]
+
+
+def pmap(fn, donate_argnums=(), local: bool = False):
+  """Maps `fn` over all devices; inside, the collectives below may be used.
+
+  Args:
+    fn: for one device.
+    donate_argnums: as of jax.
+    local: whether over those of this process only, so that the processes of a run need
+      not call it together.
+  """
+  devices = jax.local_devices() if local and jax.process_count() > 1 else None
+  return jax.pmap(fn, axis_name=AXIS, devices=devices, donate_argnums=donate_argnums)
 
 
 def topology_devices(topology: str) -> list:
@@ -242,13 +252,13 @@ def gather(tree):
 
 
 def map_in_batches(mapped, variables, rows, batch_size: int):
-  """Applies a function of `pmap` to any number of rows, in one process.
+  """Applies a function of `pmap` to any number of rows, on the devices of a process.
 
   Every device always gets batch_size rows, the last of them padding, so that the
   compiled program, and with it every rounding, is the same for any number of devices.
 
   Args:
-    mapped: `pmap` of `(variables, rows [b, ...]) -> outputs [b, ...]`.
+    mapped: local `pmap` of `(variables, rows [b, ...]) -> outputs [b, ...]`.
     variables: replicated tree.
     rows: tree of numpy arrays [n, ...], n at least 1.
     batch_size: b.
@@ -258,11 +268,12 @@ def map_in_batches(mapped, variables, rows, batch_size: int):
   """
   count = len(jax.tree.leaves(rows)[0])
   whole = batch_size * jax.local_device_count()
+  merge = lambda x: np.asarray(x).reshape(-1, *x.shape[2:])
   found = []
   for start in range(0, count, whole):
     chosen = np.minimum(np.arange(start, start + whole), count - 1)
     part = jax.tree.map(functools.partial(np.take, indices=chosen, axis=0), rows)
-    found.append(gather(mapped(variables, shard(part))))
+    found.append(jax.tree.map(merge, mapped(variables, shard(part))))
   return jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *found)
 
 

@@ -2,6 +2,11 @@
 
 import hashlib
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +18,10 @@ from etils import epath
 from experiments import base_generator, digits, digits_ddpm
 from jaxrobust import checkpoint, generate, generators, models, parallel, update
 from jaxrobust import config as configs
-from jaxrobust.data import datasets, pipeline
+from jaxrobust.data import datasets, pipeline, samples, selection
 from jaxrobust.errors import PreemptedError, UserError
 from jaxrobust.generators import ddpm
+from jaxrobust.models import card as cards
 
 INFO = datasets.INFO['digits']
 
@@ -124,20 +130,29 @@ def test_interrupted_anywhere_it_ends_the_same(
   def interrupted(self, rng, indices, batch_size):
     calls.append(indices[0])
     if len(calls) == 2:
-      raise KeyboardInterrupt
+      os.kill(os.getpid(), signal.SIGTERM)
     return sample(self, rng, indices, batch_size)
 
   monkeypatch.setattr(ddpm.DDPM, 'sample', interrupted)
-  with pytest.raises(KeyboardInterrupt):
+  with pytest.raises(PreemptedError, match='run the same command again'):
     run()
-  assert [p.name for p in (tmp_path / 'drawn').iterdir()] == ['000000.npz']
   run()
-  # The first file is read, the second drawn again from its start.
-  assert calls == [0, 8, 8, 16]
+  # The batch that was being drawn is finished, and none is drawn twice.
+  assert calls == [0, 8, 16]
   assert sha256(tmp_path / 'samples') == sha256(finished / 'samples')
   found, expected = (np.load(x / 'generator.npz') for x in (tmp_path, finished))
   for name in expected.files:
     np.testing.assert_array_equal(found[name], expected[name])
+
+
+def arguments(finished, labeller, workdir):
+  return [
+    f'--workdir={workdir}',
+    '--config=experiments/digits_ddpm.py',
+    f'--config.labeller={labeller}',
+    f'--config.fitted={finished}',
+    *(f'--config.{name}={value}' for name, value in TINY.items()),
+  ]
 
 
 @pytest.mark.slow
@@ -147,16 +162,110 @@ def test_devices_change_no_bit_of_the_samples(
 ):
   """Against the four of this process, in a process of its own."""
   code, _, err = call(
-    'generate',
-    f'--workdir={tmp_path}',
-    '--config=experiments/digits_ddpm.py',
-    f'--config.labeller={labeller}',
-    f'--config.fitted={finished}',
-    *(f'--config.{name}={value}' for name, value in TINY.items()),
-    devices=devices,
+    'generate', *arguments(finished, labeller, tmp_path), devices=devices
   )
   assert code == 0, err
   assert sha256(tmp_path / 'samples') == sha256(finished / 'samples')
+
+
+KILLED = """
+import os, signal
+from jaxrobust import cli, generate, workdir
+write = workdir.write
+def dying(path, content):
+  if path.name == '000001.npz':
+    path.with_name('000001.npz.tmp').write_bytes(content[:100])
+    os.kill(os.getpid(), signal.SIGKILL)
+  write(path, content)
+workdir.write = dying
+cli.run(generate.main)
+"""
+
+
+@pytest.mark.slow
+def test_killed_then_continued_by_two_processes(
+  finished, labeller, start, compiled, tmp_path
+):
+  """Each draws one of the two files that are left."""
+  args = arguments(finished, labeller, tmp_path)
+  environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': compiled}
+  killed = subprocess.run([sys.executable, '-c', KILLED, *args], env=environment)
+  assert killed.returncode == -signal.SIGKILL
+  drawn = sorted(path.name for path in (tmp_path / 'drawn').iterdir())
+  assert drawn == ['000000.npz', '000001.npz.tmp']
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  flags = [f'--coordinator=localhost:{port}', '--num_processes=2']
+  processes = [
+    start('generate', *args, *flags, f'--process_id={i}', devices=1) for i in range(2)
+  ]
+  for process in processes:
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+  assert sha256(tmp_path / 'samples') == sha256(finished / 'samples')
+  assert not (tmp_path / 'drawn').exists()
+
+
+def test_stages_alone_and_the_surest_samples(finished, labeller, tmp_path):
+  """The 20 samples of the finished run are the candidates here."""
+  config = make_config(
+    labeller=labeller,
+    fitted=str(finished),
+    **{'samples.count': 10, 'samples.top_fraction': 0.5},
+  )
+  run = lambda stage: generate.main(config, tmp_path / 'run', stage=stage)
+  with pytest.raises(UserError, match='000000.npz is absent .*--stage=sample'):
+    run('label')
+  for stage, made in (('sample', 'drawn'), ('label', 'labelled')):
+    with pytest.raises(UserError, match='--stage=sample and --stage=label'):
+      run('select')
+    run(stage)
+    assert (tmp_path / 'run' / made).exists()
+  run('select')
+  pool = samples.SampleSet.open(finished / 'samples')
+  selection.select(pool, tmp_path / 'set', top_fraction=0.5, shard_size=16)
+  assert sha256(tmp_path / 'run/samples') == sha256(tmp_path / 'set')
+  found = samples.SampleSet.open(tmp_path / 'run/samples')
+  assert found.confidence().min() > 0.1
+  per_class = pool.metadata['counts']['per_class']
+  assert found.metadata['selection']['pool'] == {'total': 20, 'per_class': per_class}
+
+
+def test_the_class_drawn_for_may_be_the_label(finished, tmp_path):
+  config = make_config(labeller='condition', fitted=str(finished))
+  generate.main(config, tmp_path)
+  found = samples.SampleSet.open(tmp_path / 'samples')
+  np.testing.assert_array_equal(found.gather_labels(slice(None)), np.arange(20) % 10)
+  assert found.confidence() is None
+  assert found.metadata['labeller'] == 'condition'
+  everything = samples.SampleSet.open(finished / 'samples').gather(np.arange(20))
+  np.testing.assert_array_equal(found.gather(np.arange(20)), everything)
+
+
+def test_a_file_with_its_card_labels_alike(finished, labeller, tmp_path):
+  """And so sure as float64 says: the greatest of exp(logits), over their sum."""
+  file = epath.Path(tmp_path) / 'other.npy'
+  (epath.Path(labeller) / 'checkpoint.npy').copy(file)
+  cards.path_of(file).write_text(cards.from_workdir(labeller).to_json())
+  found = samples.SampleSet.open(finished / 'samples')
+  images = found.gather(np.arange(20))
+  said = generate.load_labeller(str(file), INFO, 2)
+  labels = said.label_fn(images, None)
+  np.testing.assert_array_equal(labels['labels'], found.gather_labels(slice(None)))
+  np.testing.assert_array_equal(labels['confidence'], found.confidence())
+  assert (
+    said.described['checkpoint_sha256']
+    == (found.metadata['labeller']['checkpoint_sha256'])
+  )
+  model = cards.from_workdir(labeller).build()
+  logits, _ = model.apply(
+    *checkpoint.load(labeller, model), images / np.float32(255), batch_stats=False
+  )
+  exponentials = np.exp(np.float64(logits) - np.float64(logits).max(1, keepdims=True))
+  expected = exponentials.max(1) / exponentials.sum(1)
+  # Float32 rounding of logits of another batch size.
+  np.testing.assert_allclose(labels['confidence'], expected, rtol=1e-4)
 
 
 def test_sample_i_depends_on_seed_and_i_only(finished):

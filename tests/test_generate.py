@@ -1,68 +1,161 @@
-"""Selection: balance, exact counts, and giving up with the classes that lack."""
+"""The files of draws, the rounds that make them, and what the program refuses."""
 
-import itertools
-
+import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from experiments import digits_gaussian
-from jaxrobust import generate
-from jaxrobust.errors import UserError
+from experiments import digits_ddpm, digits_gaussian
+from jaxrobust import config as configs
+from jaxrobust import generate, parallel
+from jaxrobust.data import draws, selection
+from jaxrobust.errors import PreemptedError, UserError
 
 
 def make_config(**samples):
-  config = digits_gaussian.get_config()
+  config = digits_gaussian.get_config().unlock()
+  config.labeller = 'somewhere'
   for name, value in samples.items():
     config.samples[name] = value
   return config
 
 
-def batches(labels_of):
-  """Endless batches of 8; image i has value i."""
-  for start in itertools.count(0, 8):
-    index = np.arange(start, start + 8)
-    images = np.broadcast_to(index[:, None, None, None], (8, 2, 2, 1))
-    yield images, labels_of(index), index % 3
+class Run:
+  """Makes files of 8 samples, 3 at a time; image i has value i, classes take turns."""
+
+  def __init__(self, folder, rule, labels_of):
+    self.files, self.drawn = draws.Draws(epath.Path(folder), rule, 8), []
+    self.labels_of = labels_of
+
+  def sample(self, indices):
+    self.drawn += indices.tolist()
+    images = np.broadcast_to(
+      np.uint8(indices)[:, None, None, None], (len(indices), 2, 2, 1)
+    )
+    return images, np.int32(indices % 3)
+
+  def label(self, images, classes):
+    labels = self.labels_of(np.int32(images[:, 0, 0, 0]))
+    return {'labels': labels, 'confidence': np.float32(labels / 4)}
+
+  def finish(self, max_draws_factor=20.0, stop=lambda: None):
+    """Numbers of files by round, values and labels of the selected, the metadata."""
+    rounds, complete = [], False
+    while not complete:
+      num_files, complete = self.files.plan(3, max_draws_factor)
+      rounds.append(num_files)
+      self.files.draw(num_files, self.sample, 3, stop)
+      self.files.label(num_files, self.label, 3, stop)
+    batches, described = self.files.select(num_files, 3)
+    images, labels, confidence = map(np.concatenate, zip(*batches, strict=True))
+    np.testing.assert_array_equal(confidence, np.float32(labels / 4))
+    return rounds, images[:, 0, 0, 0], labels, described
 
 
-def select(config, labels_of):
-  selection = generate.Selection(config, 3)
-  kept = list(selection.select(batches(labels_of)))
-  images = np.concatenate([x[0][:, 0, 0, 0] for x in kept])
-  return selection, images, np.concatenate([x[1] for x in kept])
+def common(index):
+  """Class 0 four times as often as the others."""
+  return np.where(index % 6 < 4, 0, index % 6 - 3)
 
 
-def test_balanced_takes_the_first_of_each_class():
-  labels_of = lambda i: np.where(i % 6 < 4, 0, i % 6 - 3)  # 0 four times as often.
-  selection, images, labels = select(make_config(count=12), labels_of)
-  assert np.bincount(labels).tolist() == [4, 4, 4]
+def test_balanced_takes_the_first_of_each_class(tmp_path):
+  run = Run(tmp_path, selection.Rule(12, True), common)
+  rounds, images, labels, described = run.finish()
+  # After 2 files classes 1 and 2 have 2 of their 4, so that twice as many are likely.
+  assert rounds == [2, 4, 4]
   for label in range(3):
-    expected = [i for i in range(100) if labels_of(np.array(i)) == label][:4]
-    assert images[labels == label].tolist() == expected
-  assert selection.drawn == 24
+    assert (
+      images[labels == label].tolist()
+      == [i for i in range(100) if common(np.array(i)) == label][:4]
+    )
+  assert run.drawn == list(range(32)) and described['drawn'] == 32
+  agreed = np.mean([common(np.array(i)) == i % 3 for i in range(32)])
+  assert described['agreement_with_condition'] == agreed
+  run.files.remove()
+  assert not list(tmp_path.iterdir())
 
 
-def test_a_count_that_classes_do_not_divide():
-  _, _, labels = select(make_config(count=8), lambda i: i % 3)
-  assert np.bincount(labels).tolist() == [3, 3, 2]
+def test_rounds_are_the_same_wherever_it_stopped(tmp_path):
+  rule = selection.Rule(12, True, 0.5)
+  whole = Run(tmp_path / 'whole', rule, common).finish()
+  times = 0
+
+  def stop():
+    nonlocal times
+    times += 1
+    if times % 7 == 0:
+      raise PreemptedError
+
+  run = Run(tmp_path / 'parts', rule, common)
+  for _ in range(100):
+    try:
+      rounds, *found = run.finish(stop=stop)
+      break
+    except PreemptedError:
+      assert not list(tmp_path.rglob('*.tmp'))
+  assert times > 20
+  for x, y in zip(found, whole[1:], strict=True):
+    np.testing.assert_array_equal(x, y)
 
 
-def test_none_takes_the_first_samples_as_they_come():
-  selection, images, _ = select(
-    make_config(count=11, selection='none'), lambda i: np.zeros(len(i), int)
-  )
-  assert images.tolist() == list(range(11))
-  assert selection.agreed == sum(i % 3 == 0 for i in range(16))
+def test_processes_share_the_files(tmp_path, monkeypatch):
+  """Five files by three processes."""
+  for name in ('barrier', 'require_agreement'):
+    monkeypatch.setattr(parallel, name, lambda _: None)
+  monkeypatch.setattr(jax, 'process_count', lambda: 3)
+  asked = []
+  for process in range(3):
+    monkeypatch.setattr(jax, 'process_index', lambda i=process: i)
+    run = Run(tmp_path / f'{process}', selection.Rule(40, False), common)
+    run.files.draw(5, run.sample, 3, lambda i=process: asked.append(i))
+    assert {i // 8 for i in run.drawn} == {n for n in range(5) if n % 3 == process}
+  # They agree on when to stop by counting.
+  assert [asked.count(i) for i in range(3)] == [6, 6, 6]
 
 
-def test_gives_up_and_names_the_classes_that_are_short():
-  with pytest.raises(UserError, match=r'too few of the classes \[2\] \(4 of 12'):
-    select(make_config(count=12, max_draws_factor=4.0), lambda i: i % 2)
+def test_gives_up_and_names_the_classes_that_are_short(tmp_path):
+  run = Run(tmp_path, selection.Rule(12, True), lambda i: i % 2)
+  with pytest.raises(UserError, match=r'48 samples .* classes \[2\] \(4 cand'):
+    run.finish(max_draws_factor=4.0)
+
+
+def test_labels_need_the_draws(tmp_path):
+  run = Run(tmp_path, selection.Rule(12, False), common)
+  run.files.draw(1, run.sample, 3, lambda: None)
+  with pytest.raises(UserError, match=r'000001.npz is absent \(1 of 2 are\)'):
+    run.files.label(2, run.label, 3, lambda: None)
 
 
 @pytest.mark.parametrize(
-  'field, value', [('count', 0), ('selection', 'best'), ('batch_size', -1)]
+  'field, value',
+  [('count', 0), ('selection', 'best'), ('batch_size', -1), ('top_fraction', 1.5)],
 )
 def test_refuses_values(field, value):
   with pytest.raises(UserError, match=f'samples.{field}'):
     generate.check(make_config(**{field: value}))
+
+
+def test_refuses_a_condition_that_says_nothing():
+  config = make_config(top_fraction=0.2)
+  config.labeller = 'condition'
+  with pytest.raises(UserError, match='nothing to rank by'):
+    generate.check(config)
+  config = digits_ddpm.get_config()
+  config.labeller = 'condition'
+  with pytest.raises(UserError, match='without classes'):
+    generate.check(config)
+
+
+def test_refuses_an_unknown_stage_and_a_remote_folder(tmp_path):
+  with pytest.raises(UserError, match='--stage=draw: use one of fit, sample'):
+    generate.main(make_config(), tmp_path / 'x', stage='draw')
+  with pytest.raises(UserError, match='gs://x is remote'):
+    generate.main(make_config(), 'gs://x', stage='sample')
+  with pytest.raises(UserError, match='somewhere: nothing says what network'):
+    generate.main(make_config(), tmp_path / 'x')
+  assert not (tmp_path / 'x').exists()
+
+
+def test_configs_on_disk_without_the_younger_field_mean_what_they_did():
+  config = make_config()
+  del config.samples.top_fraction
+  assert configs.from_json(configs.to_json(config)).samples.top_fraction == 1

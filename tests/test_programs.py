@@ -180,7 +180,8 @@ def test_generate_then_train_on_the_samples_then_report(call, tmp_path):
   code, _, err = call(*generate)
   assert code == 0, err
   metadata = json.loads((tmp_path / 'gaussian/samples/metadata.json').read_text())
-  assert metadata['selection'] == 'balanced'
+  assert metadata['selection']['balanced'] is True
+  assert metadata['selection']['pool']['total'] == 95
   assert metadata['labeller']['experiment'] == 'digits_standard_wrn-10-1_real'
   labels = np.concatenate(
     [np.load(p) for p in sorted((tmp_path / 'gaussian/samples').glob('labels-*'))]

@@ -36,7 +36,7 @@ class DDPM:
 
   def __init__(self, params: Any, settings, info: datasets.DatasetInfo):
     self.params, self.settings, self.info = params, settings, info
-    self._mapped = parallel.pmap(make_draw(settings, info))
+    self._mapped = parallel.pmap(make_draw(settings, info), local=True)
     self._replicated = parallel.replicate(params)
 
   @staticmethod
@@ -70,6 +70,11 @@ class DDPM:
         f'config.generator.sampling.guidance = {sampling.guidance} for a network '
         'without classes: set config.generator.network.conditional=True, or 0'
       )
+
+  @staticmethod
+  def conditional(settings) -> bool:
+    """Whether samples are drawn for classes, by these settings."""
+    return settings.network.conditional
 
   @classmethod
   def fit(

@@ -47,7 +47,7 @@ class Gaussian:
     self, means: np.ndarray, factors: np.ndarray, residuals: np.ndarray | None = None
   ):
     self.means, self.factors, self.residuals = means, factors, residuals
-    self._mapped = parallel.pmap(_draw)
+    self._mapped = parallel.pmap(_draw, local=True)
     self._replicated = parallel.replicate((means, factors, residuals))
 
   @staticmethod
@@ -65,6 +65,12 @@ class Gaussian:
         f'config.generator.rank = {settings.rank}: images of {size} values allow 1 to '
         f'{size - 1}'
       )
+
+  @staticmethod
+  def conditional(settings) -> bool:
+    """Whether samples are drawn for classes, by these settings."""
+    del settings
+    return True
 
   @classmethod
   def fit(
