@@ -7,7 +7,7 @@ def get_config(generator: str = 'gaussian'):
   """The base config, unlocked: for CIFAR-10, 1M balanced samples.
 
   Args:
-    generator: 'gaussian' or 'ddpm'; each has its own fields.
+    generator: 'gaussian', 'ddpm' or 'mixup'; each has its own fields.
   """
   c = config_dict.ConfigDict()
   c.seed = 0  # of the samples, and of the fit where it is random
@@ -19,7 +19,7 @@ def get_config(generator: str = 'gaussian'):
   c.dataset.validation_images = 1024  # held out, the first ones
   c.dataset.train_images = config_dict.placeholder(int)  # None is all the others
 
-  c.generator = {'gaussian': _gaussian, 'ddpm': _ddpm}[generator]()
+  c.generator = {'gaussian': _gaussian, 'ddpm': _ddpm, 'mixup': _mixup}[generator]()
   # Workdir of a run whose fitted generator is sampled; '' fits one.
   c.fitted = ''
 
@@ -43,7 +43,7 @@ def get_config(generator: str = 'gaussian'):
   c.samples.draw_size = 10_000
   # Images sampled and labelled on a device at a time. Not to be changed for the number
   # of devices: it keeps the rounding, and with it every bit, the same on all of them.
-  c.samples.batch_size = 1_000 if generator == 'gaussian' else 250
+  c.samples.batch_size = 250 if generator == 'ddpm' else 1_000
   return c
 
 
@@ -53,6 +53,14 @@ def _gaussian():
   c.name = 'gaussian'
   c.covariance = 'empirical'  # empirical ledoit-wolf oas low-rank
   c.rank = 64  # principal components of low-rank, not used by the others
+  return c
+
+
+def _mixup():
+  """Mixes of two training images."""
+  c = config_dict.ConfigDict()
+  c.name = 'mixup'
+  c.alpha = 1.0  # of the ratio's Beta(alpha, alpha); 1 is uniform
   return c
 
 

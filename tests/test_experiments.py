@@ -16,12 +16,12 @@ FILES = sorted(
   p.stem
   for p in (pathlib.Path(__file__).parent.parent / 'experiments').glob('*.py')
   if not p.stem.startswith(('base', 'paper', '__'))
-  and not p.stem.endswith(('_gaussian', '_ddpm'))
+  and not p.stem.endswith(('_gaussian', '_ddpm', '_mixup', '_analysis'))
 )
 GENERATORS = sorted(
   p.stem
   for p in (pathlib.Path(__file__).parent.parent / 'experiments').glob('*.py')
-  if p.stem.endswith(('_gaussian', '_ddpm'))
+  if p.stem.endswith(('_gaussian', '_ddpm', '_mixup'))
 )
 MODELS = [
   'wrn-28-10',

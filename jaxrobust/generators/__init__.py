@@ -19,9 +19,9 @@ To add one, write its module, name it in `GENERATORS`, and its fields in
 """
 
 from jaxrobust.errors import UserError
-from jaxrobust.generators import ddpm, gaussian
+from jaxrobust.generators import ddpm, gaussian, mixup
 
-GENERATORS = {'gaussian': gaussian.Gaussian, 'ddpm': ddpm.DDPM}
+GENERATORS = {'gaussian': gaussian.Gaussian, 'ddpm': ddpm.DDPM, 'mixup': mixup.Mixup}
 
 
 def get(name: str):
