@@ -34,6 +34,11 @@ def get_config():
   # Deviation: the published 0.3 was rounded in each device's batch, to 10 of 32
   # images; here the rounded number is the field.
   c.data.real_fraction = 0.3125
+  # Share of real images from `later_from_epoch` on (in epochs of
+  # training.epoch_examples); None keeps real_fraction. Follow-up work trains on
+  # generated images alone at first.
+  c.data.later_real_fraction = config_dict.placeholder(float)
+  c.data.later_from_epoch = 0.0
   # Times that each real image occurs in a batch, each with its own crop and flip.
   # In the published runs four workers read the real images in the same order. For a
   # batch of 256 the released code advises 1.

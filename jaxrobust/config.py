@@ -37,6 +37,7 @@ _NOT_IDENTITY = (
 # Fields younger than configs on disk, and what those configs meant: of a classifier,
 # and of a generator.
 _YOUNGER = {
+  'data': {'later_real_fraction': None, 'later_from_epoch': 0.0},
   'model': {'remat': False, 'compute_dtype': 'float32'},
   'training': {'accumulation': 1},
 }
@@ -66,6 +67,8 @@ class Derived:
     checkpoint_interval_steps: updates between checkpoints.
     log_interval_steps: updates between log lines.
     real_fraction: share of real images; 1 without a sample set.
+    later_real_fraction: that from `later_from_step` on; None for the same share.
+    later_from_step: first update with it.
   """
 
   num_steps: int
@@ -75,6 +78,8 @@ class Derived:
   checkpoint_interval_steps: int
   log_interval_steps: int
   real_fraction: float
+  later_real_fraction: float | None
+  later_from_step: int
 
 
 def resolve(config) -> Derived:
@@ -107,6 +112,12 @@ def resolve(config) -> Derived:
     checkpoint_interval_steps=steps(config.checkpoint.interval_epochs),
     log_interval_steps=steps(config.log.interval_epochs),
     real_fraction=config.data.real_fraction if config.data.samples else 1.0,
+    later_real_fraction=config.data.later_real_fraction
+    if config.data.samples
+    else None,
+    later_from_step=int(
+      config.data.later_from_epoch * config.training.epoch_examples / batch_size
+    ),
   )
 
 
@@ -153,6 +164,7 @@ def check(config):
     'augment.pad',
     'loss.beta',
     'loss.weight_decay',
+    'data.later_from_epoch',
     'optimizer.warmup_epochs',
     'seed',
   ):
@@ -160,11 +172,13 @@ def check(config):
       raise UserError(f'config.{field} = {value}: use 0 or more')
   for field in (
     'data.real_fraction',
+    'data.later_real_fraction',
     'augment.label_smoothing',
     'ema.decay',
     'optimizer.momentum',
   ):
-    if not 0 <= (value := _get(config, field)) <= 1:
+    value = _get(config, field)
+    if value is not None and not 0 <= value <= 1:
       raise UserError(f'config.{field} = {value}: use a number from 0 to 1')
   if config.checkpoint.export == 'best' and not config.dataset.validation_images:
     raise UserError(

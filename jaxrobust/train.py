@@ -52,18 +52,20 @@ def main(config, workdir):
     return
   # Everything is checked before the workdir is touched.
   info = datasets.INFO[config.dataset.name]
-  counts = check_batch(config, derived)
+  mixes = check_batch(config, derived)
   network = Network(config, derived, info)
   data = load_data(config)
-  pipeline.check_sources(data.real, data.generated, *counts, info.num_classes)
+  for counts in mixes:
+    pipeline.check_sources(data.real, data.generated, *counts, info.num_classes)
   folder = workdirs.claim(workdir, config)
   logging.info(
-    '%s: %d steps of %d images, %d real and %d generated, on %d devices; learning '
-    'rate %g',
+    '%s: %d steps of %d images, %s, on %d devices; learning rate %g',
     configs.experiment_name(config),
     derived.num_steps,
     config.data.batch_size,
-    *counts,
+    f', from step {derived.later_from_step} on '.join(
+      f'{real} real and {generated} generated' for real, generated in mixes
+    ),
     parallel.num_devices(),
     derived.learning_rate,
   )
@@ -97,22 +99,31 @@ def load_data(config) -> Data:
   return Data(load('train'), validation, generated)
 
 
-def check_batch(config, derived: configs.Derived) -> tuple[int, int]:
-  """The numbers of real and generated images in a batch.
+def check_batch(config, derived: configs.Derived) -> list[tuple[int, int]]:
+  """The numbers of real and generated images in a batch, of each mix in turn.
 
   Refuses a batch that devices or BatchNorm groups cannot share equally.
   """
   batch_size, group = config.data.batch_size, config.model.batch_norm_group
   devices = parallel.num_devices()
-  counts = pipeline.mix_counts(
-    batch_size,
-    derived.real_fraction,
-    config.data.real_repeats,
-    {'devices': devices, 'BatchNorm groups': batch_size // group},
-  )
+  shares = {
+    'data.real_fraction': derived.real_fraction,
+    'data.later_real_fraction': derived.later_real_fraction,
+  }
+  mixes = [
+    pipeline.mix_counts(
+      batch_size,
+      share,
+      config.data.real_repeats,
+      {'devices': devices, 'BatchNorm groups': batch_size // group},
+      field,
+    )
+    for field, share in shares.items()
+    if share is not None
+  ]
   batch_norm.layout(batch_size // devices, group)
   update.check_parts(batch_size // devices, config.training.accumulation, group)
-  return counts
+  return mixes
 
 
 class Network:
@@ -171,6 +182,8 @@ class Run:
       num_steps=derived.num_steps - self._loop.start,
       slots=slots,
       num_classes=self._network.num_classes,
+      later_real_fraction=derived.later_real_fraction,
+      later_from_step=derived.later_from_step,
     )
     positions = np.arange(*slots, dtype=np.int32)
     self._loop.train(

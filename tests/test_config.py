@@ -58,6 +58,7 @@ def test_short_runs_have_at_least_one_step(config):
     ('dataset.validation_images', 0, 'checkpoint.export'),
     ('ema.batch_norm', 'mine', 'raw, own'),
     ('loss.beta', -1.0, '0 or more'),
+    ('data.later_real_fraction', 1.5, 'from 0 to 1'),
   ],
 )
 def test_refuses_in_one_line(config, field, value, words):
@@ -68,6 +69,16 @@ def test_refuses_in_one_line(config, field, value, words):
   assert field in str(e.value) or words in str(e.value)
   assert words in str(e.value)
   assert '\n' not in str(e.value)
+
+
+def test_the_later_mix_needs_a_sample_set(config):
+  config.data.later_real_fraction = 0.125
+  config.data.later_from_epoch = 6.0
+  assert configs.resolve(config).later_real_fraction is None
+  config.data.samples = 'data/cifar10_ddpm'
+  derived = configs.resolve(config)
+  # int(6 * 50000 / 1024) = 292.
+  assert (derived.later_real_fraction, derived.later_from_step) == (0.125, 292)
 
 
 def test_cutmix_workers_must_divide_the_batch(config):

@@ -110,7 +110,30 @@ def assert_equal(left, right):
 
 def test_resume_continues_the_stream(sources):
   pair = sources(25, 33)
+  whole = batches(*pair, steps=12, **LATER)
+  for start in (2, 5, 7):  # Before, at and after the change of the mix.
+    assert_equal(batches(*pair, start=start, steps=12 - start, **LATER), whole[start:])
   assert_equal(batches(*pair, start=7, steps=5), batches(*pair, steps=12)[7:])
+
+
+LATER = {'real_fraction': 0.0, 'later_real_fraction': 0.5, 'later_from_step': 5}
+
+
+def test_a_later_share_goes_on_where_each_source_is(sources):
+  """Exact counts on both sides; no image skipped or repeated in an epoch."""
+  pair = sources(25, 33)
+  for first, later in ((0.0, 0.5), (0.75, 0.25)):
+    settings = {**LATER, 'real_fraction': first, 'later_real_fraction': later}
+    run = batches(*pair, steps=60, real_repeats=1, **settings)
+    counts = [int((~batch.is_generated).sum()) for batch in run]
+    assert counts == [16 * first] * 5 + [16 * later] * 55
+    for generated, size in ((False, 25), (True, 33)):
+      stream = np.concatenate(
+        [numbers(b)[b.is_generated == generated] % OFFSET for b in run]
+      )
+      epochs = stream[: len(stream) // size * size].reshape(-1, size)
+      assert len(epochs) >= 8
+      assert (np.sort(epochs) == np.arange(size)).all()
 
 
 @pytest.mark.parametrize('processes', [2, 4, 16])

@@ -4,6 +4,7 @@ Slot s of the global batch is the same image at step t whatever the number of
 devices and processes, and wherever the run was resumed: nothing is stored.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -38,6 +39,7 @@ def mix_counts(
   real_fraction: float,
   real_repeats: int,
   parts: Mapping[str, int] | None = None,
+  field: str = 'data.real_fraction',
 ) -> tuple[int, int]:
   """Resolves the share of real images into counts of a global batch.
 
@@ -49,6 +51,7 @@ def mix_counts(
     parts: Into how many equal contiguous parts the batch is divided, by what they
       are ('devices', 'BatchNorm groups'). Each part must hold as many real images
       as the others.
+    field: Where the share comes from, for the message.
 
   Returns:
     (num_real, num_generated), which sum to batch_size.
@@ -61,7 +64,7 @@ def mix_counts(
   if batch_size < 1:
     raise UserError(f'data.batch_size = {batch_size}; it must be at least 1')
   if not 0 <= real_fraction <= 1:
-    raise UserError(f'data.real_fraction = {real_fraction}; it must be in [0, 1]')
+    raise UserError(f'{field} = {real_fraction}; it must be in [0, 1]')
   if real_repeats < 1:
     raise UserError(f'data.real_repeats = {real_repeats}; it must be at least 1')
   for what, count in parts.items():
@@ -86,7 +89,7 @@ def mix_counts(
       else f'which its parts and {real_repeats} repeats cannot share equally',
     )
     raise UserError(
-      f'data.real_fraction = {real_fraction} gives {num_real} real images in a '
+      f'{field} = {real_fraction} gives {num_real} real images in a '
       f'batch of {batch_size}, {reason}; use '
       f'{_nearest_fractions(num_real, batch_size, multiple)}'
     )
@@ -105,12 +108,15 @@ def train_batches(
   num_steps: int,
   slots: tuple[int, int] | None = None,
   num_classes: int | None = None,
+  later_real_fraction: float | None = None,
+  later_from_step: int = 0,
 ) -> Iterator[Batch]:
   """Returns the training batches of consecutive steps, read ahead by threads.
 
   Each source is shuffled as a whole, anew in each of its epochs, and each of its
   images occurs once (a real one real_repeats times) in an epoch. Any contiguous
-  part of the batch holds its share of real images, rounded.
+  part of the batch holds its share of real images, rounded. Where the share changes,
+  each source goes on with its next image.
 
   Args:
     real: The real images; None only where real_fraction gives none.
@@ -125,6 +131,9 @@ def train_batches(
     slots: (start, stop) of the part of the global batch to yield, for the
       processes of a pod; all of it by default.
     num_classes: Number of classes; by default the largest real label plus 1.
+    later_real_fraction: Share of real images from later_from_step on; None for the
+      same share.
+    later_from_step: First step with that share.
 
   Returns:
     An iterator of num_steps batches of stop - start images.
@@ -132,21 +141,61 @@ def train_batches(
   Raises:
     UserError: A source is missing or empty, or sources do not fit together.
   """
-  num_real, num_generated = mix_counts(batch_size, real_fraction, real_repeats)
   start, stop = slots or (0, batch_size)
   if not 0 <= start < stop <= batch_size:
     raise UserError(
       f'slots {start}..{stop} in a batch of {batch_size}; a process '
       'feeds a part of the batch'
     )
-  check_sources(real, samples, num_real, num_generated, num_classes)
-  tf = datasets.import_tensorflow()
+  first = mix_counts(batch_size, real_fraction, real_repeats)
+  later, end = first, start_step + num_steps
+  switch = end  # The first step of the later mix.
+  if later_real_fraction is not None:
+    later = mix_counts(batch_size, later_real_fraction, real_repeats)
+    switch = later_from_step
+  for counts in (first, later):
+    check_sources(real, samples, *counts, num_classes)
 
+  def batches(counts, begin, stop_step, since, used):
+    return _batches_of_one_mix(
+      real,
+      samples,
+      counts,
+      real_repeats=real_repeats,
+      seed=seed,
+      steps=(begin, max(begin, stop_step)),
+      since=since,
+      used=used,
+      slots=(start, stop),
+    )
+
+  num_real, num_generated = first
+  used = (switch * (num_real // real_repeats), switch * num_generated)
+  return itertools.chain(
+    batches(first, start_step, min(switch, end), 0, (0, 0)),
+    batches(later, max(start_step, switch), end, switch, used),
+  )
+
+
+def _batches_of_one_mix(
+  real, samples, counts, *, real_repeats, seed, steps, since, used, slots
+):
+  """Batches of consecutive steps with the same numbers of real and generated images.
+
+  `used` counts the real and generated images that earlier steps took, those before
+  step `since`, at which this mix starts.
+  """
+  num_real, num_generated = counts
+  batch_size, (start, stop) = sum(counts), slots
+  if steps[0] == steps[1]:
+    return
+  tf = datasets.import_tensorflow()
   slot = np.arange(batch_size)
   is_real = (slot + 1) * num_real // batch_size > slot * num_real // batch_size
   num_distinct = num_real // real_repeats
   order = np.where(is_real, np.cumsum(is_real), np.cumsum(~is_real)) - 1
   order[is_real] %= max(num_distinct, 1)
+  order += np.where(is_real, *used)
   is_real, order = is_real[start:stop], order[start:stop]
   per_step = np.where(is_real, num_distinct, num_generated)
   num_images = len(real.images) if num_real else 0
@@ -169,15 +218,16 @@ def train_batches(
 
   @tf.autograph.experimental.do_not_convert
   def load(step):
-    indices = _shuffled(step * per_step + order, sizes, keys)
+    indices = _shuffled((step - since) * per_step + order, sizes, keys)
     return tf.numpy_function(gather, [indices], (tf.uint8, tf.int32), stateful=False)
 
   dataset = (
-    tf.data.Dataset.range(start_step, start_step + num_steps)
+    tf.data.Dataset.range(*steps)
     .map(load, num_parallel_calls=_PARALLEL_CALLS, deterministic=True)
     .prefetch(2)
   )
-  return (Batch(*arrays, ~is_real) for arrays in dataset.as_numpy_iterator())
+  for arrays in dataset.as_numpy_iterator():
+    yield Batch(*arrays, ~is_real)
 
 
 def _nearest_fractions(num_real, batch_size, multiple):
