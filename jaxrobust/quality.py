@@ -17,11 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+from etils import epath
 
 from jaxrobust import checkpoint, parallel
 from jaxrobust.data import pictures
 from jaxrobust.errors import UserError
-from jaxrobust.models import zoo
+from jaxrobust.models import lpips, zoo
+
+LPIPS = 'lpips:'  # before the path of its weights
 
 _BLOCK = 1_024  # rows of distances computed at a time
 _SPARE = 8  # Neighbours by float32 beyond those wanted, ranked anew in float64.
@@ -214,69 +217,96 @@ class Network(NamedTuple):
   features: Callable[[np.ndarray], np.ndarray]
 
 
-def classifier(path: str, batch_size: int = 256) -> Network:
-  """The penultimate layer of a classifier.
+def find_classifier(path: str, field: str) -> zoo.Found:
+  """What is known of a classifier; UserError if nothing says what its network is.
 
   Args:
     path: A workdir, a file of parameters with its card, or the name of a released
       checkpoint.
-    batch_size: Images at a time on each device.
-
-  Returns:
-    The network, named by its card.
-
-  Raises:
-    UserError: Nothing says what the network is, or its file is absent or damaged.
+    field: What the path was given as, for the message.
   """
   found = zoo.find(path)
   if found is None:
     raise UserError(
-      f'features = {path}: nothing says what network that is; give a workdir, a file '
-      'with its card, the name of a released checkpoint, or an .npz of features'
+      f'{field} = {path}: nothing says what network that is; give a workdir, a file '
+      'with its card, or the name of a released checkpoint'
+      + field.endswith('features')
+      * ' (or an .npz of features)'
     )
+  return found
+
+
+def load_classifier(path: str, field: str):
+  """A classifier as (found, model, replicated parameters and statistics).
+
+  Args:
+    path, field: As of `find_classifier`.
+
+  Raises:
+    UserError: As `find_classifier`; the file is absent or damaged.
+  """
+  found = find_classifier(path, field)
   model = found.card.build()
-  variables = parallel.replicate(checkpoint.load(found.path, model))
-  features_fn = parallel.pmap(lambda v, x: model.features(*v, x))
-  size = batch_size * parallel.num_local_devices()
-
-  def features(images):
-    rows = []
-    for start in range(0, len(images), size):
-      block = images[start : start + size]
-      inputs = np.float32(_filled(block, size)) / 255
-      out = parallel.gather(features_fn(variables, parallel.shard(inputs)))
-      rows.append(out[: len(block)])
-    return np.concatenate(rows)
-
-  return Network(f'{found.card.name} (penultimate layer)', features)
+  return found, model, parallel.replicate(checkpoint.load(found.path, model))
 
 
-def read_features(path: str | os.PathLike) -> tuple[str, np.ndarray, np.ndarray]:
+def network(path: str, batch_size: int = 256) -> Network:
+  """A network that is here: the penultimate layer of a classifier, or LPIPS.
+
+  Args:
+    path: As of `find_classifier`; or 'lpips:FILE', see `jaxrobust.models.lpips`.
+    batch_size: Images at a time on each device.
+
+  Returns:
+    The network, named by its card, or 'LPIPS (AlexNet)'.
+
+  Raises:
+    UserError: As `load_classifier`, or for a file without LPIPS.
+  """
+  if path.startswith(LPIPS):
+    name = 'LPIPS (AlexNet)'
+    variables = parallel.replicate(lpips.read(epath.Path(path.removeprefix(LPIPS))))
+    features_fn = lpips.features
+  else:
+    found, model, variables = load_classifier(path, 'features')
+    name = f'{found.card.name} (penultimate layer)'
+    features_fn = lambda v, x: model.features(*v, x)
+  mapped = parallel.pmap(lambda v, x: features_fn(v, jnp.float32(x) / 255))
+  return Network(
+    name,
+    lambda images: parallel.map_in_batches(mapped, variables, images, batch_size),
+  )
+
+
+def read_features(
+  path: str | os.PathLike, sets: tuple[str, ...] = ('real', 'generated')
+) -> tuple[str, ...]:
   """Reads features that another program computed.
 
   Args:
-    path: `.npz` with `network` (its name), `real` float [n, F] and `generated` float
-      [m, F].
+    path: `.npz` with `network` (its name), and float [n, F] for each of the sets.
+    sets: Their names; F is the same for all.
 
   Returns:
-    (network, real, generated).
+    (network, features of each set).
 
   Raises:
     UserError: The file is absent, damaged or holds something else.
   """
   try:
     with np.load(path, allow_pickle=False) as arrays:
-      name, real, generated = (arrays[key] for key in ('network', 'real', 'generated'))
+      name, *found = (arrays[key] for key in ('network', *sets))
   except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
     raise UserError(
-      f'{path} gives no features ({error}): it needs network, real and generated'
+      f'{path} gives no features ({error}): it needs network, {" and ".join(sets)}'
     ) from None
-  if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
+  if {x.ndim for x in found} != {2} or len({x.shape[1] for x in found}) > 1:
+    shapes = zip(sets, (list(x.shape) for x in found), strict=True)
     raise UserError(
-      f'{path} holds real {list(real.shape)} and generated {list(generated.shape)}: '
-      'they must be [n, F] and [m, F]'
+      f'{path} holds {" and ".join(f"{name} {shape}" for name, shape in shapes)}: '
+      'they must be [n, F], of one F'
     )
-  return str(name), real, generated
+  return str(name), *found
 
 
 def _blocks(rows):

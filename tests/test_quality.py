@@ -157,10 +157,10 @@ def test_features_of_a_classifier_do_not_depend_on_batches(tmp_path):
   checkpoint.export_npy(path, *variables)
   card.path_of(path).write_text(described.to_json())
   images = datasets.load('digits', 'test').images[:11]
-  network = quality.classifier(str(path), batch_size=2)
+  network = quality.network(str(path), batch_size=2)
   wanted = jax.jit(model.features)(*variables, np.float32(images) / 255)
   # Sums of a few hundred products in another order.
   np.testing.assert_allclose(network.features(images), wanted, rtol=1e-4, atol=1e-5)
   assert network.name == 'tiny (penultimate layer)'
   with pytest.raises(UserError, match='nothing says what network'):
-    quality.classifier(str(tmp_path / 'none.npy'))
+    quality.network(str(tmp_path / 'none.npy'))

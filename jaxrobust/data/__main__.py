@@ -132,7 +132,7 @@ def _judge(args: argparse.Namespace, found: samples.SampleSet) -> None:
         f'generated images; it needs {rows}'
       )
   else:
-    name, features_fn = quality.classifier(args.features)
+    name, features_fn = quality.network(args.features)
     features = [features_fn(real), features_fn(generated)]
   figures = quality.compare(*features)
   print(f'features: {name}, {features[0].shape[1]} of each image')
@@ -270,8 +270,9 @@ def _parser() -> argparse.ArgumentParser:
     '--features',
     required=True,
     help='a classifier (workdir, file or released name), whose penultimate layer is '
-    'taken; or .npz with network (a name), real [n, F] of the training images in '
-    'their order, generated [m, F] of samples i * N // m of the N in the set',
+    'taken; or lpips:FILE (see jaxrobust/models/lpips.py); or .npz with network (a '
+    'name), real [n, F] of the training images in their order, generated [m, F] of '
+    'samples i * N // m of the N in the set',
   )
   command.add_argument(
     '--count', type=int, default=10_000, help='samples to compare (default: 10000)'
