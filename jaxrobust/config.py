@@ -32,6 +32,7 @@ _NOT_IDENTITY = (
   'model.remat',
   'training.accumulation',
   'samples.max_draws_factor',
+  'batch_size',  # of an analysis
 )
 
 # Fields younger than configs on disk, and what those configs meant: of a classifier,
@@ -295,7 +296,7 @@ def from_json(text: str):
 
   tree = json.loads(text)
   younger = {}
-  if 'threat' in tree:
+  if 'training' in tree:
     younger = _YOUNGER
   elif 'generator' in tree:
     younger = _YOUNGER_OF_GENERATORS

@@ -52,7 +52,7 @@ def find_runs(folder: epath.Path) -> list[tuple[epath.Path, object]]:
   children = sorted(folder.iterdir()) if folder.is_dir() else []
   for child in children:
     path = child / 'config.json'
-    if path.exists() and 'threat' in (config := workdirs.read_config(child)):
+    if path.exists() and 'training' in (config := workdirs.read_config(child)):
       found.append((child, config))
   return found
 

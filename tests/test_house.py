@@ -7,7 +7,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / 'jaxrobust'
-PROGRAMS = {'train', 'evaluate', 'generate', 'report', 'sweep', 'convert', 'plan'}
+PROGRAMS = {
+  'train',
+  'evaluate',
+  'generate',
+  'analyze',
+  'report',
+  'sweep',
+  'convert',
+  'plan',
+}
 MODULES = sorted(PACKAGE.rglob('*.py'))
 
 

@@ -289,7 +289,9 @@ def test_mistakes_are_told_in_one_line(args, words, tmp_path, monkeypatch, capsy
   assert not (tmp_path / 'x').exists()
 
 
-@pytest.mark.parametrize('program', ['train', 'evaluate', 'generate', 'report'])
+@pytest.mark.parametrize(
+  'program', ['train', 'evaluate', 'generate', 'analyze', 'report']
+)
 def test_help_is_a_page(program, monkeypatch, capsys):
   main = importlib.import_module(f'jaxrobust.{program}').main
   monkeypatch.setattr(sys, 'argv', [program, '--help'])
