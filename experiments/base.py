@@ -75,13 +75,29 @@ def get_config():
   c.threat.epsilon = 8 / 255  # pixel values in [0, 1]
 
   c.loss = config_dict.ConfigDict()
-  c.loss.name = 'trades'  # standard adversarial trades
-  c.loss.beta = 6.0  # weight of the KL term of TRADES
+  c.loss.name = 'trades'  # standard adversarial trades lbgat uat
+  c.loss.beta = 6.0  # weight of the KL term, or of what takes its place
+  # Of trades: kl; improved_kl, beta * soft cross-entropy + pairwise * differences of
+  # logits (Cui et al. 2023); squared distances of probabilities in both terms (SCORE).
+  c.loss.divergence = 'kl'
+  c.loss.pairwise = 10.0  # improved_kl: weight of the differences of logits
+  c.loss.class_temperature = 4.0  # improved_kl: of the mean prediction of a class
+  # improved_kl: decay of that mean, a step. Deviation: published is the mean over the
+  # epoch before.
+  c.loss.class_decay = 0.99
+  # lbgat: network trained without attacks beside the robust one. Deviation: published
+  # is the ResNet-18 whose activations come after the sums.
+  c.loss.natural_model = 'preact-resnet-18'
+  # Adversarial weight perturbation (Wu et al. 2020): how far weights move, relative to
+  # their norm (0.005 with trades, 0.01 with adversarial; 0 is off), and from when on.
+  c.loss.awp_gamma = 0.0
+  c.loss.awp_warmup_epochs = 10.0
   c.loss.weight_decay = 5e-4  # of 0.5 * sum of squares of weights and biases
 
   c.attack = config_dict.ConfigDict()  # of training
-  # kl_divergence (to the clean prediction; with CutMix to the targets), margin, or
-  # cross_entropy (plain adversarial training: loss.name 'adversarial').
+  # kl_divergence or squared_distance (to the clean prediction; with CutMix to the
+  # targets), margin, or cross_entropy (plain adversarial training: loss.name
+  # 'adversarial').
   c.attack.objective = 'kl_divergence'
   c.attack.step_rule = 'adam'  # adam sign normalized sparse
   c.attack.num_steps = 10
@@ -97,6 +113,7 @@ def get_config():
   c.optimizer.momentum = 0.9
   c.optimizer.nesterov = True
   c.optimizer.schedule = 'cosine'  # cosine step constant
+  c.optimizer.drop_fractions = (2 / 3,)  # of the run, where step drops to a tenth
   c.optimizer.warmup_epochs = 10.0
 
   c.training = config_dict.ConfigDict()

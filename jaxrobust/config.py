@@ -39,6 +39,16 @@ _NOT_IDENTITY = (
 # and of a generator.
 _YOUNGER = {
   'data': {'later_real_fraction': None, 'later_from_epoch': 0.0},
+  'loss': {
+    'divergence': 'kl',
+    'pairwise': 10.0,
+    'class_temperature': 4.0,
+    'class_decay': 0.99,
+    'natural_model': 'preact-resnet-18',
+    'awp_gamma': 0.0,
+    'awp_warmup_epochs': 10.0,
+  },
+  'optimizer': {'drop_fractions': (2 / 3,)},
   'model': {'remat': False, 'compute_dtype': 'float32'},
   'training': {'accumulation': 1},
 }
@@ -47,7 +57,8 @@ _YOUNGER_OF_GENERATORS = {'samples': {'top_fraction': 1.0}}
 _CHOICES = {
   'dataset.name': tuple(datasets.INFO),
   'threat.norm': ('linf', 'l2', 'l1'),
-  'loss.name': ('standard', 'adversarial', 'trades'),
+  'loss.name': ('standard', 'adversarial', 'trades', 'lbgat', 'uat'),
+  'loss.divergence': ('kl', 'improved_kl', 'squared'),
   'optimizer.schedule': ('cosine', 'step', 'constant'),
   'ema.batch_norm': ('raw', 'own'),
   'model.compute_dtype': ('float32', 'bfloat16'),
@@ -146,6 +157,7 @@ def check(config):
     'model.batch_norm_group',
     'augment.cutmix_workers',
     'training.accumulation',
+    'loss.class_temperature',
   )
   for field in positive:
     if (value := _get(config, field)) <= 0:
@@ -165,6 +177,9 @@ def check(config):
     'augment.pad',
     'loss.beta',
     'loss.weight_decay',
+    'loss.pairwise',
+    'loss.awp_gamma',
+    'loss.awp_warmup_epochs',
     'data.later_from_epoch',
     'optimizer.warmup_epochs',
     'seed',
@@ -175,6 +190,7 @@ def check(config):
     'data.real_fraction',
     'data.later_real_fraction',
     'augment.label_smoothing',
+    'loss.class_decay',
     'ema.decay',
     'optimizer.momentum',
   ):
@@ -185,6 +201,13 @@ def check(config):
     raise UserError(
       "config.checkpoint.export = 'best' with no validation images to choose by: "
       "set config.dataset.validation_images, or config.checkpoint.export='last'"
+    )
+  _check_loss(config.loss)
+  drops = config.optimizer.drop_fractions
+  if not all(0 < a < b for a, b in zip(drops, (*drops, 1)[1:], strict=True)):
+    raise UserError(
+      f'config.optimizer.drop_fractions = {drops}: use numbers between 0 and 1, in '
+      'rising order'
     )
   groups, ragged = divmod(config.data.batch_size, config.model.batch_norm_group)
   if ragged:
@@ -221,6 +244,20 @@ def load(experiment: str):
   """The locked config of an experiment, written `FILE.py` or `FILE.py:ARG`."""
   file, *arg = experiment.split(':', 1)
   return load_file(file).get_config(*arg).lock()
+
+
+def _check_loss(loss):
+  """Refuses parts of losses that do not go together."""
+  if loss.divergence != 'kl' and loss.name != 'trades':
+    raise UserError(
+      f'config.loss.divergence = {loss.divergence!r} is a choice of loss trades, not '
+      f'of {loss.name}: use kl, or config.loss.name=trades'
+    )
+  if loss.awp_gamma and loss.name == 'lbgat':
+    raise UserError(
+      f'config.loss.awp_gamma = {loss.awp_gamma} with loss lbgat, of which one network '
+      'should not be perturbed: use 0, or another loss'
+    )
 
 
 def sweep_points(config, file: str) -> list[tuple]:

@@ -4,18 +4,26 @@ import jax.numpy as jnp
 import optax
 
 
-def schedule(name: str, *, learning_rate: float, num_steps: int, warmup_steps: int):
+def schedule(
+  name: str,
+  *,
+  learning_rate: float,
+  num_steps: int,
+  warmup_steps: int,
+  drop_fractions: tuple[float, ...] = (2 / 3,),
+):
   """Learning rate as a function of the number of completed updates.
 
   A linear warm-up from 0, then: `cosine`, half a cosine to 0 at the last step;
-  `step`, a drop to a tenth at two thirds of the run; `constant`. Source: the released
-  recipe (cosine); Rice et al. 2020 and Gowal et al. 2020 (step).
+  `step`, a drop to a tenth at each of `drop_fractions`; `constant`. Source: the
+  released recipe (cosine); Rice et al. 2020 and Gowal et al. 2020 (step).
 
   Args:
     name: of the schedule.
     learning_rate: at the end of the warm-up.
     num_steps: updates of the run, warm-up included.
     warmup_steps: updates of the warm-up; longer than the run leaves only the warm-up.
+    drop_fractions: of the run, in (0, 1); two thirds in the papers above.
 
   Returns:
     A function of the step (int) to the learning rate (float).
@@ -28,8 +36,11 @@ def schedule(name: str, *, learning_rate: float, num_steps: int, warmup_steps: i
   elif name == 'step':
     # Deviation: the released code counts the drop from the end of the warm-up, by its
     # use of joined schedules; the papers say two thirds of the run.
-    drop = max(num_steps * 2 // 3 - warmup_steps, 0)
-    main = optax.piecewise_constant_schedule(learning_rate, {drop: 0.1})
+    scales = {}
+    for fraction in drop_fractions:
+      drop = max(int(fraction * num_steps) - warmup_steps, 0)
+      scales[drop] = 0.1 * scales.get(drop, 1.0)
+    main = optax.piecewise_constant_schedule(learning_rate, scales)
   else:
     main = optax.constant_schedule(learning_rate)
   return optax.join_schedules([warmup, main], [warmup_steps])
@@ -42,6 +53,7 @@ def make(config, derived) -> optax.GradientTransformation:
     learning_rate=derived.learning_rate,
     num_steps=derived.num_steps,
     warmup_steps=derived.warmup_steps,
+    drop_fractions=config.drop_fractions,
   )
   return optax.sgd(learning_rate, config.momentum, nesterov=config.nesterov)
 

@@ -13,6 +13,7 @@ from jaxrobust.attacks.evaluation import Evaluator
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.generators import ddpm
+from jaxrobust.models import beside
 
 KINDS = ('train', 'evaluate', 'sample')
 
@@ -117,7 +118,7 @@ def _training(config, info, images, num_devices):
   """The step of a classifier."""
   del num_devices
   derived = configs.resolve(config)
-  model = models.from_config(config.model, info)
+  model = beside.for_training(config, info)
   sgd = optimizer.make(config.optimizer, derived)
   state = jax.eval_shape(lambda: update.init_state(config, model, sgd))
   step = update.make_step(config, model, sgd, info.num_classes)

@@ -27,14 +27,14 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from jaxrobust import checkpoint, cli, loop, models, optimizer, parallel, update
+from jaxrobust import checkpoint, cli, loop, optimizer, parallel, update
 from jaxrobust import config as configs
 from jaxrobust import workdir as workdirs
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator
 from jaxrobust.data import datasets, pipeline, samples
 from jaxrobust.errors import UserError
-from jaxrobust.models import batch_norm
+from jaxrobust.models import batch_norm, beside
 
 
 def main(config, workdir):
@@ -130,7 +130,7 @@ class Network:
   """The model of a run with its step and its evaluator, built for all devices."""
 
   def __init__(self, config, derived: configs.Derived, info: datasets.DatasetInfo):
-    model = models.from_config(config.model, info)
+    model = beside.for_training(config, info)
     sgd = optimizer.make(config.optimizer, derived)
     self.num_classes = info.num_classes
     self.init = jax.jit(lambda: update.init_state(config, model, sgd))
@@ -201,6 +201,7 @@ class Run:
         learning_rate=derived.learning_rate,
         num_steps=derived.num_steps,
         warmup_steps=derived.warmup_steps,
+        drop_fractions=config.optimizer.drop_fractions,
       ),
       note_fn=_note,
       evaluate_fn=None if self._data.validation is None else self._evaluate,
@@ -230,7 +231,9 @@ class Run:
       state = checkpoints.restore(state, step)
     if parallel.is_writer():
       checkpoint.export_npy(
-        self._folder / 'checkpoint.npy', state.ema_params, state.ema_net_state
+        self._folder / 'checkpoint.npy',
+        beside.without(state.ema_params),
+        beside.without(state.ema_net_state),
       )
       logging.info(
         'wrote %s, the averaged parameters after step %d',

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrobust import losses, parallel
+from jaxrobust import losses, parallel, weight_perturbation
 from jaxrobust import optimizer as optimizers
 from jaxrobust.attacks import norms, objectives, pgd
 from jaxrobust.data import augment
 from jaxrobust.errors import UserError
+from jaxrobust.models import beside
 
 
 class TrainState(NamedTuple):
@@ -73,7 +74,8 @@ def make_step(config, model, optimizer: optax.GradientTransformation, num_classe
 
   BatchNorm: the clean pass and every pass of the attack use the statistics of their
   own batch and leave the running ones alone; the adversarial pass updates them. The
-  running statistics are averaged over devices at each step.
+  running statistics are averaged over devices at each step. With weight perturbation
+  the adversarial pass at the perturbed weights updates them, as in its authors' code.
   Deviation: the released code keeps those of each device apart and saves the first
   device's. The average does not depend on the layout, and training does not see it.
 
@@ -87,22 +89,26 @@ def make_step(config, model, optimizer: optax.GradientTransformation, num_classe
     `step(state, batch) -> (state, metrics)` for one device inside `parallel.pmap`;
     metrics are means over the global batch, float32 [].
   """
-  value_and_grad = jax.value_and_grad(
-    _make_loss(config, model, num_classes), has_aux=True
-  )
+  loss_fn = _make_loss(config, model, num_classes)
+  value_and_grad = jax.value_and_grad(_with_weight_decay(config, loss_fn), has_aux=True)
   parts = config.training.accumulation
 
   def step(state: TrainState, batch: Batch):
     images, targets, attack_rngs = _augmented(config, num_classes, state.step, batch)
     check_parts(len(images), parts, config.model.batch_norm_group)
+    data = [images, targets, batch.is_generated, attack_rngs]
+    params = state.params
+    if config.loss.awp_gamma:
+      params, adv_images = _perturbed(config, loss_fn, state, data)
+      data.append(adv_images)
 
-    def pass_of(images, targets, rngs):
+    def pass_of(*data):
       (_, (net_state, adv_images, metrics)), grads = value_and_grad(
-        state.params, state.net_state, images, targets, rngs
+        params, state.net_state, *data
       )
       return (grads, net_state, metrics), adv_images
 
-    means, adv_images = _in_parts(pass_of, parts, images, targets, attack_rngs)
+    means, adv_images = _in_parts(pass_of, parts, *data)
     grads, net_state, metrics = parallel.mean_over_devices(means)
     params, opt_state, ema_params = descend(state, grads, optimizer, config.ema.decay)
     if config.ema.batch_norm == 'own':
@@ -181,11 +187,44 @@ def _in_parts(fn, count, *arrays):
   return means, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), each)
 
 
+def _perturbed(config, loss_fn, state, data):
+  """Weights moved against the network, and the images that were attacked before.
+
+  The published code leaves weight decay out of the direction and moves nothing in the
+  first epochs; there the length is 0 here, at the price of a gradient.
+  """
+  gradient = jax.grad(loss_fn, has_aux=True)
+
+  def pass_of(*data):
+    grads, (_, adv_images, _) = gradient(state.params, state.net_state, *data)
+    return grads, adv_images
+
+  grads, adv_images = _in_parts(pass_of, config.training.accumulation, *data)
+  images = config.loss.awp_warmup_epochs * config.training.epoch_examples
+  warm = state.step >= int(images / config.data.batch_size)
+  gamma = jnp.where(warm, config.loss.awp_gamma, 0.0)
+  grads = parallel.mean_over_devices(grads)
+  return weight_perturbation.perturb(state.params, grads, gamma), adv_images
+
+
+def _with_weight_decay(config, loss_fn):
+  """The loss with the weight decay that is part of it."""
+
+  def decayed(params, *args):
+    loss, (net_state, adv_images, metrics) = loss_fn(params, *args)
+    loss += config.loss.weight_decay * losses.weight_decay(params)
+    return loss, (net_state, adv_images, {**metrics, 'train/loss': loss})
+
+  return decayed
+
+
 def _make_loss(config, model, num_classes):
-  """`loss(params, net_state, images, targets, rngs) -> (loss, (net_state, …))`."""
+  """`loss(params, net_state, *data) -> (loss, (net_state, adv_images, metrics))`.
+
+  Data are images, targets, whether they are generated, keys of the attack and, where
+  the attack is done, its images.
+  """
   name = config.loss.name
-  if name not in ('standard', 'adversarial', 'trades'):
-    raise UserError(f'config.loss.name = {name!r}: use standard, adversarial or trades')
   attack = None
   if name != 'standard':
     attack = pgd.from_config(
@@ -193,13 +232,13 @@ def _make_loss(config, model, num_classes):
     )
   reference_of = _make_reference(config, num_classes)
 
-  def loss_fn(params, net_state, images, targets, rngs):
+  def loss_fn(params, net_state, images, targets, is_generated, rngs, adv_images=None):
     forward = lambda p, x: model.apply(p, net_state, x, batch_stats=True)
     labels = jnp.argmax(targets, axis=-1)
     accuracy = lambda logits: jnp.mean(jnp.argmax(logits, axis=-1) == labels)
     metrics = {}
-    adv_images = images
     if name == 'standard':
+      adv_images = images
       logits, net_state = forward(params, images)
       metrics['train/clean_accuracy'] = accuracy(logits)
       loss = jnp.mean(losses.cross_entropy(logits, targets))
@@ -207,22 +246,44 @@ def _make_loss(config, model, num_classes):
       # One clean pass serves the loss and, held fixed, the attack: both use the
       # statistics of the same batch and the same parameters.
       clean_logits = forward(params, images)[0]
-      frozen = jax.lax.stop_gradient(params)
-      adv_images = attack(
-        lambda x: forward(frozen, x)[0],
-        rngs,
-        images,
-        reference_of(jax.lax.stop_gradient(clean_logits), targets),
-      )
+      if adv_images is None:
+        frozen = jax.lax.stop_gradient(params)
+        adv_images = attack(
+          lambda x: forward(frozen, x)[0],
+          rngs,
+          images,
+          reference_of(jax.lax.stop_gradient(clean_logits), targets),
+        )
       adv_logits, net_state = forward(params, adv_images)
       metrics['train/clean_accuracy'] = accuracy(clean_logits)
       metrics['train/adv_accuracy'] = accuracy(adv_logits)
-      if name == 'trades':
-        loss = losses.trades(clean_logits, adv_logits, targets, config.loss.beta)
-      else:
+      beta = config.loss.beta
+      if name == 'adversarial':
         loss = jnp.mean(losses.cross_entropy(adv_logits, targets))
-    loss += config.loss.weight_decay * losses.weight_decay(params)
-    metrics['train/loss'] = loss
+      elif name == 'uat':
+        loss = losses.uat(clean_logits, adv_logits, targets, is_generated, beta)
+      elif name == 'lbgat':
+        natural_logits, net_state = model.natural(
+          params, net_state, images, batch_stats=True
+        )
+        metrics['train/natural_accuracy'] = accuracy(natural_logits)
+        loss = losses.lbgat(clean_logits, adv_logits, natural_logits, targets, beta)
+      elif config.loss.divergence == 'squared':
+        loss = losses.score(clean_logits, adv_logits, targets, beta)
+      elif config.loss.divergence == 'improved_kl':
+        weights = beside.class_weights(net_state, labels)
+        net_state = beside.with_predictions(
+          net_state,
+          labels,
+          clean_logits,
+          config.loss.class_temperature,
+          config.loss.class_decay,
+        )
+        loss = losses.improved_kl(
+          clean_logits, adv_logits, targets, weights, beta, config.loss.pairwise
+        )
+      else:
+        loss = losses.trades(clean_logits, adv_logits, targets, beta)
     return loss, (net_state, adv_images, metrics)
 
   return loss_fn

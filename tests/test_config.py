@@ -58,7 +58,12 @@ def test_short_runs_have_at_least_one_step(config):
     ('dataset.validation_images', 0, 'checkpoint.export'),
     ('ema.batch_norm', 'mine', 'raw, own'),
     ('loss.beta', -1.0, '0 or more'),
+    ('loss.divergence', 'js', 'kl, improved_kl, squared'),
+    ('loss.awp_gamma', -0.1, '0 or more'),
+    ('loss.class_temperature', 0.0, 'above 0'),
     ('data.later_real_fraction', 1.5, 'from 0 to 1'),
+    ('optimizer.drop_fractions', (0.9, 0.5), 'rising order'),
+    ('optimizer.drop_fractions', (1.0,), 'between 0 and 1'),
   ],
 )
 def test_refuses_in_one_line(config, field, value, words):
@@ -69,6 +74,16 @@ def test_refuses_in_one_line(config, field, value, words):
   assert field in str(e.value) or words in str(e.value)
   assert words in str(e.value)
   assert '\n' not in str(e.value)
+
+
+def test_losses_that_do_not_go_together(config):
+  config.loss.name = 'lbgat'
+  config.loss.awp_gamma = 0.005
+  with pytest.raises(UserError, match='awp_gamma = 0.005 with loss lbgat'):
+    configs.resolve(config)
+  config.loss.divergence = 'squared'
+  with pytest.raises(UserError, match='not of lbgat'):
+    configs.resolve(config)
 
 
 def test_the_later_mix_needs_a_sample_set(config):

@@ -32,6 +32,81 @@ def numpy_trades(clean, adv, targets, beta):
   return numpy_cross_entropy(clean, targets).mean() + beta * numpy_kl(clean, adv).mean()
 
 
+def softmax(logits):
+  return np.exp(log_softmax(logits))
+
+
+NATURAL = RNG.normal(size=(6, 5))
+WEIGHTS = RNG.dirichlet(np.ones(5), size=6)
+UNLABELLED = np.array([True, False, True, True, False, False])
+
+
+def numpy_score(clean, adv, targets, beta):
+  squares = lambda p, q: ((p - q) ** 2).sum(-1).mean()
+  return squares(softmax(clean), targets) + beta * squares(softmax(adv), softmax(clean))
+
+
+def numpy_improved_kl(clean, adv, targets, weights, beta, pairwise, fixed=CLEAN):
+  """As published, class by class; the soft targets do not move with `clean`."""
+  difference = clean - adv
+  pairs = (difference[:, :, None] - difference[:, None, :]) ** 2
+  spread = (weights[:, :, None] * weights[:, None, :] * pairs).sum((1, 2)) / 4
+  soft = numpy_cross_entropy(adv, softmax(fixed))
+  clean_term = numpy_cross_entropy(clean, targets)
+  return (clean_term + beta * soft + pairwise * spread).mean()
+
+
+def numpy_lbgat(clean, adv, natural, targets, beta):
+  return (
+    ((adv - natural) ** 2).mean()
+    + numpy_cross_entropy(natural, targets).mean()
+    + beta * numpy_kl(clean, adv).mean()
+  )
+
+
+def numpy_uat(clean, adv, targets, is_generated, beta, fixed=CLEAN):
+  del clean  # No gradient flows into it.
+  return (
+    numpy_cross_entropy(adv, targets) + beta * is_generated * numpy_kl(fixed, adv)
+  ).mean()
+
+
+# Of each loss its name, derivation, arguments and how many of these have gradients.
+VARIANTS = [
+  ('score', numpy_score, (CLEAN, ADV, TARGETS, 4.0), 2),
+  ('improved_kl', numpy_improved_kl, (CLEAN, ADV, TARGETS, WEIGHTS, 3.0, 10.0), 2),
+  ('lbgat', numpy_lbgat, (CLEAN, ADV, NATURAL, TARGETS, 6.0), 3),
+  ('uat', numpy_uat, (CLEAN, ADV, TARGETS, UNLABELLED, 5.0), 2),
+]
+
+
+@pytest.mark.usefixtures('float64')
+@pytest.mark.parametrize('name, derivation, arguments, count', VARIANTS)
+def test_variants_and_their_gradients(name, derivation, arguments, count):
+  loss = getattr(losses, name)
+  np.testing.assert_allclose(loss(*arguments), derivation(*arguments), rtol=1e-12)
+  for i, gradient in enumerate(jax.grad(loss, argnums=tuple(range(count)))(*arguments)):
+    moved = lambda x, i=i: derivation(*arguments[:i], x, *arguments[i + 1 :])
+    expected = finite_differences(moved, arguments[i])
+    np.testing.assert_allclose(gradient, expected, atol=1e-8)
+
+
+def test_variants_by_hand():
+  flat, sure = jnp.zeros((1, 2)), jnp.log(jnp.array([[0.8, 0.2]]))
+  first, even = jnp.array([[1.0, 0.0]]), jnp.full((1, 2), 0.5)
+  # |(.8, .2) - (1, 0)|² = .08 and |(.5, .5) - (.8, .2)|² = .18
+  np.testing.assert_allclose(losses.score(sure, flat, first, 2.0), 0.44, rtol=1e-6)
+  # d = (log 4, 0) up to a constant: a quarter of 2 * ¼ (log 4)²
+  found = losses.improved_kl(sure, flat, first, even, 0.0, 1.0)
+  np.testing.assert_allclose(found, -np.log(0.8) + np.log(4) ** 2 / 8, rtol=1e-5)
+  # ((1 - 0)² + (0 - 0)²) / 2 + log 2
+  found = losses.lbgat(sure, first, flat, first, 0.0)
+  np.testing.assert_allclose(found, 0.5 + np.log(2), rtol=1e-6)
+  for given, expected in ((True, 0.0), (False, np.log(0.5 / 0.8) + np.log(0.5 / 0.2))):
+    found = losses.uat(flat, sure, first, jnp.array([not given]), 1.0)
+    np.testing.assert_allclose(found, -np.log(0.8) + expected / 2, rtol=1e-5)
+
+
 def finite_differences(function, x, step=1e-6):
   """Central differences in float64: error about step^2."""
   gradient = np.zeros_like(x)

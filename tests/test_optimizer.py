@@ -43,6 +43,21 @@ def test_step_schedule_drops_at_two_thirds_of_the_whole_run():
   )
 
 
+def test_drops_at_any_fractions():
+  fn = optimizer.schedule(
+    'step',
+    learning_rate=0.1,
+    num_steps=100,
+    warmup_steps=0,
+    drop_fractions=(0.75, 0.9),
+  )
+  np.testing.assert_allclose(
+    [fn(74), fn(75), fn(89), fn(90)], [0.1, 0.01, 0.01, 0.001], rtol=1e-6
+  )
+  steps = np.arange(1, 10**6)
+  np.testing.assert_array_equal((steps * (2 / 3)).astype(int), steps * 2 // 3)
+
+
 def test_a_run_shorter_than_its_warmup():
   fn = optimizer.schedule('cosine', learning_rate=1.0, num_steps=5, warmup_steps=10)
   np.testing.assert_allclose([fn(0), fn(5)], [0, 0.5])

@@ -42,6 +42,19 @@ def kl_divergence(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
   )
 
 
+def squared_distance(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
+  """Squared l2 distance of softmax(logits) to probabilities (Pang et al. 2022).
+
+  Args:
+    logits: [B, K].
+    probabilities: [B, K], rows that sum to 1, held fixed.
+
+  Returns:
+    [B], from 0 to 2.
+  """
+  return losses.squared_distance(logits, jax.lax.stop_gradient(probabilities))
+
+
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """The highest logit of another class, less that of the label.
 
@@ -142,6 +155,7 @@ OBJECTIVES = {
   'cross_entropy': cross_entropy,
   'kl_divergence': kl_divergence,
   'margin': margin,
+  'squared_distance': squared_distance,
 }
 
 # What each objective takes as its reference: labels [B], probabilities [B, K].
@@ -149,4 +163,5 @@ REFERENCES = {
   'cross_entropy': 'either',
   'kl_divergence': 'probabilities',
   'margin': 'labels',
+  'squared_distance': 'probabilities',
 }

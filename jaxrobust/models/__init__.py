@@ -38,11 +38,14 @@ class Model(NamedTuple):
       this device's running statistics moved; drop it to leave them untouched.
     features: `(params, net_state, images) -> features`, what the last layer sees,
       float [B, F].
+    natural: `apply` of a network that is trained without attacks beside this one;
+      None without one (see `models.beside`).
   """
 
   init: Callable[[jax.Array], tuple[Any, Any]]
   apply: Callable[..., tuple[jax.Array, Any]]
   features: Callable[..., jax.Array]
+  natural: Callable[..., tuple[jax.Array, Any]] | None = None
 
 
 def build(
