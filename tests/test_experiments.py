@@ -3,19 +3,22 @@
 import functools
 import importlib
 import pathlib
+import re
 
 import jax
 import numpy as np
 import pytest
 
+from experiments import baselines, follow_up
 from jaxrobust import config as configs
-from jaxrobust import generators, models, optimizer, update
+from jaxrobust import generators, optimizer, update
 from jaxrobust.data import datasets, pipeline
+from jaxrobust.models import beside
 
 FILES = sorted(
   p.stem
   for p in (pathlib.Path(__file__).parent.parent / 'experiments').glob('*.py')
-  if not p.stem.startswith(('base', 'paper', '__'))
+  if not p.stem.startswith(('base', 'follow_up', 'paper', '__'))
   and not p.stem.endswith(('_gaussian', '_ddpm', '_mixup', '_analysis'))
 )
 GENERATORS = sorted(
@@ -35,6 +38,16 @@ CASES = [(file, 'wrn-10-1') for file in FILES]
 CASES += [('cifar10_linf', model) for model in MODELS]
 
 
+BY_NAME = [
+  (file, name)
+  for file, names in {
+    'baselines': baselines._NAMES,
+    'follow_up': follow_up._RUNS,
+  }.items()
+  for name in names
+]
+
+
 def load(file, arg):
   return importlib.import_module(f'experiments.{file}').get_config(arg)
 
@@ -43,7 +56,7 @@ def step_shapes(config):
   """Shapes of state and metrics of one step, without computing anything."""
   derived = configs.resolve(config)
   info = datasets.INFO[config.dataset.name]
-  model = models.from_config(config.model, info)
+  model = beside.for_training(config, info)
   sgd = optimizer.make(config.optimizer, derived)
   step = update.make_step(config, model, sgd, info.num_classes)
   state = jax.eval_shape(functools.partial(update.init_state, config, model, sgd))
@@ -147,3 +160,52 @@ def test_generator_experiments(file):
   page = importlib.import_module(f'experiments.{file}').__doc__
   assert f'experiments/{file}.py' in page
   assert ('Published' in page and 'Uncertain' in page) == (dataset != 'digits')
+
+
+@pytest.mark.parametrize('file, name', BY_NAME)
+def test_published_recipes_by_name(file, name):
+  """Counts that devices and groups share, a network that is, the numbers told."""
+  config = load(file, name)
+  derived = configs.resolve(config)
+  size = config.data.batch_size
+  assert derived.later_from_step < derived.num_steps
+  for share in (derived.real_fraction, derived.later_real_fraction):
+    for devices in (1, 8, 32):
+      parts = {'devices': devices, 'groups': size // config.model.batch_norm_group}
+      pipeline.mix_counts(size, 0.0 if share is None else share, 1, parts)
+  beside.for_training(config, datasets.INFO[config.dataset.name])
+  page = importlib.import_module(f'experiments.{file}').__doc__
+  assert re.search(rf'^  {name} +\d\d\.\d\d / \d\d\.\d\d  ', page, re.MULTILINE)
+  assert f'experiments/{file}.py:NAME' in page and 'Uncertain' in page
+
+
+@pytest.mark.parametrize(
+  'file, name',
+  [
+    ('baselines', 'awp-l2'),
+    ('baselines', 'lbgat'),
+    ('baselines', 'uat'),
+    ('follow_up', 'improved-kl'),
+    ('follow_up', 'score'),
+  ],
+)
+def test_the_steps_of_published_recipes_build(file, name):
+  """Each on a small network: their own are those of the paper, but for the depth."""
+  config = load(file, name).unlock()
+  config.model.name = config.loss.natural_model = 'wrn-10-1'
+  before, after, metrics = step_shapes(config)
+  assert jax.tree.structure(before) == jax.tree.structure(after)
+  for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    assert (x.shape, x.dtype) == (y.shape, y.dtype)
+  assert ('train/natural_accuracy' in metrics) == (name == 'lbgat')
+
+
+@pytest.mark.parametrize('experiment', [baselines, follow_up])
+def test_unknown_recipes_are_refused(experiment):
+  with pytest.raises(ValueError, match='use one of'):
+    experiment.get_config('trades')
+
+
+def test_recipes_have_names_of_their_own():
+  names = [configs.experiment_name(load(file, name)) for file, name in BY_NAME]
+  assert len(set(names)) == len(names)
