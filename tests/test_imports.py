@@ -122,6 +122,13 @@ def test_pickles_that_are_refused(tmp_path, content, message):
   assert [file.name for file in tmp_path.iterdir()] == ['in.pickle']
 
 
+def test_a_pickle_larger_than_memory_is_refused(tmp_path, monkeypatch):
+  (tmp_path / 'in.pickle').write_bytes(pickle.dumps(arrays(12)))
+  monkeypatch.setattr(imports, '_available_memory', lambda: 100)
+  with pytest.raises(UserError, match='in.pickle has .* GiB are free: .*npz'):
+    take(tmp_path / 'in.pickle', out=tmp_path / 'set')
+
+
 def save_png(path, image):
   path.parent.mkdir(parents=True, exist_ok=True)
   PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)

@@ -194,8 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     'import',
     help='.npz (image, label), pickles or folders of PNG → sample set',
     description='Makes one sample set of any number of files and folders, streamed. '
-    'Order does not matter: training shuffles the set as a whole. Nothing is left '
-    'behind when it is interrupted; the same command starts over.',
+    'Order does not matter: training shuffles the set as a whole. Only a pickle is '
+    'held in memory whole. Nothing is left behind when it is interrupted, and a killed '
+    'one leaves a hidden folder that the same command removes; it starts over.',
   )
   command.add_argument(
     'sources',

@@ -40,7 +40,7 @@ def import_samples(
   `pictures.open_folder`) are streamed. A `.pickle` holds a dictionary with uint8
   [n, H, W, C] under `image`, `images` or `data` and int [n] under `label`, `labels`
   or `extrapolated_targets`, or a pair of those arrays; it is held in memory whole,
-  and can run nothing.
+  and can run nothing. An import that is killed starts over.
 
   Args:
     paths: What to read, at least one.
@@ -91,6 +91,13 @@ def _open(path: pathlib.Path, labels) -> Source:
 
 def _open_pickle(path: pathlib.Path) -> Source:
   """The samples of a pickle."""
+  size, free = path.exists() and path.stat().st_size, _available_memory()
+  if size > free:
+    raise UserError(
+      f'{path} has {size / 2**30:.1f} GiB, and a pickle is held in memory whole, of '
+      f'which {free / 2**30:.1f} GiB are free: import it on a larger machine, or '
+      'save its arrays as image and label of an .npz there, which is streamed'
+    )
   try:
     with open(path, 'rb') as file:
       # Latin-1 is how numpy's bytes come out of pickles of Python 2.
@@ -119,6 +126,16 @@ def _open_pickle(path: pathlib.Path) -> Source:
       '[n], n > 0'
     )
   return Source(len(images), int(labels.max()) + 1, lambda: _slices(images, labels))
+
+
+def _available_memory() -> float:
+  """Bytes that can be had without swapping; infinite where the system does not say."""
+  try:
+    lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
+    sizes = {line.split(':')[0]: int(line.split()[1]) for line in lines}
+    return sizes['MemAvailable'] * 2**10
+  except (OSError, KeyError):
+    return float('inf')
 
 
 def _slices(images, labels) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -294,7 +294,7 @@ def write(
   folder = shards.partial(path)
   lock = writing.claim(folder)
   try:
-    per_class, per_shard, image_shape, confidence = writing.write_shards(
+    per_class, per_shard, image_shape, confidence, digests = writing.write_shards(
       folder, batches, num_classes, shard_size
     )
     extra = {'confidence': confidence.name} if confidence is not None else {}
@@ -303,7 +303,7 @@ def write(
     for shard, names in enumerate(shards.shard_names(len(per_shard), kinds)):
       for kind, name in zip(kinds, names, strict=True):
         (folder / f'{kind}-{shard}').rename(folder / name)
-        sha256[name] = shards.sha256(folder / name)
+        sha256[name] = digests[f'{kind}-{shard}']
     content = {
       'format_version': FORMAT_VERSION,
       **dict.fromkeys(PROVENANCE),

@@ -35,7 +35,7 @@ def claim(folder: pathlib.Path) -> int:
       f'{folder} is being written by another process: wait for it, or stop it'
     ) from None
   for left in folder.iterdir():
-    logging.warning('removing %s, which an interrupted command has left', left)
+    logging.warning('removing %s of a killed command: this one starts over', left)
     shutil.rmtree(left) if left.is_dir() else left.unlink()
   return lock
 
@@ -85,10 +85,12 @@ def write_shards(folder, batches, num_classes, shard_size):
   """Writes images-0, labels-0 and, where given, confidence-0, …
 
   Returns:
-    (counts per class, counts per shard, image shape, dtype of the confidences).
+    (counts per class, counts per shard, image shape, dtype of the confidences, sha256
+    of each file by its name).
   """
   per_class = np.zeros(num_classes, np.int64)
   per_shard, image_shape, dtype = [], None, None
+  digests = {}
   file, held = None, []  # (labels,) or (labels, confidence) of the open shard
 
   def finish():
@@ -97,9 +99,13 @@ def write_shards(folder, batches, num_classes, shard_size):
     file.seek(0)
     shards.write_header(file, (len(columns[0]), *image_shape))
     file.close()
+    names = [f'images-{len(per_shard)}']
     for kind, column in zip(('labels', 'confidence'), columns, strict=False):
-      with open(folder / f'{kind}-{len(per_shard)}', 'wb') as column_file:
+      names.append(f'{kind}-{len(per_shard)}')
+      with open(folder / names[-1], 'wb') as column_file:
         np.save(column_file, column)
+    for name in names:  # Now, while the system still has it in memory.
+      digests[name] = shards.sha256(folder / name)
     per_shard.append(len(columns[0]))
     held.clear()
 
@@ -130,4 +136,4 @@ def write_shards(folder, batches, num_classes, shard_size):
       finish()
   if not per_shard:
     raise UserError('no images were given; a sample set holds at least one')
-  return per_class.tolist(), per_shard, image_shape, dtype
+  return per_class.tolist(), per_shard, image_shape, dtype, digests
