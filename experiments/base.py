@@ -50,7 +50,16 @@ def get_config():
   c.augment.flip = True  # horizontal, with probability 1/2
   c.augment.label_smoothing = 0.1  # on generated labels only
   c.augment.cutmix = False
-  c.augment.cutmix_workers = 4  # a box and a ratio for each part of the batch
+  # Of CutMix and mixup: parts of the batch, each with a ratio (and a box).
+  c.augment.cutmix_workers = 4
+  # The others that the paper compares; the values that it used are not known to us, so
+  # these are common ones, not the paper's.
+  c.augment.mixup = False  # not together with cutmix
+  c.augment.mixup_alpha = 1.0  # the ratio is of Beta(alpha, alpha)
+  c.augment.cutout = 0  # side of the erased square, in pixels; 0 is none, 16 usual
+  c.augment.policy = ''  # '' randaugment autoaugment, before crop and flip
+  c.augment.randaugment_operations = 2  # an image
+  c.augment.randaugment_magnitude = 14  # of 30
 
   c.model = config_dict.ConfigDict()
   c.model.name = 'wrn-28-10'  # wrn-DEPTH-WIDTH or preact-resnet-18
@@ -95,8 +104,8 @@ def get_config():
   c.loss.weight_decay = 5e-4  # of 0.5 * sum of squares of weights and biases
 
   c.attack = config_dict.ConfigDict()  # of training
-  # kl_divergence or squared_distance (to the clean prediction; with CutMix to the
-  # targets), margin, or cross_entropy (plain adversarial training: loss.name
+  # kl_divergence or squared_distance (to the clean prediction; with CutMix or mixup to
+  # the targets), margin, or cross_entropy (plain adversarial training: loss.name
   # 'adversarial').
   c.attack.objective = 'kl_divergence'
   c.attack.step_rule = 'adam'  # adam sign normalized sparse

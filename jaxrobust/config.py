@@ -49,6 +49,14 @@ _YOUNGER = {
     'awp_warmup_epochs': 10.0,
   },
   'optimizer': {'drop_fractions': (2 / 3,)},
+  'augment': {
+    'mixup': False,
+    'mixup_alpha': 1.0,
+    'cutout': 0,
+    'policy': '',
+    'randaugment_operations': 2,
+    'randaugment_magnitude': 14,
+  },
   'model': {'remat': False, 'compute_dtype': 'float32'},
   'training': {'accumulation': 1},
 }
@@ -56,6 +64,7 @@ _YOUNGER_OF_GENERATORS = {'samples': {'top_fraction': 1.0}}
 
 _CHOICES = {
   'dataset.name': tuple(datasets.INFO),
+  'augment.policy': ('', 'randaugment', 'autoaugment'),
   'threat.norm': ('linf', 'l2', 'l1'),
   'loss.name': ('standard', 'adversarial', 'trades', 'lbgat', 'uat'),
   'loss.divergence': ('kl', 'improved_kl', 'squared'),
@@ -142,7 +151,8 @@ def check(config):
     )
   for field, choices in _CHOICES.items():
     if (value := _get(config, field)) not in choices:
-      raise UserError(f'config.{field} = {value!r}: use one of {", ".join(choices)}')
+      names = ', '.join(choice or "''" for choice in choices)
+      raise UserError(f'config.{field} = {value!r}: use one of {names}')
   positive = (
     'data.batch_size',
     'data.real_repeats',
@@ -156,6 +166,8 @@ def check(config):
     'log.interval_epochs',
     'model.batch_norm_group',
     'augment.cutmix_workers',
+    'augment.mixup_alpha',
+    'augment.randaugment_operations',
     'training.accumulation',
     'loss.class_temperature',
   )
@@ -175,6 +187,7 @@ def check(config):
   for field in (
     'dataset.validation_images',
     'augment.pad',
+    'augment.cutout',
     'loss.beta',
     'loss.weight_decay',
     'loss.pairwise',
@@ -223,10 +236,32 @@ def check(config):
       f'groups of {group} images in config.data.batch_size = {config.data.batch_size}: '
       'use a divisor of the number of groups'
     )
-  if config.augment.cutmix and config.data.batch_size % config.augment.cutmix_workers:
+  _check_augment(config)
+
+
+def _check_augment(config):
+  """Raises UserError for augmentations that cannot be meant."""
+  options, batch_size = config.augment, config.data.batch_size
+  if options.cutmix and options.mixup:
     raise UserError(
-      f'config.augment.cutmix_workers = {config.augment.cutmix_workers} does not '
-      f'divide config.data.batch_size = {config.data.batch_size}'
+      'config.augment.cutmix and config.augment.mixup both mix the images of a batch: '
+      'choose one of them'
+    )
+  if (options.cutmix or options.mixup) and batch_size % options.cutmix_workers:
+    raise UserError(
+      f'config.augment.cutmix_workers = {options.cutmix_workers} does not divide '
+      f'config.data.batch_size = {batch_size}'
+    )
+  if not 0 <= options.randaugment_magnitude <= 30:
+    raise UserError(
+      f'config.augment.randaugment_magnitude = {options.randaugment_magnitude}: use a '
+      'number from 0 to 30'
+    )
+  side = min(datasets.INFO[config.dataset.name].image_shape[:2])
+  if options.cutout > side:
+    raise UserError(
+      f'config.augment.cutout = {options.cutout} pixels is more than the side of the '
+      f'images, {side}: use 0 to {side}'
     )
 
 

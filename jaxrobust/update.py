@@ -15,7 +15,7 @@ import optax
 from jaxrobust import losses, parallel, weight_perturbation
 from jaxrobust import optimizer as optimizers
 from jaxrobust.attacks import norms, objectives, pgd
-from jaxrobust.data import augment
+from jaxrobust.data import augment, policies
 from jaxrobust.errors import UserError
 from jaxrobust.models import beside
 
@@ -292,46 +292,59 @@ def _make_loss(config, model, num_classes):
 def _make_reference(config, num_classes):
   """`(clean logits, targets) → what the attack moves away from`."""
   wants = objectives.REFERENCES[config.attack.objective]
+  mixed = config.augment.cutmix or config.augment.mixup
   if wants == 'labels':
-    if config.augment.cutmix:
+    if mixed:
       raise UserError(
         f'config.attack.objective = {config.attack.objective!r} wants hard labels, '
-        'which CutMix mixes: use kl_divergence or cross_entropy'
+        'which CutMix and mixup mix: use kl_divergence or cross_entropy'
       )
     return lambda clean_logits, targets: jnp.argmax(targets, axis=-1)
-  if wants == 'probabilities' and not config.augment.cutmix:
+  if wants == 'probabilities' and not mixed:
     return lambda clean_logits, targets: jax.nn.softmax(clean_logits)
-  # With CutMix the published attack moves away from the mixed targets.
+  # With CutMix the published attack moves away from the mixed targets; so it does here
+  # with mixup, of which the published attack is not known to us.
   return lambda clean_logits, targets: targets
 
 
 def _augmented(config, num_classes, step, batch: Batch):
   """Images [b, H, W, C] in [0, 1], targets [b, K] and the attack's keys [b]."""
   rng = lambda name: jax.random.fold_in(_stream(config.seed, name), step)
-  images = augment.augment(
-    batch.images,
-    parallel.key_per_slot(rng('augment'), batch.slots),
-    pad=config.augment.pad,
-    flip=config.augment.flip,
-  )
+  rngs = lambda name: parallel.key_per_slot(rng(name), batch.slots)
+  options, mean = config.augment, config.model.mean
+  images = batch.images
+  if options.policy == 'randaugment':
+    images = policies.randaugment(
+      images,
+      rngs('policy'),
+      num_operations=options.randaugment_operations,
+      magnitude=options.randaugment_magnitude / 30,
+      fill=mean,
+    )
+  elif options.policy == 'autoaugment':
+    images = policies.autoaugment(images, rngs('policy'), fill=mean)
+  images = augment.augment(images, rngs('augment'), pad=options.pad, flip=options.flip)
+  if options.cutout:
+    images = augment.cutout(images, rngs('cutout'), options.cutout, fill=mean)
   targets = augment.one_hot_targets(
-    batch.labels, batch.is_generated, num_classes, config.augment.label_smoothing
+    batch.labels, batch.is_generated, num_classes, options.label_smoothing
   )
-  if config.augment.cutmix:
+  if options.cutmix or options.mixup:
     # The partner may be on another device: mix the whole batch, keep our slots.
     slots, all_images, all_targets = parallel.all_gather((batch.slots, images, targets))
     order = jnp.argsort(slots)
-    images, targets = augment.cutmix(
-      all_images[order],
-      all_targets[order],
-      rng('cutmix'),
-      num_workers=config.augment.cutmix_workers,
-    )
+    whole, workers = (all_images[order], all_targets[order]), options.cutmix_workers
+    if options.cutmix:
+      images, targets = augment.cutmix(*whole, rng('cutmix'), workers)
+    else:
+      images, targets = augment.mixup(
+        *whole, rng('mixup'), workers, options.mixup_alpha
+      )
     images, targets = images[batch.slots], targets[batch.slots]
-  return images, targets, parallel.key_per_slot(rng('attack'), batch.slots)
+  return images, targets, rngs('attack')
 
 
 def _stream(seed: int, name: str) -> jax.Array:
-  """The root key of one use of randomness."""
-  streams = ('init', 'augment', 'cutmix', 'attack')
+  """The root key of one use of randomness; new ones come last, or old runs change."""
+  streams = ('init', 'augment', 'cutmix', 'attack', 'policy', 'cutout', 'mixup')
   return jax.random.fold_in(jax.random.key(seed), streams.index(name))

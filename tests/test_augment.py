@@ -1,4 +1,4 @@
-"""Augmentation against plain numpy, and the properties of CutMix."""
+"""Augmentation against plain numpy, and the properties of Cutout, CutMix and mixup."""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ RNG = np.random.default_rng(0)
 
 augmented = jax.jit(augment.augment, static_argnames=('pad', 'flip'))
 mixed_by = jax.jit(augment.cutmix, static_argnums=3)
+averaged_by = jax.jit(augment.mixup, static_argnums=3)
+erased = jax.jit(augment.cutout, static_argnums=(2, 3))
 
 
 def keys(count, seed=0):
@@ -164,3 +166,72 @@ class TestCutmix:
     np.testing.assert_array_equal(found[self.share :], whole[self.share :])
     again, _ = mixed_by(images, targets, jax.random.key(1), self.workers)
     assert not np.array_equal(again, whole)
+
+
+class TestMixup:
+  """Images filled with their own number show which of them were averaged."""
+
+  def test_images_and_targets_have_the_same_two_weights(self):
+    workers, share = 3, 8
+    count = workers * share
+    own = np.eye(count, dtype=np.float32)
+    images = np.broadcast_to(own[:, None, None, :], (count, 2, 3, count))
+    for seed in range(5):
+      mixed, targets = averaged_by(images, own, jax.random.key(seed), workers, 1.0)
+      mixed, targets = np.asarray(mixed), np.asarray(targets)
+      seen = np.broadcast_to(targets[:, None, None], images.shape)
+      np.testing.assert_allclose(mixed, seen, atol=1e-7)
+      np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
+      for worker in range(workers):
+        slots = np.arange(worker * share, (worker + 1) * share)
+        inside = targets[np.ix_(slots, slots)]  # Partners are of the same worker.
+        np.testing.assert_allclose(inside.sum(1), 1, atol=1e-6)
+        np.testing.assert_allclose(inside.sum(0), 1, atol=1e-6)  # A permutation.
+        others = inside.sum(1) - inside.diagonal()
+        assert np.ptp(others[others > 1e-3]) < 1e-6  # One ratio.
+
+  def test_the_ratio_follows_beta(self):
+    """Its mean and variance are 1 / 2 and 1 / (4 (2 alpha + 1))."""
+    workers = 4000
+    own = np.tile(np.eye(2, dtype=np.float32), (workers, 1))
+    for alpha in (0.2, 1.0):
+      _, targets = averaged_by(
+        own[:, None, None], own, jax.random.key(0), workers, alpha
+      )
+      pairs = np.asarray(targets)[::2]
+      ratios = pairs[pairs[:, 1] > 0, 0]  # Of workers that swap their two: half.
+      assert 1800 < len(ratios) < 2200
+      variance = 1 / (4 * (2 * alpha + 1))
+      assert abs(ratios.mean() - 0.5) < 5 * np.sqrt(variance / len(ratios))
+      # (x - 1/2)^2 is at most 1/4, so its own variance at most a quarter of its mean.
+      assert abs(ratios.var() - variance) < 5 * np.sqrt(variance / 4 / len(ratios))
+
+
+class TestCutout:
+  @pytest.mark.parametrize('side', [3, 4])
+  def test_every_square_round_a_pixel_occurs(self, side):
+    size, count = 6, 2000
+    images = np.ones((count, size, size, 2), np.float32)
+    found = np.asarray(erased(images, keys(count), side, (0.25, 0.5)))
+    box = found[..., 0] != 1
+    assert (found[box] == np.array([[0.25, 0.5]])).all()
+    np.testing.assert_array_equal(found[~box], 1)
+    seen = {}
+    for image in box:
+      seen[image.tobytes()] = seen.get(image.tobytes(), 0) + 1
+    expected = {}
+    for row in range(size):
+      for column in range(size):
+        image = np.zeros((size, size), bool)
+        top, left = row - side // 2, column - side // 2
+        image[max(top, 0) : top + side, max(left, 0) : left + side] = True
+        expected[image.tobytes()] = expected.get(image.tobytes(), 0) + 1
+    assert set(seen) == set(expected)
+    for image, pixels in expected.items():
+      mean = count * pixels / size**2
+      assert abs(seen[image] - mean) < 6 * np.sqrt(mean)
+
+  def test_an_image_is_erased_alike_in_any_batch(self):
+    images = RNG.random((8, 6, 6, 1), np.float32)
+    part = erased(images[5:6], keys(8)[5:6], 3, (0.5,))
+    np.testing.assert_array_equal(part, erased(images, keys(8), 3, (0.5,))[5:6])

@@ -1,5 +1,7 @@
 """Derived values, refusals, names, and the identity of a config."""
 
+import json
+
 import pytest
 
 from experiments import base, cifar10_linf, digits
@@ -64,6 +66,10 @@ def test_short_runs_have_at_least_one_step(config):
     ('data.later_real_fraction', 1.5, 'from 0 to 1'),
     ('optimizer.drop_fractions', (0.9, 0.5), 'rising order'),
     ('optimizer.drop_fractions', (1.0,), 'between 0 and 1'),
+    ('augment.policy', 'auto', "'', randaugment, autoaugment"),
+    ('augment.mixup_alpha', 0.0, 'above 0'),
+    ('augment.cutout', 33, 'the side of the images, 32'),
+    ('augment.randaugment_magnitude', 31, 'from 0 to 30'),
   ],
 )
 def test_refuses_in_one_line(config, field, value, words):
@@ -96,11 +102,26 @@ def test_the_later_mix_needs_a_sample_set(config):
   assert (derived.later_real_fraction, derived.later_from_step) == (0.125, 292)
 
 
-def test_cutmix_workers_must_divide_the_batch(config):
-  config.augment.cutmix = True
+@pytest.mark.parametrize('option', ['cutmix', 'mixup'])
+def test_workers_that_mix_must_divide_the_batch(config, option):
+  config.augment[option] = True
   config.augment.cutmix_workers = 3
   with pytest.raises(UserError, match='cutmix_workers = 3'):
     configs.resolve(config)
+
+
+def test_mixup_and_cutmix_together_are_refused(config):
+  config.augment.cutmix = config.augment.mixup = True
+  with pytest.raises(UserError, match='both mix'):
+    configs.resolve(config)
+
+
+def test_a_config_from_before_a_field_means_what_it_did(config):
+  tree = config.to_dict()
+  for part, fields in configs._YOUNGER.items():
+    for name, old in fields.items():
+      assert tree[part].pop(name) == old, 'also the default'
+  assert configs.differences(config, configs.from_json(json.dumps(tree))) == []
 
 
 def test_misspelt_field_is_refused():

@@ -87,6 +87,9 @@ def test_the_whole_step_builds(file, model):
   'override',
   [
     {'augment.cutmix': True},
+    {'augment.mixup': True, 'augment.cutout': 16},
+    {'augment.policy': 'randaugment'},
+    {'augment.policy': 'autoaugment'},
     {'loss.name': 'standard'},
     {'loss.name': 'adversarial'},
     {'ema.batch_norm': 'own'},

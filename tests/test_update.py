@@ -5,6 +5,8 @@ BatchNorm by means over each group, swish, TRADES, and gradients by central
 differences along random directions.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -288,21 +290,98 @@ def test_own_statistics_of_the_averaged_parameters(batch, plain):
   assert tree_difference(own.ema_net_state, own.net_state) > 1e-4
 
 
-def test_standard_loss_is_cross_entropy_of_one_pass(batch):
-  setup = Setup(**{'loss.name': 'standard', 'loss.weight_decay': 0.0})
-  after, metrics = setup.run(batch)
-  images, targets, _ = update._augmented(
-    setup.config, 10, 0, jax.tree.map(jnp.asarray, batch)
+@functools.cache
+def inputs_fn(devices=4, **overrides):
+  """`(step, batch) → images, targets` on so many devices, in the order of the slots."""
+  config = make_config(**overrides)
+  mapped = jax.pmap(
+    lambda step, b: update._augmented(config, 10, step, b)[:2],
+    axis_name=parallel.AXIS,
+    in_axes=(None, 0),
+    devices=jax.devices()[:devices],
   )
-  logits = setup.model.apply(
-    setup.state.params, setup.state.net_state, images, batch_stats=True
-  )[0]
+
+  def inputs(step, batch):
+    split = lambda x: np.reshape(x, (devices, len(x) // devices, *x.shape[1:]))
+    found = mapped(step, jax.tree.map(split, batch))
+    join = lambda x: np.asarray(x).reshape(-1, *x.shape[2:])
+    return [join(x)[np.argsort(batch.slots)] for x in found]
+
+  return inputs
+
+
+ALL = {
+  'augment.policy': 'randaugment',
+  'augment.pad': 1,
+  'augment.flip': True,
+  'augment.cutout': 3,
+  'augment.mixup': True,
+  'augment.cutmix_workers': 2,
+}
+
+
+def test_standard_loss_is_cross_entropy_of_one_pass(batch):
+  """With all augmentations, so that the step is seen to train on what they give."""
+  setup = Setup(**{'loss.name': 'standard', 'loss.weight_decay': 0.0, **ALL})
+  _, metrics = setup.run(batch)
+  images, targets = inputs_fn(**ALL)(0, batch)
+  state = setup.state
+  logits = jax.jit(
+    lambda x: setup.model.apply(state.params, state.net_state, x, batch_stats=True)[0]
+  )(images)
   np.testing.assert_allclose(
     metrics['train/loss'], losses.cross_entropy(logits, targets).mean(), rtol=1e-5
   )
   assert 'train/adv_accuracy' not in metrics
 
 
-def test_margin_with_cutmix_is_refused():
+@pytest.mark.parametrize('option', ['cutmix', 'mixup'])
+def test_mixed_targets_are_what_the_attack_moves_away_from(option):
+  logits, targets = jnp.zeros((2, 10)), jnp.eye(10)[:2]
+  reference = lambda **options: update._make_reference(make_config(**options), 10)
+  np.testing.assert_allclose(reference()(logits, targets), 0.1, atol=1e-7)
+  mixing = {f'augment.{option}': True}
+  np.testing.assert_array_equal(reference(**mixing)(logits, targets), targets)
   with pytest.raises(UserError, match='wants hard labels'):
-    Setup(**{'attack.objective': 'margin', 'augment.cutmix': True})
+    reference(**mixing, **{'attack.objective': 'margin'})
+
+
+def test_augmentation_does_not_depend_on_the_layout(batch):
+  images, targets = inputs_fn(**ALL)(5, batch)
+  order = np.random.RandomState(0).permutation(BATCH)
+  moved = inputs_fn(**ALL)(5, update.Batch(*(x[order] for x in batch)))
+  one = inputs_fn(devices=1, **ALL)(5, batch)
+  # The blend of two images may be rounded otherwise in another program.
+  for other in (moved, one):
+    np.testing.assert_allclose(other[0], images, atol=1e-6)
+    np.testing.assert_allclose(other[1], targets, atol=1e-6)
+  assert images.min() >= 0 and images.max() <= 1
+  assert (np.abs(images - batch.images / 255).max((1, 2, 3)) > 0.1).all()
+  assert (np.sort(targets)[:, -2] > 0.01).any()
+
+
+def test_draws_of_old_runs_do_not_move():
+  """Against values of the code before there were policies, Cutout and mixup."""
+  options = {'augment.pad': 2, 'augment.flip': True, 'augment.cutmix_workers': 2}
+  slots = np.arange(8, dtype=np.int32)
+  numbers = np.broadcast_to(
+    np.arange(1, 65, dtype=np.uint8).reshape(1, 8, 8, 1), (8, 8, 8, 1)
+  )
+  batch = update.Batch(numbers, slots, slots < 0, slots)
+  sums = lambda images: np.rint(images * 255).sum((1, 2, 3))
+  images, _ = inputs_fn(seed=3, **options)(5, batch)
+  np.testing.assert_array_equal(
+    sums(images), [1722, 1608, 1848, 1722, 1848, 1813, 1722, 1764]
+  )
+  options['augment.cutmix'] = True
+  images, targets = inputs_fn(seed=3, **options)(5, batch)
+  np.testing.assert_array_equal(
+    sums(images), [2214, 1556, 1500, 1630, 1992, 1609, 1434, 2112]
+  )
+  np.testing.assert_array_equal(targets.argsort(-1)[:, -2], [2, 3, 1, 0, 5, 7, 4, 6])
+  rngs = parallel.key_per_slot(
+    jax.random.fold_in(update._stream(3, 'attack'), 5), slots
+  )
+  np.testing.assert_array_equal(
+    jax.random.key_data(rngs)[:2, 0], np.array([164708462, 3350092283], np.uint32)
+  )

@@ -1,4 +1,11 @@
-"""Augmentation on the device: from uint8 images and labels to what is trained on."""
+"""Augmentation on the device: from uint8 images and labels to what is trained on.
+
+In this order: a policy (`policies`), crop and flip, Cutout, then mixup or CutMix. The
+policy comes first since its operations are those of uint8 images; Cutout last of one
+image's, so that its square is neither cropped nor moved.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +43,35 @@ def augment(images: jax.Array, rngs: jax.Array, *, pad: int, flip: bool) -> jax.
     padded.reshape(batch, -1, channels), flat, axis=1, mode='promise_in_bounds'
   )
   return moved.reshape(images.shape).astype(jnp.float32) / 255
+
+
+def cutout(
+  images: jax.Array, rngs: jax.Array, side: int, fill: tuple[float, ...]
+) -> jax.Array:
+  """Erases a square round a uniform pixel of each image; the image's edge cuts it.
+
+  Source: DeVries & Taylor 2017.
+
+  Args:
+    images: float [B, H, W, C].
+    rngs: keys [B], one an image.
+    side: of the square, in pixels.
+    fill: what a channel is there; the mean, which normalisation makes 0, as published.
+
+  Returns:
+    float [B, H, W, C].
+  """
+  _, height, width, _ = images.shape
+
+  def erase(image, rng):
+    row_rng, column_rng = jax.random.split(rng)
+    box = (
+      _near_a_pixel(row_rng, height, side)[:, None]
+      & _near_a_pixel(column_rng, width, side)[None, :]
+    )
+    return jnp.where(box[:, :, None], jnp.array(fill, image.dtype)[None, None], image)
+
+  return jax.vmap(erase)(images, rngs)
 
 
 def one_hot_targets(
@@ -84,14 +120,13 @@ def cutmix(
   """
   _, height, width, _ = all_images.shape
 
-  def mix(index, images, targets):
-    ratio_rng, row_rng, column_rng, order_rng = jax.random.split(
-      jax.random.fold_in(rng, index), 4
-    )
+  def mix(rng, images, targets):
+    ratio_rng, row_rng, column_rng, order_rng = jax.random.split(rng, 4)
     side = jnp.sqrt(1 - jax.random.uniform(ratio_rng))  # Beta(1, 1) is uniform.
+    length = lambda size: jnp.floor(size * side).astype(int) // 2 * 2
     box = (
-      _in_box(row_rng, height, side)[:, None]
-      & _in_box(column_rng, width, side)[None, :]
+      _near_a_pixel(row_rng, height, length(height))[:, None]
+      & _near_a_pixel(column_rng, width, length(width))[None, :]
     )
     partner = jax.random.permutation(order_rng, len(images))
     mixed = jnp.where(box[None, :, :, None], images[partner], images)
@@ -99,16 +134,54 @@ def cutmix(
     weight = 1 - jnp.mean(box, dtype=targets.dtype)
     return mixed, weight * targets + (1 - weight) * targets[partner]
 
-  split = lambda x: x.reshape(num_workers, -1, *x.shape[1:])
-  images, targets = jax.vmap(mix)(
-    jnp.arange(num_workers), split(all_images), split(all_targets)
-  )
+  return _by_worker(mix, all_images, all_targets, rng, num_workers)
+
+
+def mixup(
+  all_images: jax.Array,
+  all_targets: jax.Array,
+  rng: jax.Array,
+  num_workers: int,
+  alpha: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Averages each image with another one, and the targets with the same weights.
+
+  Source: Zhang et al. 2018, whose code draws one ratio a batch: here, as for `cutmix`,
+  one for each virtual worker, and a permutation that gives each image its partner.
+
+  Args:
+    all_images: [G, H, W, C], the global batch.
+    all_targets: [G, K].
+    rng: key of this batch.
+    num_workers: parts of the batch; must divide G.
+    alpha: the ratio is of Beta(alpha, alpha); above 0.
+
+  Returns:
+    Images [G, H, W, C] and targets [G, K].
+  """
+
+  def mix(rng, images, targets):
+    ratio_rng, order_rng = jax.random.split(rng)
+    ratio = jax.random.beta(ratio_rng, alpha, alpha)
+    partner = jax.random.permutation(order_rng, len(images))
+    blend = lambda x: ratio * x + (1 - ratio) * x[partner]
+    return blend(images), blend(targets)
+
+  return _by_worker(mix, all_images, all_targets, rng, num_workers)
+
+
+def _by_worker(
+  mix: Callable, all_images: jax.Array, all_targets: jax.Array, rng: jax.Array, count
+):
+  """Images and targets after `mix(rng, images, targets)` of each worker's part."""
+  rngs = jax.vmap(lambda worker: jax.random.fold_in(rng, worker))(jnp.arange(count))
+  split = lambda x: x.reshape(count, -1, *x.shape[1:])
+  images, targets = jax.vmap(mix)(rngs, split(all_images), split(all_targets))
   return images.reshape(all_images.shape), targets.reshape(all_targets.shape)
 
 
-def _in_box(rng: jax.Array, size: int, side: jax.Array) -> jax.Array:
-  """Where one side of the box lies, bool [size]; its centre is a uniform pixel."""
-  centre = jax.random.randint(rng, (), 0, size)
-  half = jnp.floor(size * side).astype(int) // 2
+def _near_a_pixel(rng: jax.Array, size: int, length: int | jax.Array) -> jax.Array:
+  """A span of so many positions round a uniform one, cut at the ends, bool [size]."""
+  first = jax.random.randint(rng, (), 0, size) - length // 2
   position = jnp.arange(size)
-  return (position >= centre - half) & (position < centre + half)
+  return (position >= first) & (position < first + length)
