@@ -350,6 +350,17 @@ def experiment_name(config) -> str:
   return '_'.join(filter(None, parts))
 
 
+def without_seed(config):
+  """A copy without the seed, and without the end of the variant that tells it.
+
+  Sweeps and tables name the variants of seeds 'seed-N' and '…_seed-N'.
+  """
+  same = config.copy_and_resolve_references().unlock()
+  same.variant = same.variant.removesuffix(f'seed-{config.seed}').rstrip('_')
+  same.seed = 0
+  return same
+
+
 def to_json(config) -> str:
   """The config as JSON, in a stable order."""
   return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'

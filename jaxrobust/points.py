@@ -76,7 +76,7 @@ class Point(NamedTuple):
 
     Returns:
       'done', 'other' (another config lives in its workdir), 'running', 'interrupted',
-      'preempted', 'failed', 'begun' (some of its programs are done) or 'missing'.
+      'preempted', 'failed', 'unfinished' or 'missing'.
     """
     if not (self.workdir / 'config.json').exists():
       return 'missing', ''
@@ -97,7 +97,7 @@ class Point(NamedTuple):
     is_this = program == unfinished[0] and set(wanted) <= set(flags)
     if is_this and status['state'] != 'done':
       return status['state'], f'{program}: {status["message"]}'.rstrip(': ')
-    return 'begun', f'{unfinished[0]} is missing'
+    return 'unfinished', f'{unfinished[0]} is missing'
 
   def _suite_flag(self, program: str) -> list[str]:
     return [f'--suite={self.suite}'] if self.suite and program == 'evaluate' else []
@@ -106,6 +106,20 @@ class Point(NamedTuple):
 def command_line(command: list[str]) -> str:
   """A command to copy into a shell."""
   return shlex.join(['python', '-m', f'jaxrobust.{command[0]}', *command[1:]])
+
+
+def with_needs(names: set[str], found: list[Point]) -> list[Point]:
+  """The points of these names and what they need, in the order of `found`.
+
+  Args:
+    names: of the points.
+    found: all points; what a point needs stands before it.
+  """
+  wanted = set(names)
+  for point in reversed(found):
+    if point.name in wanted:
+      wanted |= set(point.needs)
+  return [point for point in found if point.name in wanted]
 
 
 def read_tables(file: str = '') -> tuple[dict, dict]:

@@ -1,49 +1,167 @@
-"""Shows the runs of a folder side by side: one table, one figure.
+"""Shows the runs of a folder: side by side, or as the tables of the paper.
 
 Usage:
   python -m jaxrobust.report --workdir=FOLDER_OF_WORKDIRS
+  python -m jaxrobust.report --workdir=FOLDER_OF_WORKDIRS --table=NAME [--status]
+      [--tables=FILE]
 
-Example:
+Examples:
   python -m jaxrobust.report --workdir=runs/quickstart
+  A table of the paper, as far as it is filled; and what would fill the rest:
+    python -m jaxrobust.report --workdir=runs/paper --table=digits-linf
+    python -m jaxrobust.report --workdir=runs/paper --table=digits-linf --status
 
-Prints a table of the evaluations in the folder's workdirs and writes it to report.md:
-a line an experiment, mean ± standard deviation over its seeds. Draws report.png:
-accuracy against step of the adversarially trained runs, and test, adversarial and
-generated images.
+Without --table: prints a table of the evaluations in the folder's workdirs and writes
+it to report.md: a line an experiment, mean ± standard deviation over its seeds. Draws
+report.png: accuracy against step of the adversarially trained runs, and test,
+adversarial and generated images. Then every table that has any run.
+
+  --table=NAME       of experiments/paper.py, or of --tables=FILE: ours beside the
+                     published. Writes report/NAME.md, .csv and .tex (which needs
+                     booktabs); the figure NAME, training curves NAME_training and
+                     images NAME_examples, as .png and .svg.
+  --status           prints for each run of the table whether it is done, running,
+                     interrupted, preempted, failed or missing, and the commands that
+                     would fill the table; writes nothing.
+
+A row is the run whose workdir has its experiment's name. A workdir that holds another
+config is told, and does not count. A run is taken for running if its workdir says so
+and it is on another host, or its process is there.
 """
 
-import io
 import statistics
+import sys
 
-import matplotlib
-import numpy as np
 from etils import epath
 
-from jaxrobust import cli, metrics
+from jaxrobust import cli, figures, points
 from jaxrobust import config as configs
+from jaxrobust import tables as texts
 from jaxrobust import workdir as workdirs
-from jaxrobust.data import datasets, samples
 from jaxrobust.errors import UserError
 
-_SHOWN = 10  # images in a row of the figure
 
-
-def main(config, workdir):
-  """Writes table and figure of the workdirs below `workdir`."""
+def main(config, workdir, table='', tables='', status=''):
+  """Writes tables and figures of the workdirs below `workdir`."""
   if config is not None:
     raise UserError('--config has no use here: a report shows runs as they were made')
-  folder = epath.Path(workdir)
+  if status and not table:
+    raise UserError('--status is of a table: give --table=NAME')
+  folder, known, preparations = epath.Path(workdir), {}, {}
+  if table or tables or epath.Path(points.TABLES).exists():
+    known, preparations = points.read_tables(tables)
+  maker = points.Maker(workdir, preparations)
+  if table:
+    found = points.find_table(table, known)
+    if status:
+      print('\n'.join(status_lines(found, maker)))
+    else:
+      report_table(folder, table, found, texts.read(found, maker))
+    return
   runs = find_runs(folder)
-  if not runs:
+  if runs:
+    report_runs(folder, runs)
+  filled = {
+    name: texts.read(x, maker) for name, x in known.items() if has_run(x, maker)
+  }
+  for name, lines in filled.items():
+    print()
+    report_table(folder, name, known[name], lines)
+  if not runs and not filled:
     raise UserError(
       f'{folder} holds no workdir of a training run: give the folder in '
       'which the workdirs are'
     )
-  text = table(runs)
+
+
+def report_runs(folder: epath.Path, runs):
+  """All classifiers side by side: report.md and report.png."""
+  text = table_of_runs(runs)
   print(text, end='')
   workdirs.write(folder / 'report.md', text)
-  workdirs.write(folder / 'report.png', figure(runs))
+  with figures.style() as plt:
+    overview = figures.draw_overview(plt, figures.groups_by_experiment(runs))
+    workdirs.write(folder / 'report.png', figures.render(overview))
   print(f'figure: {folder / "report.png"}')
+
+
+def report_table(folder: epath.Path, name: str, table, lines: list[texts.Line]):
+  """A table of the paper: its texts, and its figures as far as there are runs."""
+  home = folder / 'report'
+  home.mkdir(parents=True, exist_ok=True)
+  text = texts.markdown(table, lines)
+  print(text, end='')
+  workdirs.write(home / f'{name}.md', text)
+  workdirs.write(home / f'{name}.csv', texts.comma_separated(table, lines))
+  workdirs.write(home / f'{name}.tex', texts.latex(name, table, lines))
+  groups, examples = {}, {}
+  for line in lines:
+    if found := trained(line):
+      groups[line.row.name] = found
+      examples.setdefault(line.row.curve or line.row.name, found)
+  with figures.style() as plt:
+    drawn = {name: figures.draw_table(plt, table, lines)}
+    if groups:
+      drawn[f'{name}_training'] = figures.draw_training(plt, groups)
+      drawn[f'{name}_examples'] = figures.draw_examples(plt, examples)
+    for file, figure in drawn.items():
+      if figure is not None:
+        figures.write(figure, home / file)
+  print(f'files: {home / name}*')
+
+
+def trained(line: texts.Line) -> list[tuple[epath.Path, object]]:
+  """(workdir, config) of a row's runs that have begun to train."""
+  return [
+    (point.workdir, point.config)
+    for point, (state, _) in zip(line.points, line.states, strict=True)
+    if state != 'other' and (point.workdir / 'metrics.jsonl').exists()
+  ]
+
+
+def has_run(table, maker: points.Maker) -> bool:
+  """Whether any row of a table has a workdir."""
+  return any(
+    (point.workdir / 'config.json').exists()
+    for row in table.rows
+    for point in maker.of_row(table, row)
+  )
+
+
+def status_lines(table, maker: points.Maker):
+  """Yields the state of each run of a table, then what would fill it."""
+  needed = maker.of_table(table)
+  rows = [('preparations', [p for p in needed if 'evaluate' not in p.programs])]
+  rows += [(row.name, maker.of_row(table, row)) for row in table.rows]
+  states = {point.name: point.state() for point in needed}
+  for name, found in rows:
+    if found:
+      yield name
+    for point in found:
+      state, message = states[point.name]
+      yield f'  {state:<12} {point.name}{f" ({message})" if message else ""}'
+  yield ''
+  left = {name for name, (state, _) in states.items() if state != 'done'}
+  of_rows = {point.name for _, found in rows[1:] for point in found}
+  for point in points.with_needs(left & of_rows, needed):
+    if point.name not in left:
+      continue
+    yield from remarks(point, *states[point.name])
+    for command, finished in point.commands():
+      if not finished:
+        yield points.command_line(command)
+
+
+def remarks(point: points.Point, state: str, message: str):
+  """Yields, as comments of a shell, what to know before a point is run."""
+  if state == 'running':
+    host = workdirs.read_status(point.workdir)['host']
+    yield f'# running on {host}, do not start it twice:'
+  if state == 'other':
+    yield f'# {point.workdir} holds another config ({message}), move it away first:'
+  source = point.config.get('data', {}).get('samples', '')
+  if source and not point.needs and not epath.Path(source).exists():
+    yield f'# {source} is absent: python -m jaxrobust.data import FILES {source}'
 
 
 def find_runs(folder: epath.Path) -> list[tuple[epath.Path, object]]:
@@ -57,7 +175,7 @@ def find_runs(folder: epath.Path) -> list[tuple[epath.Path, object]]:
   return found
 
 
-def table(runs) -> str:
+def table_of_runs(runs) -> str:
   """Markdown: a line an experiment and protocol, over its seeds; percent.
 
   Runs are seeds of one experiment if their configs differ in nothing else.
@@ -69,10 +187,7 @@ def table(runs) -> str:
       protocol = dict(entry['protocol']) if entry else None
       if protocol:  # What differs from seed to seed.
         protocol |= {'seed': None, 'checkpoint_sha256': None}
-      same = configs.from_json(configs.to_json(config)).unlock()
-      if same.variant == f'seed-{config.seed}':  # Sweeps tell their workdirs apart.
-        same.variant = ''
-      same.seed = None
+      same = configs.without_seed(config)
       key = (configs.to_json(same), str(protocol))
       _, entries = rows.setdefault(
         key, ((configs.experiment_name(same), data, protocol), {})
@@ -102,101 +217,6 @@ def _percent(entries, field: str) -> str:
   return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
 
 
-def figure(runs) -> bytes:
-  """A PNG: accuracies against step, then rows of images."""
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
-
-  robust = [(f, c) for f, c in runs if c.loss.name != 'standard']
-  by_name = {}
-  for folder, config in robust:
-    by_name.setdefault(configs.experiment_name(config), (folder, config))
-  rows = image_rows(by_name)
-  fig = plt.figure(figsize=(11, 4.2 + 1.05 * len(rows)), layout='constrained')
-  curves, images = fig.subfigures(2, 1, height_ratios=(4.2, max(1.05 * len(rows), 0.1)))
-  clean_axis, robust_axis = curves.subplots(1, 2, sharex=True)
-  names = list(by_name)
-  for folder, config in robust:
-    name = configs.experiment_name(config)
-    label = name if folder == by_name[name][0] else None  # Once for all its seeds.
-    _draw_curves(clean_axis, robust_axis, folder, f'C{names.index(name)}', label)
-  for axis, title in ((clean_axis, 'clean accuracy'), (robust_axis, 'robust accuracy')):
-    axis.set(title=f'{title}, averaged parameters', xlabel='step')
-    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
-    axis.grid(alpha=0.3)
-  if robust_axis.lines:
-    robust_axis.legend(fontsize=8)
-  if rows:
-    grid = images.subplots(len(rows), _SHOWN, squeeze=False)
-    for axes, (title, row) in zip(grid, rows, strict=True):
-      for axis, image in zip(axes, row, strict=True):
-        axis.imshow(image, cmap='gray', vmin=0, vmax=1, interpolation='nearest')
-        axis.set(xticks=[], yticks=[])
-      axes[0].set_ylabel(title, rotation=0, ha='right', va='center', fontsize=8)
-  buffer = io.BytesIO()
-  fig.savefig(buffer, format='png', dpi=110)
-  plt.close(fig)
-  return buffer.getvalue()
-
-
-def _draw_curves(clean_axis, robust_axis, folder: epath.Path, color: str, name):
-  """Validation accuracy of a run, and the accuracy on its training batches, dotted."""
-  lines = metrics.read(folder)
-  attack = next(
-    (
-      k
-      for line in lines
-      for k in line
-      if k.startswith('eval_ema/') and 'clean' not in k
-    ),
-    None,
-  )
-  for axis, validation, training in (
-    (clean_axis, 'eval_ema/clean_accuracy', 'train/clean_accuracy'),
-    (robust_axis, attack, 'train/adv_accuracy'),
-  ):
-    for key, style, what in (
-      (validation, '-', 'validation'),
-      (training, ':', 'training batches'),
-    ):
-      label = f'{name}: {what}' if name else None
-      points = [(x['step'], x[key]) for x in lines if x.get(key) is not None]
-      if points:
-        axis.plot(*zip(*points, strict=True), style, color=color, label=label)
-
-
-def image_rows(runs) -> list[tuple[str, np.ndarray]]:
-  """(title, images [_SHOWN, H, W, C] in [0, 1]) of what the runs saw and met.
-
-  Args:
-    runs: experiment name → (workdir, config) of one of its runs.
-  """
-  rows = []
-  for name, (folder, _) in runs.items():
-    path = folder / 'figures' / 'examples.npz'
-    if path.exists():
-      with np.load(io.BytesIO(path.read_bytes())) as file:
-        if not rows:
-          rows.append(('test images', file['images'][:_SHOWN] / 255))
-        rows.append((f'adversarial for\n{name}', file['adversarial'][:_SHOWN]))
-  sources = {c.data.samples for _, c in runs.values() if c.data.samples}
-  for source in sorted(sources):
-    if epath.Path(source).exists():
-      sample_set = samples.SampleSet.open(source)
-      rows.append(
-        (
-          f'generated\n{epath.Path(source).parent.name}',
-          sample_set.gather(np.arange(min(_SHOWN, len(sample_set)))) / 255,
-        )
-      )
-  config = next((c.dataset for _, c in runs.values()), None)
-  if config is not None and config.name == 'digits':
-    real = datasets.load(
-      'digits', 'train', train_images=_SHOWN, validation_images=config.validation_images
-    )
-    rows.insert(0, ('real, training', real.images / 255))
-  return [(title, row) for title, row in rows if len(row) == _SHOWN]
-
-
 if __name__ == '__main__':
-  cli.run(main)
+  sys.argv[1:] = ['--status=yes' if x == '--status' else x for x in sys.argv[1:]]
+  cli.run(main, extra_flags=('table', 'tables', 'status'))

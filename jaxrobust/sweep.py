@@ -47,7 +47,14 @@ from etils import epath
 from jaxrobust import cli
 from jaxrobust import config as configs
 from jaxrobust.errors import UserError
-from jaxrobust.points import Maker, Point, command_line, find_table, read_tables
+from jaxrobust.points import (
+  Maker,
+  Point,
+  command_line,
+  find_table,
+  read_tables,
+  with_needs,
+)
 
 _OF_PROCESSES = ('--coordinator=', '--num_processes=', '--process_id=')
 
@@ -129,20 +136,15 @@ def select(found: list[Point], only: str = '', shard: str = '') -> list[Point]:
     needed = {name for p in found for name in p.needs}
     chosen = [p for p in chosen if p.name not in needed]
     chosen = chosen[int(parts[1]) :: int(parts[2])]
-  wanted = {p.name for p in chosen}
-  for point in reversed(found):
-    if point.name in wanted:
-      wanted |= set(point.needs)
+  wanted = with_needs({p.name for p in chosen}, found)
   if shard:
-    missing = [
-      p.name for p in found if p.name in wanted & needed and not p.is_finished()
-    ]
+    missing = [p.name for p in wanted if p.name in needed and not p.is_finished()]
     if missing:
       raise UserError(
         f'--shard={shard} needs what is not finished: run it once, '
         f"with --only='{'|'.join(missing)}'"
       )
-  return [p for p in found if p.name in wanted]
+  return wanted
 
 
 def run(chosen: list[Point]):

@@ -90,9 +90,9 @@ def test_done_is_what_left_its_result(found):
   run = found[2]
   assert run.state() == ('missing', '')
   claim(run)
-  assert run.state() == ('begun', 'train is missing')
+  assert run.state() == ('unfinished', 'train is missing')
   finish(run, 'autoattack')
-  assert run.state() == ('begun', 'evaluate is missing')
+  assert run.state() == ('unfinished', 'evaluate is missing')
   finish(run, 'pgd-40-mine')
   assert not run.is_finished()
   finish(run, 'pgd-40')
@@ -108,7 +108,7 @@ def test_a_run_of_another_config_is_not_the_rows(found):
   other = found[4].config.copy_and_resolve_references().unlock()
   other.data.samples = 'elsewhere/set/samples'  # The same set by another path.
   workdir.claim(str(found[4].workdir), other.lock())
-  assert found[4].state()[0] == 'begun'
+  assert found[4].state()[0] == 'unfinished'
   other = found[5].config.copy_and_resolve_references().unlock()
   other.loss.beta = 5.0
   workdir.claim(str(found[5].workdir), other.lock())
@@ -143,9 +143,9 @@ def test_states_of_programs(found):
   assert status(run, 'preempted', train)[0] == 'preempted'
   finish(run)
   # Now the evaluation is missing, so what became of the training is of no interest.
-  assert status(run, 'failed', train) == ('begun', 'evaluate is missing')
+  assert status(run, 'failed', train) == ('unfinished', 'evaluate is missing')
   other = ['evaluate', *run.flags, '--suite=autoattack']
-  assert status(run, 'failed', other) == ('begun', 'evaluate is missing')
+  assert status(run, 'failed', other) == ('unfinished', 'evaluate is missing')
   this = run.commands()[1][0]
   assert status(run, 'failed', this, 'bad') == ('failed', 'evaluate: bad')
 

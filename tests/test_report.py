@@ -1,11 +1,21 @@
-"""The table: seeds of one experiment together, everything else apart."""
+"""Reports: seeds together, ours beside the published, and what is not there."""
 
+import csv
+import io
+import json
+import os
+import platform
+
+import numpy as np
 import pytest
 from etils import epath
 
-from experiments import digits
-from jaxrobust import report, workdir
+from experiments import digits, paper
+from experiments.base_table import Row, Table
+from jaxrobust import figures, points, report, tables, workdir
 from jaxrobust.errors import UserError
+
+DIGITS = 'experiments/digits.py'
 
 
 def add_run(folder, name, accuracies, checkpoint='a', **overrides):
@@ -39,7 +49,7 @@ def folder(tmp_path):
 
 
 def test_rows(folder):
-  lines = report.table(report.find_runs(folder)).splitlines()[2:]
+  lines = report.table_of_runs(report.find_runs(folder)).splitlines()[2:]
   ours = '| digits_linf_wrn-10-1_real | real |'
   tail = '| pgd-40, linf 0.2 | 797 test |'
   # 55 ± sqrt(2 * 5^2 / 1): the sample standard deviation of 60 and 50 is 7.07.
@@ -52,9 +62,209 @@ def test_rows(folder):
 
 
 def test_a_figure_of_runs_that_have_not_trained_yet(folder):
-  assert report.figure(report.find_runs(folder)).startswith(b'\x89PNG')
+  with figures.style() as plt:
+    groups = figures.groups_by_experiment(report.find_runs(folder))
+    drawn = figures.draw_overview(plt, groups)
+    assert figures.render(drawn).startswith(b'\x89PNG')
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
   with pytest.raises(UserError, match='holds no workdir'):
     report.main(None, str(tmp_path))
+
+
+def variants(*names):
+  return [Row(name, DIGITS, {'variant': name}) for name in names]
+
+
+TABLE = Table(
+  'Digits & friends',
+  'accuracies',
+  [
+    Row('published only', published={'clean': 80.0, 'robust': 50.0}),
+    Row(
+      'done', DIGITS, published={'clean': 91.0, 'robust': 55.5}, uncertain='50 % sure'
+    ),
+    *variants('partly', 'running', 'failed', 'interrupted', 'other', 'missing'),
+  ],
+  'pgd-40',
+  seeds=(0, 1),
+  note='What the paper says.',
+)
+
+
+@pytest.fixture
+def maker(tmp_path):
+  """Of a folder with runs in every state."""
+  made = points.Maker(str(tmp_path), paper.PREPARATIONS)
+  runs = {row.name: made.of_row(TABLE, row) for row in TABLE.rows}
+
+  def result(point, robust, suite='pgd-40', warnings=()):
+    folder = workdir.claim(str(point.workdir), point.config)
+    (folder / 'checkpoint.npy').touch()
+    protocol = {'suite': suite, 'split': 'test', 'num_images': 797}
+    figures = {'clean_accuracy': 0.9, 'robust_accuracy': robust}
+    workdir.add_result(folder, protocol, figures | {'warnings': list(warnings)})
+
+  def status(point, state, **changes):
+    folder = workdir.claim(str(point.workdir), point.config)
+    said = {'state': state, 'message': 'no data', 'command': ['train', *point.flags]}
+    said |= {'host': platform.node(), 'pid': os.getpid()} | changes
+    (folder / 'status.json').write_text(json.dumps(said))
+
+  result(runs['done'][0], 0.1, suite='autoattack')
+  result(runs['done'][0], 0.6)
+  result(runs['done'][1], 0.5, warnings=['gradients vanish'])
+  result(runs['partly'][1], 0.25)
+  for point in runs['running']:
+    status(point, 'running')
+  status(runs['failed'][0], 'failed')
+  status(runs['interrupted'][0], 'running', pid=2**22 + 1)  # No process has it.
+  status(runs['interrupted'][1], 'preempted')
+  config = runs['other'][0].config.copy_and_resolve_references().unlock()
+  config.loss.beta = 1.0
+  other = runs['other'][0]._replace(config=config)
+  result(other, 0.99)
+  return made
+
+
+# 55 ± 7.07 as above; 55 - 55.5 = -0.5 and 90 - 91 = -1.
+CELLS = {
+  'published only': ['80.00', '–', '–', '50.00', '–', '–', '–'],
+  'done [1] [2]': [
+    *('91.00', '90.00 ± 0.00', '−1.00'),
+    *('55.50', '55.00 ± 7.07', '−0.50', '2'),
+  ],
+  'partly': ['–', '90.00', '–', '–', '25.00', '–', '1 of 2: 1 missing'],
+  'running': [*['–', 'running', '–'] * 2, '0 of 2: 2 running'],
+  'failed': [*['–', 'failed, missing', '–'] * 2, '0 of 2: 1 failed, 1 missing'],
+  'interrupted': [
+    *['–', 'interrupted, preempted', '–'] * 2,
+    '0 of 2: 1 interrupted, 1 preempted',
+  ],
+  'other': [
+    *['–', 'another config, missing', '–'] * 2,
+    '0 of 2: 1 another config, 1 missing',
+  ],
+  'missing': [*['–', 'missing', '–'] * 2, '0 of 2: 2 missing'],
+}
+
+
+def test_each_cell(maker):
+  lines = tables.read(TABLE, maker)
+  (header, *rows), notes = tables.grid(TABLE, lines)
+  assert header == [
+    'row',
+    *('clean, published', 'ours', 'difference'),
+    *('robust, published', 'ours', 'difference', 'seeds'),
+  ]
+  assert {name: cells for name, *cells in rows} == CELLS
+  assert notes == ['50 % sure', 'gradients vanish']
+
+
+def test_without_published_figures_there_is_one_column():
+  table = TABLE._replace(rows=variants('missing'))
+  lines = tables.read(table, points.Maker('/nowhere', {}))
+  assert tables.grid(table, lines)[0] == [
+    ['row', 'clean', 'robust', 'seeds'],
+    ['missing', 'missing', 'missing', '0 of 2: 2 missing'],
+  ]
+
+
+def test_numbers_for_programs(maker):
+  text = tables.comma_separated(TABLE, tables.read(TABLE, maker))
+  rows = {row['row']: row for row in csv.DictReader(io.StringIO(text))}
+  assert float(rows['done']['robust_mean']) == pytest.approx(55)
+  assert float(rows['done']['robust_deviation']) == pytest.approx(50**0.5)
+  assert float(rows['done']['robust_difference']) == pytest.approx(-0.5)
+  assert (rows['done']['seeds_done'], rows['done']['states']) == ('2', 'done done')
+  assert rows['partly']['robust_deviation'] == ''
+  assert rows['missing']['robust_mean'] == rows['missing']['robust_published'] == ''
+  assert rows['failed']['states'] == 'failed missing'
+
+
+def test_latex_escapes_what_it_must(maker):
+  text = tables.latex('digits', TABLE, tables.read(TABLE, maker))
+  assert '\\caption{Digits \\& friends. ' in text
+  assert 'done [1] [2] & 91.00 & 90.00 $\\pm$ 0.00 & $-$1.00 &' in text
+  assert '  \\par [1] 50 \\% sure' in text
+  assert text.count('{') == text.count('}')
+  body = [x for x in text.splitlines() if x.endswith('\\\\')]
+  assert len(body) == 1 + len(TABLE.rows)
+  assert {x.replace('\\&', '').count('&') for x in body} == {7}
+
+
+def test_status_tells_what_to_do(maker, tmp_path):
+  rows = [*TABLE.rows, Row('set', DIGITS + ':absent-set')]
+  rows += [Row('made', DIGITS, {'data.samples': '{workdir}/digits_ddpm/samples'})]
+  text = list(report.status_lines(TABLE._replace(rows=rows), maker))
+  folder = f'{tmp_path}/digits_linf_wrn-10-1_real'
+  assert (
+    '  failed       digits_linf_wrn-10-1_real_failed_seed-0 (train: no data)' in text
+  )
+  assert '  missing      digits_ddpm' in text
+  empty = text.index('')
+  states = [line.split()[0] for line in text[1:empty] if line.startswith('  ')]
+  assert states.count('done') == 3  # Two of `done` and one of `partly`.
+  todo = text[empty + 1 :]
+  assert not any('real_seed-' in line for line in todo)
+  assert (
+    todo[0].startswith('python -m jaxrobust.train') and 'digits_labeller' in todo[0]
+  )
+  place = next(i for i, x in enumerate(todo) if f'{folder}_running_seed-0 ' in x)
+  assert todo[place - 1] == f'# running on {platform.node()}, do not start it twice:'
+  other = next(x for x in todo if 'another config' in x)
+  assert other == (
+    f'# {folder}_other_seed-0 holds another config (loss.beta: 1.0 → 6.0), move it '
+    'away first:'
+  )
+  absent = [x for x in todo if 'is absent' in x]
+  assert absent == 2 * [
+    '# data/digits_absent-set is absent: python -m jaxrobust.data import FILES '
+    'data/digits_absent-set'
+  ]
+  commands = [x for x in todo if not x.startswith('#')]
+  assert len(set(commands)) == len(commands)
+
+
+def test_files_of_a_table(maker, tmp_path, capsys, monkeypatch):
+  """Curves and bars are drawn from what there is; the figures were looked at."""
+  file = tmp_path / 'mine.py'
+  rows = [r._replace(curve='Set', fraction=i / 8) for i, r in enumerate(TABLE.rows)]
+  rows[-1] = rows[-1]._replace(curve='', fraction=1.0)
+  monkeypatch.setattr(
+    points,
+    'read_tables',
+    lambda file: (
+      {'bars': TABLE, 'curves': TABLE._replace(kind='fractions', rows=rows)},
+      {},
+    ),
+  )
+  done = maker.of_row(TABLE, TABLE.rows[1])[0].workdir
+  (done / 'metrics.jsonl').write_text(
+    '{"step": 10, "eval_ema/pgd40_accuracy": 0.5, "train/adv_accuracy": 0.6}\n'
+  )
+  (done / 'figures').mkdir()
+  images = np.zeros((10, 8, 8, 1))
+  np.savez(done / 'figures' / 'examples.npz', images=images, adversarial=images)
+  report.main(None, str(tmp_path), table='curves', tables=str(file))
+  made = {x.name for x in (tmp_path / 'report').iterdir()}
+  assert made == {'curves.md', 'curves.csv', 'curves.tex'} | {
+    f'curves{part}.{kind}'
+    for part in ('', '_training', '_examples')
+    for kind in ('png', 'svg')
+  }
+  text = (tmp_path / 'report' / 'curves.md').read_text()
+  assert text in capsys.readouterr().out
+  assert '1. 50 % sure\n2. gradients vanish\n' in text
+  with figures.style() as plt:
+    drawn = [
+      figures.render(figures.draw_table(plt, TABLE, tables.read(TABLE, maker)), 'svg')
+      for _ in range(2)
+    ]
+  assert drawn[0] == drawn[1]  # A report of the same runs is the same file.
+
+
+def test_a_status_is_of_a_table(tmp_path):
+  with pytest.raises(UserError, match='give --table=NAME'):
+    report.main(None, str(tmp_path), status='yes')
