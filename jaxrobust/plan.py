@@ -4,6 +4,7 @@ Usage:
   python -m jaxrobust.plan --topology=SLICE --config=experiments/FILE.py[:ARG] \
       [--what=train|evaluate|sample] [--suggest] [--sweep] [--utilization=0.4]
       [--config.a.b=VALUE …]
+  python -m jaxrobust.plan --topology=SLICE --table=NAME [--tables=FILE]
 
 Examples:
   The paper's WRN-28-10 on 16 chips (32 cores) of TPU v3, as published:
@@ -17,6 +18,8 @@ Examples:
   The diffusion generator, its training and its sampling:
     python -m jaxrobust.plan --topology=v4:2x2x1 --config=experiments/cifar10_ddpm.py
     … --what=sample
+  What the paper's table of CIFAR-10 costs, by operations alone:
+    python -m jaxrobust.plan --topology=v4:2x2x4 --table=cifar10-linf
 
   --topology=SLICE   generation:chips, such as v2:2x2, v3:4x4, v4:2x2x4, v5e:2x4,
                      v5p:2x2x2, v6e:4x4.
@@ -26,6 +29,8 @@ Examples:
   --suggest          compiles alternatives if it does not fit: rematerialisation,
                      accumulation, bfloat16, a smaller batch.
   --sweep            adds the total over the experiment's sweep().
+  --table=NAME       the total over the classifiers of a table of experiments/paper.py,
+                     or of --tables=FILE; compiles nothing.
   --utilization=U    share of the chip's peak that the estimate of time supposes.
 
 No TPU is needed or used: the compiler comes with libtpu (pip install
@@ -54,17 +59,19 @@ import jax
 from absl import logging
 from etils import epath
 
-from jaxrobust import cli, costs, parallel, programs
+from jaxrobust import cli, costs, parallel, points, programs
 from jaxrobust import config as configs
 from jaxrobust.errors import UserError
 
 _GIB = 2**30
 
 
-def main(config, workdir, topology, what, suggest, sweep, utilization):
+def main(
+  config, workdir, topology, what, suggest, sweep, utilization, table='', tables=''
+):
   """Prints the plan."""
   del workdir
-  if config is None:
+  if config is None and not table:
     raise UserError(
       '--config is missing: give an experiment, such as '
       '--config=experiments/cifar10_linf.py'
@@ -81,6 +88,9 @@ def main(config, workdir, topology, what, suggest, sweep, utilization):
   chip = costs.CHIPS[generation]
   devices = parallel.topology_devices(topology)
   chips = len(devices) // chip.devices
+  if table:
+    print_total(f'table {table}', _points_of_table(table, tables), devices, chip, share)
+    return
   program = programs.of(config, what, len(devices))
   operations = operations_of(program, len(devices))
   result = compile_for(devices, topology, program)
@@ -95,16 +105,22 @@ def main(config, workdir, topology, what, suggest, sweep, utilization):
     for line in alternatives(config, what, devices, topology):
       print(line)
   if sweep:
-    total, known = 0.0, {}
-    for name, point in _points(config):
-      kind = _kind(point)
-      if kind not in known:
-        other = programs.of(point, 'train', len(devices))
-        cost = operations_of(other, len(devices))
-        known[kind] = hours(cost, other, chip, share) * chips
-      total += known[kind]
-      print(f'  {name}: {known[kind]:,.4g} chip-hours')
-    print(f'sweep       {total:,.4g} chip-hours of training')
+    print_total('sweep      ', _points_of_sweep(config), devices, chip, share)
+
+
+def print_total(what: str, found: list, devices: list, chip: costs.Chip, share: float):
+  """Prints the chip-hours of training each of (name, config), and their sum."""
+  total, known = 0.0, {}
+  chips = len(devices) // chip.devices
+  for name, config in found:
+    kind = _kind(config)
+    if kind not in known:
+      program = programs.of(config, 'train', len(devices))
+      cost = operations_of(program, len(devices))
+      known[kind] = hours(cost, program, chip, share) * chips
+    total += known[kind]
+    print(f'  {name}: {known[kind]:,.4g} chip-hours')
+  print(f'{what} {total:,.4g} chip-hours of training')
 
 
 def operations_of(program: programs.Program, num_devices: int) -> float:
@@ -280,7 +296,14 @@ def changes(config, what: str, num_devices: int) -> list[list[dict]]:
   return [[remat], parts, [half, half | remat], smaller]
 
 
-def _points(config):
+def _points_of_table(table: str, file: str) -> list:
+  """Names and configs of the classifiers of a table, labellers included."""
+  tables, preparations = points.read_tables(file)
+  found = points.Maker('runs', preparations).of_table(points.find_table(table, tables))
+  return [(p.name, p.config) for p in found if 'train' in p.programs]
+
+
+def _points_of_sweep(config) -> list:
   """Names and configs of the experiment's sweep()."""
   given = [x for x in sys.orig_argv if x.startswith('--config=')]
   if not given:
@@ -315,6 +338,9 @@ if __name__ == '__main__':
   ]
   cli.run(
     main,
-    extra_flags=('topology', 'what', 'suggest', 'sweep', 'utilization'),
+    extra_flags=(
+      *('topology', 'what', 'suggest', 'sweep', 'utilization'),
+      *('table', 'tables'),
+    ),
     needs_workdir=False,
   )

@@ -269,6 +269,26 @@ def test_refuses_in_one_line(flags, words):
   assert '\n' not in str(e.value)
 
 
+def test_the_total_of_a_table(capsys, monkeypatch):
+  """Every classifier counts once, runs of one kind are counted once."""
+  monkeypatch.setattr(plan, 'operations_of', lambda program, n: 4e12)
+  traced = []
+  of = programs.of
+  monkeypatch.setattr(programs, 'of', lambda *a: traced.append(a) or of(*a))
+  found = plan._points_of_table('digits-linf', '')
+  plan.print_total('table', found, [None] * 2, costs.CHIPS['v4'], 0.5)
+  *lines, total = capsys.readouterr().out.splitlines()
+  assert [x.split(':')[0].strip() for x in lines] == ['digits_labeller'] + [
+    f'digits_linf_wrn-10-1_{data}_seed-{seed}'
+    for data in ('real', 'gaussian', 'ddpm')
+    for seed in range(3)
+  ]
+  assert len(traced) == 2
+  # 9 runs of 1,000 steps and one of 400, in two chips at half of 275 TFLOP/s.
+  hours = (9 * 1_000 + 400) * 4e12 / (275e12 / 2) / 3600 * 2
+  assert total == f'table {hours:,.4g} chip-hours of training'
+
+
 def test_libtpu_is_optional_and_its_absence_told(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match=r"pip install 'jaxrobust\[plan\]'"):
