@@ -166,7 +166,8 @@ class Maker:
     if row.analysis:
       return [self._make(row.analysis, ('analyze',), row.config, row.overrides)]
     points, overrides = [], dict(row.overrides)
-    variant = overrides.pop('variant', '')
+    # Experiments that share a network and data tell their runs apart by it, too.
+    variant = overrides.pop('variant', self._config(row.config).variant)
     for seed in table.seeds:
       own = {'seed': seed, 'variant': f'{variant}_seed-{seed}'.lstrip('_')}
       point = self._make('', ('train', 'evaluate'), row.config, overrides | own)
@@ -196,9 +197,7 @@ class Maker:
         values[field] = value.replace('{workdir}', self._workdir.rstrip('/'))
     if unknown := [n for n in needs if n not in self._preparations]:
       raise UserError(f'{path}: no preparation is named {unknown[0]}')
-    if path not in self._configs:
-      self._configs[path] = configs.load(path)
-    config = self._configs[path].copy_and_resolve_references().lock()
+    config = self._config(path).copy_and_resolve_references().lock()
     flags = [f'--config.{field}={value}' for field, value in values.items()]
     try:
       config.update_from_flattened_dict(values)
@@ -208,3 +207,9 @@ class Maker:
     folder = epath.Path(self._workdir) / name
     flags = [f'--workdir={folder}', f'--config={path}', *self._common, *flags]
     return Point(name, config, folder, flags, programs, needs=tuple(needs))
+
+  def _config(self, path: str):
+    """The config of an experiment, without overrides."""
+    if path not in self._configs:
+      self._configs[path] = configs.load(path)
+    return self._configs[path]

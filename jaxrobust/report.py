@@ -159,8 +159,9 @@ def remarks(point: points.Point, state: str, message: str):
     yield f'# running on {host}, do not start it twice:'
   if state == 'other':
     yield f'# {point.workdir} holds another config ({message}), move it away first:'
-  source = point.config.get('data', {}).get('samples', '')
-  if source and not point.needs and not epath.Path(source).exists():
+  source = point.config.get('data', {}).get('samples') or point.config.get('samples')
+  made = any(f'/{name}/' in str(source) for name in point.needs)
+  if isinstance(source, str) and not made and not epath.Path(source).exists():
     yield f'# {source} is absent: python -m jaxrobust.data import FILES {source}'
 
 

@@ -223,6 +223,20 @@ def test_rows_that_share_a_workdir_must_be_one_run(tmp_path):
     make(TABLE._replace(rows=rows))
 
 
+def test_an_experiments_own_variant_stays(tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text(
+    'from experiments import digits\n'
+    'def get_config():\n'
+    '  c = digits.get_config().unlock()\n'
+    "  c.variant = 'mine'\n"
+    '  return c\n'
+  )
+  table = TABLE._replace(rows=[Row('a', str(file))], seeds=(3,))
+  (point,) = points.Maker(str(tmp_path), {}).of_table(table)
+  assert point.name == 'digits_linf_wrn-10-1_real_mine_seed-3'
+
+
 def test_tables_are_read_from_a_file(tmp_path):
   file = tmp_path / 'mine.py'
   file.write_text('TABLES = {"a": 1}\n')
