@@ -7,10 +7,8 @@ the number of steps with it.
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
-import pathlib
 
 from ml_collections import config_dict
 
@@ -265,22 +263,6 @@ def _check_augment(config):
     )
 
 
-def load_file(file: str):
-  """The module in a Python file; UserError if there is no such file."""
-  if not os.path.exists(file):
-    raise UserError(f'{file}: no such file; run from the repository, or give its path')
-  spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-def load(experiment: str):
-  """The locked config of an experiment, written `FILE.py` or `FILE.py:ARG`."""
-  file, *arg = experiment.split(':', 1)
-  return load_file(file).get_config(*arg).lock()
-
-
 def _check_loss(loss):
   """Refuses parts of losses that do not go together."""
   if loss.divergence != 'kl' and loss.name != 'trades':
@@ -293,46 +275,6 @@ def _check_loss(loss):
       f'config.loss.awp_gamma = {loss.awp_gamma} with loss lbgat, of which one network '
       'should not be perturbed: use 0, or another loss'
     )
-
-
-def sweep_points(config, file: str) -> list[tuple]:
-  """The points that the sweep() of an experiment's file yields.
-
-  Args:
-    config: the experiment's, with the overrides common to all points.
-    file: the experiment's file.
-
-  Returns:
-    Of each its name, its overrides and its config.
-
-  Raises:
-    UserError: without a sweep(), for an override that is no field or has another type,
-      or if two points have the same experiment's name.
-  """
-  experiment = load_file(file)
-  if not hasattr(experiment, 'sweep'):
-    raise UserError(
-      f'{file} defines no sweep(): yield pairs of a name and overrides from it, such '
-      "as ('seed-1', {'seed': 1, 'variant': 'seed-1'})"
-    )
-  points, names = [], {}
-  for name, overrides in experiment.sweep():
-    point = config.copy_and_resolve_references().lock()
-    try:
-      point.update_from_flattened_dict(overrides)
-    except (KeyError, TypeError, ValueError) as e:
-      raise UserError(
-        f'{file}, sweep(), {name}: {e}; experiments/base.py has every field'
-      ) from e
-    folder = experiment_name(point)
-    if folder in names:
-      raise UserError(
-        f'{file}, sweep(): {names[folder]} and {name} are both named {folder}; tell '
-        'them apart by the field variant'
-      )
-    names[folder] = name
-    points.append((name, overrides, point))
-  return points
 
 
 def experiment_name(config) -> str:

@@ -59,7 +59,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from jaxrobust import cli, costs, parallel, points, programs
+from jaxrobust import cli, costs, experiment, parallel, points, programs
 from jaxrobust import config as configs
 from jaxrobust.errors import UserError
 
@@ -309,7 +309,7 @@ def _points_of_sweep(config) -> list:
   if not given:
     raise UserError('--sweep needs --config= of an experiment that has a sweep()')
   file = given[-1].removeprefix('--config=').split(':')[0]
-  return [(name, point) for name, _, point in configs.sweep_points(config, file)]
+  return [(name, point) for name, _, point in experiment.sweep_points(config, file)]
 
 
 def _kind(config) -> str:

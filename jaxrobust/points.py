@@ -6,6 +6,7 @@ from typing import NamedTuple
 from etils import epath
 
 from jaxrobust import config as configs
+from jaxrobust import experiment
 from jaxrobust import workdir as workdirs
 from jaxrobust.errors import UserError
 
@@ -129,7 +130,7 @@ def read_tables(file: str = '') -> tuple[dict, dict]:
     UserError: if there is no such file, or it defines no tables.
   """
   file = file or TABLES
-  module = configs.load_file(file)
+  module = experiment.load_file(file)
   if not hasattr(module, 'TABLES'):
     raise UserError(f'{file} defines no TABLES: experiments/paper.py shows how')
   return module.TABLES, getattr(module, 'PREPARATIONS', {})
@@ -211,5 +212,5 @@ class Maker:
   def _config(self, path: str):
     """The config of an experiment, without overrides."""
     if path not in self._configs:
-      self._configs[path] = configs.load(path)
+      self._configs[path] = experiment.load(path)
     return self._configs[path]

@@ -44,7 +44,7 @@ import sys
 from absl import logging
 from etils import epath
 
-from jaxrobust import cli
+from jaxrobust import cli, experiment
 from jaxrobust import config as configs
 from jaxrobust.errors import UserError
 from jaxrobust.points import (
@@ -102,7 +102,7 @@ def points(config, path: str, workdir: str, common: list[str] = ()) -> list[Poin
       or if two points have the same experiment's name.
   """
   found = []
-  for name, overrides, point in configs.sweep_points(config, path.split(':')[0]):
+  for name, overrides, point in experiment.sweep_points(config, path.split(':')[0]):
     folder = configs.experiment_name(point)
     home = epath.Path(workdir) / folder
     own = [f'--config.{field}={value}' for field, value in overrides.items()]
