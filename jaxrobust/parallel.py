@@ -80,6 +80,14 @@ def kind_of_device() -> str:
   return jax.devices()[0].device_kind
 
 
+def require_one_process(program: str):
+  """Raises UserError if the run has several processes."""
+  if jax.process_count() > 1:
+    raise UserError(
+      f'{program} runs in one process: start it once, without --coordinator'
+    )
+
+
 def require_agreement(step: int):
   """Raises UserError if the processes would start from different steps.
 

@@ -28,8 +28,14 @@ class Mixup:
 
   def __init__(self, images: np.ndarray, alpha: float):
     self.images, self.alpha = images, alpha
-    self._mapped = parallel.pmap(_mix)
+    self._mapped = parallel.pmap(_mix, local=True)
     self._replicated = parallel.replicate((images, np.float32(alpha)))
+
+  @staticmethod
+  def conditional(settings) -> bool:
+    """Whether samples are drawn for classes, by these settings."""
+    del settings
+    return False
 
   @staticmethod
   def check(settings, info: datasets.DatasetInfo):
