@@ -188,13 +188,10 @@ def analyze(config, folder: epath.Path, sample_set, protocol: dict) -> dict:
   network, features = find_features(config, folder, compared, parts)
   figures, confidences = judge(config, judged, protocol, parts)
   more, neighbours = compare(config, features)
-  own = sample_set.metadata['labeller']
   entry = {
     'network': network,
     'num_features': features['train'].shape[1],
-    # Then it agrees with all labels, and that says nothing.
-    'labelled_by_labeller': isinstance(own, dict)
-    and own.get('checkpoint_sha256') == protocol['labeller_sha256'],
+    **said_of_labels(sample_set.metadata, protocol),
     **figures,
     **more,
   }
@@ -209,6 +206,21 @@ def analyze(config, folder: epath.Path, sample_set, protocol: dict) -> dict:
   logging.info('wrote %s', folder / 'results.json')
   (folder / 'parts').rmtree()
   return entry
+
+
+def said_of_labels(metadata: dict, protocol: dict) -> dict:
+  """What a sample set's metadata say of its labels, as far as they do."""
+  labeller, selection = (
+    said if isinstance(said, dict) else {}
+    for said in (metadata['labeller'], metadata['selection'])
+  )
+  return {
+    # Then it agrees with all labels, and that says nothing.
+    'labelled_by_labeller': labeller.get('checkpoint_sha256')
+    == protocol['labeller_sha256'],
+    # With the classes that samples were drawn for; null where for none, or not known.
+    'agreement_with_condition': selection.get('agreement_with_condition'),
+  }
 
 
 def open_sources(config, sample_set: samples.SampleSet) -> dict:

@@ -93,6 +93,7 @@ def test_positions_are_drawn_from_every_part():
 FIGURES = {
   'labeller_test_accuracy': 0.95,
   'label_agreement': 0.91,
+  'agreement_with_condition': None,
   'two_sample_accuracy': 0.7,
   'flip_rate_generated': 0.4,
   'coverage_test': 0.3,
@@ -111,6 +112,7 @@ RULES = {
     ({}, set()),
     ({'label_agreement': 0.89}, {'labels'}),
     ({'labeller_test_accuracy': 0.89}, {'labels'}),
+    ({'agreement_with_condition': 0.89}, {'labels'}),
     ({'flip_rate_generated': 0.51}, {'distribution'}),
     ({'flip_rate_generated': 0.51, 'two_sample_accuracy': 0.6}, set()),
     ({'coverage_test': 0.24}, {'coverage'}),
@@ -156,8 +158,9 @@ def sample_set(tmp_path_factory):
   real = datasets.load('digits', 'train', validation_images=400, train_images=60)
   images = real.images ^ np.uint8(3)
   labels = (real.labels + (np.arange(60) % 3 == 0)) % 10
+  metadata = {'selection': {'agreement_with_condition': 0.875}}
   path = tmp_path_factory.mktemp('samples') / 'set'
-  return samples.write(path, [(images, labels)], metadata={}, num_classes=10)
+  return samples.write(path, [(images, labels)], metadata=metadata, num_classes=10)
 
 
 @pytest.fixture
@@ -208,6 +211,9 @@ def test_the_program_resumes_and_refuses(
   chosen = analyze.random_positions(60, 30, seed=0)
   agreed = predict(sample_set.gather(chosen)) == sample_set.gather_labels(chosen)
   assert entry['label_agreement'] == pytest.approx(agreed.mean())
+  assert entry['agreement_with_condition'] == 0.875
+  assert 'samples were drawn for: 87.50%' in page
+  assert not entry['labelled_by_labeller']
   assert 0 < entry['flip_rate_test'] <= 1
   nearest = [entry[f'nearest_{x}'] for x in ('train', 'test', 'itself')]
   assert sum(nearest) == pytest.approx(1)
