@@ -11,8 +11,9 @@ import pytest
 
 from experiments import baselines, follow_up
 from jaxrobust import config as configs
-from jaxrobust import generators, optimizer, update
+from jaxrobust import generators, optimizer, train, update
 from jaxrobust.data import datasets, pipeline
+from jaxrobust.errors import UserError
 from jaxrobust.models import beside
 
 FILES = sorted(
@@ -207,6 +208,15 @@ def test_the_steps_of_published_recipes_build(file, name):
 def test_unknown_recipes_are_refused(experiment):
   with pytest.raises(ValueError, match='use one of'):
     experiment.get_config('trades')
+
+
+def test_both_mixes_are_checked_before_a_run():
+  config = load('follow_up', 'wrn-94-16').unlock()
+  counts = lambda: train.check_batch(config, configs.resolve(config))
+  assert counts() == [(0, 2048), (256, 1792)]
+  config.data.later_real_fraction = 0.13
+  with pytest.raises(UserError, match=r'data.later_real_fraction = 0.13 gives 266'):
+    counts()
 
 
 def test_recipes_have_names_of_their_own():
