@@ -14,7 +14,7 @@ import pytest
 
 from experiments import digits
 from jaxrobust import config as configs
-from jaxrobust import losses, models, optimizer, parallel, update
+from jaxrobust import losses, models, optimizer, parallel, step_loss, update
 from jaxrobust.attacks import norms, pgd
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
@@ -338,7 +338,7 @@ def test_standard_loss_is_cross_entropy_of_one_pass(batch):
 @pytest.mark.parametrize('option', ['cutmix', 'mixup'])
 def test_mixed_targets_are_what_the_attack_moves_away_from(option):
   logits, targets = jnp.zeros((2, 10)), jnp.eye(10)[:2]
-  reference = lambda **options: update._make_reference(make_config(**options), 10)
+  reference = lambda **options: step_loss._make_reference(make_config(**options))
   np.testing.assert_allclose(reference()(logits, targets), 0.1, atol=1e-7)
   mixing = {f'augment.{option}': True}
   np.testing.assert_array_equal(reference(**mixing)(logits, targets), targets)
