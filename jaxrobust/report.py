@@ -131,7 +131,8 @@ def has_run(table, maker: points.Maker) -> bool:
 def status_lines(table, maker: points.Maker):
   """Yields the state of each run of a table, then what would fill it."""
   needed = maker.of_table(table)
-  rows = [('preparations', [p for p in needed if 'evaluate' not in p.programs])]
+  made = {name for point in needed for name in point.needs}
+  rows = [('preparations', [p for p in needed if p.name in made])]
   rows += [(row.name, maker.of_row(table, row)) for row in table.rows]
   states = {point.name: point.state() for point in needed}
   for name, found in rows:

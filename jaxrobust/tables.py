@@ -124,9 +124,11 @@ def _line(table, row, points: list[Point]) -> Line:
 
 def caption(table) -> str:
   """What the figures are."""
-  judged = f', robust under {table.suite}' if table.suite else ''
-  kind = 'Accuracy' if table.kind in ('accuracies', 'fractions') else 'Shares'
-  return f'{kind} in percent{judged}; mean ± standard deviation over seeds.'
+  if table.kind in ('accuracies', 'fractions'):
+    judged = f', robust under {table.suite}' if table.suite else ''
+    return f'Accuracy in percent{judged}; mean ± standard deviation over seeds.'
+  other = ', but for the FID' if 'fid' in COLUMNS[table.kind] else ''
+  return f'Shares in percent{other}.'
 
 
 def grid(table, lines: list[Line]) -> tuple[list[list[str]], list[str]]:

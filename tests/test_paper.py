@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from experiments import paper
+from jaxrobust import analyze, generate, points, tables
 from jaxrobust import config as configs
-from jaxrobust import generate, points
 from jaxrobust.attacks import norms, suites
 from jaxrobust.data import pipeline
 from tests import test_experiments
@@ -46,8 +46,10 @@ def test_every_row_resolves_and_is_judged_by_a_known_suite(name):
       assert configs.experiment_name(point.config) == point.workdir.name
     if 'generate' in point.programs:
       generate.check(point.config)
+    if 'analyze' in point.programs:
+      analyze.check(point.config)
   assert len({row.name for row in table.rows}) == len(table.rows)
-  assert table.kind in ('accuracies', 'fractions', 'neighbours')
+  assert table.kind in tables.COLUMNS
 
 
 def test_one_workdir_has_one_config_in_all_tables():
@@ -141,6 +143,13 @@ def test_numbers_agree_with_the_experiments_docstrings():
         file = row.config.split('/')[1].split('.py')[0]
         page = importlib.import_module(f'experiments.{file}').__doc__
         assert '{clean:.2f} / {robust:.2f}'.format(**row.published) in page
+
+
+def test_published_shares_sum_to_a_hundred():
+  for row in paper.TABLES['complementarity'].rows:
+    shares = [v for k, v in row.published.items() if k.startswith('nearest')]
+    assert row.published.keys() <= tables.COLUMNS['neighbours'].keys()
+    assert sum(shares) == pytest.approx(100) or len(shares) < 3
 
 
 def test_nothing_published_belongs_to_the_digits():
