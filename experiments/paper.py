@@ -113,6 +113,23 @@ _C10_BY_GENERATOR = {
 }
 
 
+def _augmented(base: Row, cutout: int) -> list[Row]:
+  """Real images with each augmentation as the only addition."""
+  changes = {
+    'mixup': {'augment.mixup': True},
+    'CutMix': {'augment.cutmix': True},
+    'Cutout': {'augment.cutout': cutout},
+    'RandAugment': {'augment.policy': 'randaugment'},
+    'AutoAugment': {'augment.policy': 'autoaugment'},
+  }
+  return [
+    base._replace(
+      name=name, overrides=base.overrides | change | {'variant': name.lower()}
+    )
+    for name, change in changes.items()
+  ]
+
+
 def _neighbours(*values) -> dict:
   """Published columns of the complementarity table; None is not known."""
   columns = ('train', 'test', 'itself')
@@ -345,6 +362,19 @@ _PAPER = {
     'All at the share of real images of the recipe, which need not be the best for '
     'each generator.',
   ),
+  'augmentation': Table(
+    'Augmentation as the only addition, CIFAR-10, l-inf 8/255',
+    'accuracies',
+    [
+      _C10_REAL._replace(name='pad, crop and flip', uncertain=''),
+      *_augmented(_C10_REAL._replace(uncertain=''), cutout=16),
+      _C10_DDPM,
+    ],
+    'aa+mt',
+    _SEEDS,
+    'Every augmentation of real images gives less than generated images. All have '
+    'pad, crop and flip too; which strengths the paper used is not known here.',
+  ),
   'complementarity': Table(
     'Complementarity and coverage, CIFAR-10',
     'neighbours',
@@ -420,6 +450,21 @@ _DIGITS_EDITION = {
     'autoattack',
     _DIGITS_SEEDS,
     'Half of each batch is real.',
+  ),
+  'digits-augmentation': Table(
+    'Augmentation as the only addition, digits, l-inf 0.2',
+    'accuracies',
+    [
+      _D_REAL._replace(name='no augmentation'),
+      _D_REAL._replace(
+        name='pad and crop', overrides={'augment.pad': 1, 'variant': 'pad-crop'}
+      ),
+      *_augmented(_D_REAL, cutout=4),
+      _D_GAUSSIAN,
+      _D_DDPM,
+    ],
+    'pgd-40',
+    _DIGITS_SEEDS,
   ),
   'digits-complementarity': Table(
     'Complementarity and coverage, digits', 'neighbours', _D_ANALYSES
