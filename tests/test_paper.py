@@ -71,7 +71,8 @@ def test_what_a_row_needs_stands_before_it():
   ]
 
 
-# What is compiled or has a shape of its own; networks are built in test_experiments.
+# What is compiled or has a shape of its own. Networks, baselines and what followed are
+# built in test_experiments.
 def _kind(config):
   tree = json.loads(configs.to_json(config))
   parts = ('augment', 'loss', 'attack', 'ema', 'threat', 'training')
@@ -79,7 +80,8 @@ def _kind(config):
   return json.dumps([tree['dataset']['name'], *(tree[k] for k in parts)])
 
 
-KINDS = {_kind(p.config): name for name, p in TRAINED.items()}
+OTHERS = {p.name for name in ('baselines', 'follow-ups') for p in FOUND[name]}
+KINDS = {_kind(p.config): n for n, p in TRAINED.items() if n not in OTHERS}
 
 
 @pytest.mark.parametrize('name', KINDS.values())
