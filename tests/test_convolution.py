@@ -31,7 +31,14 @@ def test_many_channels_are_convolved_by_winograd(float64):
   compare_with_lax(3, 1, 64, 72)
 
 
-def compare_with_lax(size, stride, channels, features):
+@pytest.mark.parametrize('stride', (1, 2))
+def test_outside_loops_too(float64, stride):
+  compare_with_lax(3, stride, 3, 4, in_loops=False)
+
+
+def compare_with_lax(size, stride, channels, features, in_loops=True):
+  ours = lambda x, k, s: convolution.conv2d(x, k, s, in_loops)
+
   def value_and_gradients(convolve, images, kernel, cotangent):
     outputs, vjp = jax.vjp(lambda x, k: convolve(x, k, stride), images, kernel)
     return outputs, *vjp(cotangent)
@@ -47,11 +54,11 @@ def compare_with_lax(size, stride, channels, features):
       )
     ]
     results = jax.jit(
-      lambda *args: [value_and_gradients(f, *args) for f in (convolution.conv2d, plain)]
+      lambda *args: [value_and_gradients(f, *args) for f in (ours, plain)]
     )(*arguments)
-    for ours, theirs in zip(*results, strict=True):
+    for found, expected in zip(*results, strict=True):
       # Sums of at most some hundred products of normals: rounding stays near 1e-14.
-      np.testing.assert_allclose(ours, theirs, atol=1e-12)
+      np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize('size, stride', itertools.product((1, 3), (1, 2)))

@@ -66,6 +66,24 @@ def test_sinusoids_by_hand():
   np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_group_norm_is_haikus():
+  rng = np.random.RandomState(0)
+  images = np.float32(rng.normal(5, 1, (2, 4, 2, 32)))
+  params = {'norm': {n: np.float32(rng.normal(size=32)) for n in ('scale', 'offset')}}
+
+  def value_and_gradients(module):
+    apply = hk.without_apply_rng(hk.transform(lambda x: module()(x))).apply
+    value = lambda *x: jnp.sum(apply(*x) ** 3)
+    return jax.jit(jax.value_and_grad(value, (0, 1)))(params, images)
+
+  found = value_and_gradients(lambda: unet._GroupNorm('norm'))
+  # 32 channels make gcd(32, 32 / 4) = 8 groups of 4.
+  expected = value_and_gradients(lambda: hk.GroupNorm(8, eps=1e-6, name='norm'))
+  for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    # Sums of some hundred float32 values up to about 100.
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
 @pytest.fixture(scope='module')
 def tiny():
   """A network with attention at its second size, its parameters random, as inputs."""
