@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from jaxrobust import pickles
+from jaxrobust import parallel, pickles
 from jaxrobust import workdir as workdirs
 from jaxrobust.errors import UserError
 from jaxrobust.models import architecture, download, pytorch, safetensors, zoo
@@ -20,8 +20,9 @@ class Checkpoints:
   """The checkpoints of a run, in `workdir/checkpoints`.
 
   Keeps the last few and the one with the best score. Arrays are saved unreplicated,
-  as numpy, by every process: a run resumes on any number of devices and processes.
-  Saving is asynchronous; a checkpoint counts once it is whole.
+  as numpy, by the one process that writes: a run resumes on any number of devices and
+  processes, and none waits in here for another, whose disk may be full. Saving is
+  asynchronous; a checkpoint counts once it is whole.
   """
 
   def __init__(self, folder: epath.Path, keep: int):
@@ -33,8 +34,13 @@ class Checkpoints:
     """
     policies = ocp.checkpoint_managers
     score = lambda metrics: metrics['score']
+    folder = epath.Path(folder).absolute() / 'checkpoints'
+    if parallel.is_writer():
+      folder.mkdir(parents=True, exist_ok=True)
+    parallel.barrier('checkpoints')
+    here = parallel.number()
     self._manager = ocp.CheckpointManager(
-      epath.Path(folder).absolute() / 'checkpoints',
+      folder,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(
           [
@@ -46,7 +52,14 @@ class Checkpoints:
         ),
         best_fn=score,
         best_mode='max',
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=parallel.is_writer(),
+        create=False,
+        read_only=not parallel.is_writer(),
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          primary_host=here,
+          active_processes={here},
+          barrier_sync_key_prefix=f'process-{here}',
+        ),
       ),
     )
 
@@ -58,6 +71,8 @@ class Checkpoints:
       state: the unreplicated state.
       score: higher is better; None when it was not evaluated.
     """
+    if not parallel.is_writer():
+      return
     self._manager.save(
       step,
       args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
@@ -69,33 +84,48 @@ class Checkpoints:
 
     Args:
       like: a state of the same structure and shapes.
-      step: completed updates; None for the last.
+      step: completed updates at the best, for the process that writes alone; None for
+        the last.
 
     Returns:
       The state as numpy arrays, or None if there is no checkpoint.
 
     Raises:
-      UserError: if there are checkpoints, and none of them can be read.
+      UserError: if there are checkpoints, and none of them can be read; or if the
+        processes do not find the same ones.
     """
     template = jax.tree.map(np.asarray, like)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
     steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+    if step is None:
+      parallel.require_agreement(max(steps, default=-1))
     damaged = []
     for candidate in steps:
+      state = None
       try:
         state = self._manager.restore(candidate, args=args).state
       except (ValueError, OSError, KeyError) as e:
-        damaged.append(candidate)
         logging.warning(
           'the checkpoint of step %d cannot be read: %s',
           candidate,
           (str(e) or repr(e)).splitlines()[0][:200],
         )
+      if step is None and not parallel.everywhere(state is not None):
+        damaged.append(candidate)
+      elif state is None:
+        break
       else:
         # Else the run could not save these steps again when it comes by them.
         for unreadable in damaged:
-          self._manager.delete(unreadable)
+          if parallel.is_writer():
+            self._manager.delete(unreadable)
         return jax.tree.map(np.asarray, state)
+    if step is not None:
+      raise UserError(
+        f'the checkpoint of step {step}, which is the best, cannot be read: restore '
+        f'its folder, or remove {self._manager.directory / str(step)} and run the same '
+        'command again, which exports the best of the others'
+      )
     if damaged:
       raise UserError(
         f'none of the checkpoints {steps} in {self._manager.directory} can be read: '

@@ -78,35 +78,44 @@ def _run(main, extra_flags=(), needs_workdir=True, default_config=None) -> int:
   for name in extra_flags:
     flags.DEFINE_string(name.rstrip('_'), '', '', flag_values=values)
   _quiet_logs()
-  leave = lambda state, message='': None  # Until there is a workdir to tell it to.
   try:
     config = _parse(values, extra_flags, needs_workdir, default_config)
-    # Only now: a mistake on the command line should not wait for jax.
-    from jaxrobust import parallel
-    from jaxrobust import workdir as workdirs
-
-    parallel.initialize(values.coordinator, values.num_processes, values.process_id)
-    extra = {name: values[name.rstrip('_')].value for name in extra_flags}
-    workdirs.begin([pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]])
-    leave = workdirs.write_status
-    main(config, values.workdir, **extra)
-  except PreemptedError as e:
-    logging.info('%s', e)
-    leave('preempted', str(e))
-    return PREEMPTED
   except UserError as e:
     print(f'error: {e}', file=sys.stderr)
-    leave('failed', str(e))
     return ERROR
+  # Only now: a mistake on the command line should not wait for jax.
+  from jaxrobust import parallel, peers
+  from jaxrobust import workdir as workdirs
+
+  extra = {name: values[name.rstrip('_')].value for name in extra_flags}
+  program = pathlib.Path(sys.argv[0]).stem
+  try:
+    parallel.initialize(values.coordinator, values.num_processes, values.process_id)
+    command = {'program': program, 'workdir': values.workdir or '', **extra}
+    peers.start(command, config)
+    workdirs.begin([program, *sys.argv[1:]])
+    main(config, values.workdir, **extra)
+    code, state, line = DONE, 'done', ''
+  except PreemptedError as e:
+    logging.info('%s', e)
+    code, state, line = PREEMPTED, 'preempted', str(e)
   except KeyboardInterrupt:
-    leave('preempted', 'interrupted from the keyboard')
-    return INTERRUPTED
-  except Exception as e:  # A fault of the machine or of this code: start it again.
-    traceback.print_exc()
-    leave('failed', f'{type(e).__name__}: {e}')
-    return CRASHED
-  leave('done')
-  return DONE
+    code, state, line = INTERRUPTED, 'preempted', 'interrupted from the keyboard'
+  except Exception as e:
+    peers.take_last_word()
+    state = 'failed'
+    if told := e if isinstance(e, UserError) else workdirs.disk_error(e):
+      print(f'error: {told}', file=sys.stderr)
+      code, line = ERROR, str(told)
+    else:  # A fault of the machine or of this code: start it again.
+      traceback.print_exc()
+      code, line = CRASHED, f'{type(e).__name__}: {e}'
+  workdirs.write_status(state, line)
+  if code in (DONE, PREEMPTED):
+    peers.finish()
+  else:  # Others may wait for this process, which will not come.
+    peers.end(code, line)
+  return code
 
 
 def _define_config(values, extra_flags, default_config):

@@ -143,6 +143,8 @@ def main(config, workdir, suite='', checkpoint=''):
   identity = json.dumps(protocol, sort_keys=True) + str(save_images)
   state = folder / 'evaluations' / hashlib.sha256(identity.encode()).hexdigest()[:12]
   entry = workdirs.find_result(folder, protocol)
+  record = Record(len(images), state, protocol)
+  parallel.require_agreement(record.attempt * len(images) + record.done)
   wanted = save_images and not (state / _ADVERSARIAL).exists()
   if entry is None or wanted:
     evaluator = Evaluator(
@@ -158,7 +160,7 @@ def main(config, workdir, suite='', checkpoint=''):
         images,
         labels,
         keep=len(images) if save_images else _NUM_EXAMPLES,
-        record=Record(len(images), state, protocol),
+        record=record,
         progress=watch.progress,
       )
     if parallel.is_writer():

@@ -63,7 +63,6 @@ class Loop:
     restored = self.checkpoints.restore(fresh)
     state = fresh if restored is None else restored
     self.start = int(state.step)
-    parallel.require_agreement(self.start)
     if restored is not None:
       logging.info('resuming after step %d', self.start)
     self.state = parallel.replicate(state)
@@ -127,6 +126,7 @@ class Loop:
           window.skip(time.monotonic() - started)
         if stop:
           self.checkpoints.wait()
+          parallel.barrier('saved')
           raise PreemptedError(
             f'stopped after step {step}, which is saved: run the same command again'
           )

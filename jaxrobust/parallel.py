@@ -10,10 +10,12 @@ import functools
 import importlib.util
 import os
 import signal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # Has no public name.
 from jax.experimental import multihost_utils, topologies
 
 from jaxrobust.errors import UserError
@@ -48,9 +50,17 @@ def initialize(coordinator: str = '', num_processes: int = 0, process_id: int = 
       (Cloud TPU, Slurm, Open MPI); empty for a run of a single process.
     num_processes: number of processes of the run.
     process_id: index of this process, from 0.
+
+  A process that is not heard of for $JAXROBUST_HEARTBEAT seconds (100) ends all others.
   """
+  text = os.environ.get('JAXROBUST_HEARTBEAT') or '100'
+  if not text.isdecimal() or not int(text):
+    raise UserError(f'JAXROBUST_HEARTBEAT={text}: use a whole number of seconds')
+  join = functools.partial(
+    jax.distributed.initialize, heartbeat_timeout_seconds=int(text)
+  )
   if coordinator == 'auto':
-    jax.distributed.initialize()
+    join()
   elif num_processes > 1 and not coordinator:
     raise UserError(
       f'num_processes = {num_processes} without a coordinator: add '
@@ -62,12 +72,39 @@ def initialize(coordinator: str = '', num_processes: int = 0, process_id: int = 
         f'process_id = {process_id} of num_processes = {num_processes}: '
         'number the processes 0 .. num_processes - 1'
       )
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    join(coordinator, num_processes, process_id)
+
+
+def number() -> int:
+  """Of this process, from 0."""
+  return jax.process_index()
 
 
 def is_writer() -> bool:
   """Whether this process writes logs and results (one of them does)."""
   return jax.process_index() == 0
+
+
+class Membership(NamedTuple):
+  """In a run of several processes.
+
+  Attributes:
+    number: of this process, from 0.
+    count: of the processes.
+    store: jax's client of the key-value store that they share.
+  """
+
+  number: int
+  count: int
+  store: Any
+
+
+def membership() -> Membership | None:
+  """This process among the others, None if it is alone; asks no device."""
+  state = distributed.global_state
+  if state.client is None or state.num_processes == 1:
+    return None
+  return Membership(state.process_id, state.num_processes, state.client)
 
 
 def num_devices() -> int:
@@ -100,6 +137,13 @@ def require_agreement(step: int):
         f'the processes found different progress, {steps}: give all of them one '
         'workdir that they share'
       )
+
+
+def everywhere(condition: bool) -> bool:
+  """Whether something holds in every process; all of them ask."""
+  if jax.process_count() == 1:
+    return condition
+  return bool(multihost_utils.process_allgather(np.int32(condition)).all())
 
 
 def num_local_devices() -> int:

@@ -226,10 +226,10 @@ class Run:
     checkpoints = self._loop.checkpoints
     step = self._derived.num_steps
     state = parallel.unreplicate(self._loop.state)
-    if self._config.checkpoint.export == 'best':
-      step = checkpoints.best_step()
-      state = checkpoints.restore(state, step)
     if parallel.is_writer():
+      if self._config.checkpoint.export == 'best':
+        step = checkpoints.best_step()
+        state = checkpoints.restore(state, step)
       checkpoint.export_npy(
         self._folder / 'checkpoint.npy',
         beside.without(state.ema_params),

@@ -5,10 +5,12 @@ Paths may be local or `gs://`.
 """
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
 import platform
+import re
 
 from etils import epath
 
@@ -18,6 +20,16 @@ from jaxrobust.errors import UserError
 
 _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'numpy')
 _program = {}  # of this process: its command, and the folder that it has claimed
+
+# Errors of a disk that its user can mend; others may be gone at the next start.
+_DISK_ERRORS = (
+  errno.EACCES,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.ENOSPC,
+  errno.EPERM,
+  errno.EROFS,
+)
 
 
 def claim(workdir: str, config) -> epath.Path:
@@ -129,7 +141,12 @@ def write(path: epath.Path, content: str | bytes):
 def read_results(folder: epath.Path) -> list[dict]:
   """The entries of `results.json`, one an evaluation; none if it is absent."""
   path = folder / 'results.json'
-  return json.loads(path.read_text()) if path.exists() else []
+  try:
+    return json.loads(path.read_text()) if path.exists() else []
+  except ValueError as e:
+    raise UserError(
+      f'{path} is damaged ({e}): restore it, or remove it to judge again'
+    ) from e
 
 
 def find_result(folder: epath.Path, protocol: dict) -> dict | None:
@@ -161,15 +178,34 @@ def add_result(folder: epath.Path, protocol: dict, figures: dict) -> dict:
   return entry
 
 
+def disk_error(e: Exception) -> UserError | None:
+  """One line on a disk that is full or may not be written; None for another error."""
+  # Orbax's say it in their text.
+  found = re.search(r'local file "([^"]*)".*os_error_code=\'(\d+)\'', str(e), re.S)
+  path, number = getattr(e, 'filename', None), getattr(e, 'errno', None)
+  if found:
+    path, number = found[1], int(found[2])
+  if number not in _DISK_ERRORS:
+    return None
+  return UserError(
+    f'cannot write {path or "to a disk"}: {os.strerror(number)}; what was saved before '
+    'is whole: make room, or give access, and run the same command again'
+  )
+
+
+def package_versions() -> dict[str, str]:
+  """Of the libraries that the numbers depend on."""
+  return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
 def versions() -> dict:
   """Versions of this package and of what the numbers depend on, and the device."""
-  found = {name: importlib.metadata.version(name) for name in _PACKAGES}
   from jaxrobust import __version__
 
   return {
     'jaxrobust': __version__,
     'python': platform.python_version(),
-    **found,
+    **package_versions(),
     'device': parallel.kind_of_device(),
     'num_devices': parallel.num_devices(),
   }

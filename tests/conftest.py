@@ -5,14 +5,17 @@ The fixtures run programs as processes of their own.
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_NUM_CPU_DEVICES', '4')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 # [B] * [B, 1] would broadcast to [B, B] without a word.
@@ -53,19 +56,20 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def start(compiled):
-  """Starts a program; `devices` virtual devices."""
+  """Starts a program; `devices` virtual devices, and further variables."""
 
-  def run(program, *args, devices=1):
+  def run(program, *args, devices=1, root=ROOT, **variables):
     environment = {
       **os.environ,
       'JAX_PLATFORMS': 'cpu',
       'JAX_NUM_CPU_DEVICES': str(devices),
       'JAX_COMPILATION_CACHE_DIR': compiled,
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      **variables,
     }
     return subprocess.Popen(
       [sys.executable, '-m', f'jaxrobust.{program}', *args],
-      cwd=ROOT,
+      cwd=root,
       env=environment,
       text=True,
       stdout=subprocess.PIPE,
@@ -73,6 +77,31 @@ def start(compiled):
     )
 
   return run
+
+
+@pytest.fixture
+def pod(start):
+  """Starts a program in several processes, and kills what is left of them.
+
+  `different` has further arguments of some of them, `roots` where some start.
+  """
+  started = []
+
+  def run(count, program, *args, different=None, roots=None, **kwargs):
+    with socket.socket() as s:
+      s.bind(('localhost', 0))
+      port = s.getsockname()[1]
+    flags = [f'--coordinator=localhost:{port}', f'--num_processes={count}']
+    for i in range(count):
+      more = [*flags, f'--process_id={i}', *(different or {}).get(i, ())]
+      root = (roots or {}).get(i, ROOT)
+      started.append(start(program, *args, *more, root=root, **kwargs))
+    return started[-count:]
+
+  yield run
+  for process in started:
+    process.kill()
+    process.communicate()
 
 
 @pytest.fixture(scope='session')
@@ -94,3 +123,30 @@ def trained(call, tmp_path_factory):
   code, _, err = call('train', f'--workdir={workdir}', *TINY)
   assert code == 0, err
   return workdir
+
+
+def ends(processes):
+  """Exit codes and stderr of processes that end by themselves."""
+  texts = [p.communicate(timeout=300)[1] for p in processes]
+  return [p.returncode for p in processes], texts
+
+
+def assert_same_file(a, b):
+  """Two files of parameters are equal, bit for bit."""
+  from jaxrobust import checkpoint  # Takes its time, which few tests need.
+
+  for x, y in zip(checkpoint.import_npy(a), checkpoint.import_npy(b), strict=True):
+    for module in x:
+      for leaf in x[module]:
+        np.testing.assert_array_equal(x[module][leaf], y[module][leaf])
+
+
+def wait_for_step(process, workdir, step):
+  """Returns once the run has logged `step`."""
+  deadline = time.monotonic() + 300
+  path = workdir / 'metrics.jsonl'
+  while time.monotonic() < deadline and process.poll() is None:
+    if path.exists() and len(path.read_text().splitlines()) >= step:
+      return
+    time.sleep(0.01)
+  raise AssertionError(process.communicate()[1])

@@ -5,24 +5,15 @@ import json
 import pathlib
 import re
 import signal
-import socket
 import sys
-import time
 
 import numpy as np
 import pytest
 
-from jaxrobust import checkpoint, cli
-from tests.conftest import TINY
+from jaxrobust import cli
+from tests.conftest import TINY, assert_same_file, wait_for_step
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-def assert_same_file(a, b):
-  for x, y in zip(checkpoint.import_npy(a), checkpoint.import_npy(b), strict=True):
-    for module in x:
-      for leaf in x[module]:
-        np.testing.assert_array_equal(x[module][leaf], y[module][leaf])
 
 
 @pytest.mark.slow
@@ -77,53 +68,6 @@ def test_sigterm_saves_and_exits_42(trained, start, call, tmp_path):
   assert code == 0
   assert f'resuming after step {step}' in err
   assert_same_file(trained / 'checkpoint.npy', tmp_path / 'checkpoint.npy')
-
-
-def wait_for_step(process, workdir, step):
-  """Returns once the run has logged `step`."""
-  deadline = time.monotonic() + 200
-  path = workdir / 'metrics.jsonl'
-  while time.monotonic() < deadline and process.poll() is None:
-    if path.exists() and len(path.read_text().splitlines()) >= step:
-      return
-    time.sleep(0.01)
-  raise AssertionError(process.communicate()[1])
-
-
-@pytest.mark.slow
-def test_processes_and_devices_give_the_same_run(start, tmp_path):
-  """1 x 4 and 2 x 2 processes and devices, and their files."""
-  one = start('train', f'--workdir={tmp_path}/1x4', *TINY, devices=4)
-  out, err = one.communicate(timeout=300)
-  assert one.returncode == 0, err
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    port = s.getsockname()[1]
-  two = [
-    start(
-      'train',
-      f'--workdir={tmp_path}/2x2',
-      *TINY,
-      f'--coordinator=localhost:{port}',
-      '--num_processes=2',
-      f'--process_id={i}',
-      devices=2,
-    )
-    for i in range(2)
-  ]
-  for process in two:
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-  a, b = (
-    checkpoint.import_npy(tmp_path / x / 'checkpoint.npy') for x in ('1x4', '2x2')
-  )
-  for x, y in zip(a, b, strict=True):
-    for module in x:
-      for leaf in x[module]:
-        # The order of the sum over devices differs: 12 steps of float32 rounding.
-        np.testing.assert_allclose(
-          x[module][leaf], y[module][leaf], rtol=2e-3, atol=2e-5
-        )
 
 
 @pytest.mark.slow

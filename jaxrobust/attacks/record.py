@@ -6,6 +6,7 @@ written after the batch is all that an uninterrupted evaluation would know.
 
 import io
 import json
+import zipfile
 
 import numpy as np
 from absl import logging
@@ -39,7 +40,7 @@ class Record:
       identity: JSON values that say what is evaluated and how.
 
     Raises:
-      UserError: if the folder holds the record of another evaluation.
+      UserError: if the folder holds the record of another evaluation, or a damaged one.
     """
     self.fallen = np.full(num_images, STANDING, np.int32)
     self.attempt = self.done = self._batches = 0
@@ -48,7 +49,12 @@ class Record:
     self._folder = epath.Path(folder) if folder else None
     self._identity = json.dumps(identity, sort_keys=True)
     if self._folder and (self._folder / _STATE).exists():
-      self._read()
+      try:
+        self._read()
+      except (zipfile.BadZipFile, KeyError, EOFError, OSError) as e:
+        raise UserError(
+          f'{self._folder} is damaged ({e}): remove it to start this evaluation anew'
+        ) from e
 
   def _read(self):
     """Takes the record from its folder."""

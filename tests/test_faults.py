@@ -1,0 +1,256 @@
+"""Runs of several processes, and what breaks them: signals, disks, other hosts."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from etils import epath
+
+from jaxrobust import checkpoint, cli, parallel, peers, train, workdir
+from jaxrobust.attacks.record import Record
+from jaxrobust.data import samples
+from jaxrobust.errors import UserError
+from tests.conftest import ROOT, TINY, assert_same_file, ends, wait_for_step
+
+# Twelve updates that compile fast, each with a checkpoint.
+SHORT = [
+  *TINY,
+  '--config.loss.name=standard',
+  '--config.dataset.validation_images=0',
+  '--config.checkpoint.interval_epochs=0.25',
+  '--config.checkpoint.export=last',
+]
+# To optimise the programs takes longer than so few steps.
+FAST = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+
+
+def lines(workdir):
+  """The lines of `metrics.jsonl` without the speed."""
+  text = (workdir / 'metrics.jsonl').read_text()
+  return [
+    {k: v for k, v in json.loads(line).items() if not k.startswith('time/')}
+    for line in text.splitlines()
+  ]
+
+
+@pytest.mark.slow
+def test_one_run_on_three_layouts_through_every_fault(pod, tmp_path):
+  """Four devices in 4, 2 and 1 processes: the same numbers, whatever happens between.
+
+  All use the collectives of several processes, which add up in an order of their own;
+  on an accelerator there are no others.
+  """
+  whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+  command = [f'--workdir={broken}', *SHORT]
+  codes, texts = ends(pod(1, 'train', f'--workdir={whole}', *SHORT, devices=4, **FAST))
+  assert codes == [0], texts
+
+  # SIGTERM to one that does not write: all save at the same step.
+  # (While they compile: later they might be done before they have agreed on a step.)
+  processes = pod(4, 'train', *command, **FAST)
+  wait_for_step(processes[0], broken, 0)
+  processes[2].send_signal(signal.SIGTERM)
+  codes, texts = ends(processes)
+  assert codes == [42] * 4, texts
+  [step] = {re.search(r'stopped after step (\d+)', text)[1] for text in texts}
+
+  # The disk of the writer is full: the others hear of it, the checkpoints stay.
+  processes = pod(2, 'train', *command, devices=2, **FAST)
+  wait_for_step(processes[0], broken, int(step) + 1)
+  unlimited = resource.RLIM_INFINITY
+  resource.prlimit(processes[0].pid, resource.RLIMIT_FSIZE, (50_000, unlimited))
+  codes, texts = ends(processes)
+  assert codes == [1, 1], texts
+  told = [re.findall('^error: .*', text, re.M) for text in texts]
+  assert [len(x) for x in told] == [1, 1], texts
+  assert told[0][0].startswith(f'error: cannot write {broken}')
+  assert 'File too large; what was saved before is whole' in told[0][0]
+  assert told[1][0] == told[0][0].replace('error: ', 'error: process 0: ')
+  assert all(f'resuming after step {step}' in text for text in texts)
+
+  # KILL, to the one that does not write and to the one that does.
+  for victim in (1, 0):
+    before = len(lines(broken))
+    processes = pod(2, 'train', *command, devices=2, **FAST)
+    wait_for_step(processes[0], broken, before + 1)
+    processes[victim].kill()
+    codes, texts = ends(processes)
+    assert codes[victim] == -signal.SIGKILL
+    # A negative code is a signal, which a shell calls 128 and more.
+    assert codes[1 - victim] < 0 or codes[1 - victim] >= 128, texts
+
+  codes, texts = ends(pod(1, 'train', *command, devices=4, **FAST))
+  assert codes == [0], texts
+  assert 'resuming after step' in texts[0]
+  assert_same_file(whole / 'checkpoint.npy', broken / 'checkpoint.npy')
+  assert lines(whole) == lines(broken)
+
+
+@pytest.mark.slow
+def test_processes_that_differ_write_nothing(pod, tmp_path):
+  """Another config, another version of the code and of a library."""
+  other = tmp_path / 'other'
+  for folder in ('jaxrobust', 'experiments'):
+    shutil.copytree(ROOT / folder, other / folder)
+  with (other / 'jaxrobust' / 'errors.py').open('a') as f:
+    f.write('# Another version.\n')
+  (other / 'optax-9.9.dist-info').mkdir()
+  (other / 'optax-9.9.dist-info' / 'METADATA').write_text('Name: optax\nVersion: 9.9')
+  codes, texts = ends(
+    pod(
+      3,
+      'train',
+      f'--workdir={tmp_path}/run',
+      *SHORT,
+      different={1: ['--config.seed=1']},
+      roots={2: other},
+    )
+  )
+  assert codes == [1] * 3, texts
+  [line] = {re.search('^error: .*', text, re.M)[0] for text in texts}
+  assert 'process 1 has config.seed: 0 → 1; ' in line
+  assert re.search(r'process 2 has code: \w+ → \w+; optax: [\d.]+ → 9.9: run', line)
+  assert not (tmp_path / 'run').exists()
+
+
+LOCKSTEP = """
+import sys
+from jaxrobust import parallel
+
+parallel.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
+while parallel.everywhere(True):
+  print('together', flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_host_that_freezes_ends_the_others():
+  """Its connections stay open: only the heartbeat tells."""
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  frozen, other = (
+    subprocess.Popen(
+      [sys.executable, '-c', LOCKSTEP, str(port), str(i)],
+      cwd=ROOT,
+      env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1', 'JAXROBUST_HEARTBEAT': '3'},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in (1, 0)
+  )
+  try:
+    assert 'together\n' in frozen.stdout  # Reads until it is.
+    frozen.send_signal(signal.SIGSTOP)
+    _, err = other.communicate(timeout=120)
+    assert other.returncode == -signal.SIGABRT, err
+  finally:
+    for process in (frozen, other):
+      process.kill()
+      process.communicate()
+
+
+def test_the_heartbeat_is_checked(monkeypatch):
+  for text in ('0', 'soon'):
+    monkeypatch.setenv('JAXROBUST_HEARTBEAT', text)
+    with pytest.raises(UserError, match=f'JAXROBUST_HEARTBEAT={text}: use a whole'):
+      parallel.initialize()
+
+
+def test_what_differs_is_told_once_for_all():
+  facts = {'config': {'a': 1, 'b': [2]}, 'jax': '1'}
+  assert peers.compare(facts, {1: facts, 2: facts}) == ''
+  other = {**facts, 'jax': '2'}
+  line = peers.compare(facts, {1: other, 2: facts, 3: other})
+  assert ': process 1, 3 has jax: 1 → 2: run the same' in line
+  many = {'config': {str(i): i for i in range(9)}, 'jax': '1'}
+  assert peers.compare(facts, {1: many}).count('→') == 6
+  assert '; 6 more: run' in peers.compare(facts, {1: many})
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+  with pytest.raises(OSError) as e, open('/dev/full', 'w') as f:
+    f.write('x')
+  assert 'cannot write to a disk: No space left' in str(workdir.disk_error(e.value))
+  assert workdir.disk_error(FileNotFoundError(2, 'No such file', 'x')) is None
+  assert workdir.disk_error(ValueError('something else')) is None
+  # As orbax tells it.
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  like = {'x': np.arange(30_000, dtype=np.float32)}
+  manager.save(1, like)
+  manager.wait()
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+  try:
+    manager.save(2, {'x': np.random.RandomState(0).normal(size=30_000)})
+    with pytest.raises(ValueError) as e:
+      manager.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  line = str(workdir.disk_error(e.value))
+  assert line.startswith(f'cannot write {tmp_path}/checkpoints/2')
+  assert 'File too large' in line and '\n' not in line
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  np.testing.assert_array_equal(manager.restore(like)['x'], like['x'])
+  manager.close()
+
+
+def test_a_damaged_best_checkpoint_is_told(tmp_path):
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  like = {'x': np.zeros(3, np.float32)}
+  for step, score in ((1, 0.9), (2, 0.5), (3, 0.7)):
+    manager.save(step, like, score)
+  manager.wait()
+  folder = tmp_path / 'checkpoints' / '1'
+  for file in (folder / 'state').rglob('*'):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[:50])
+  with pytest.raises(UserError, match=f'step 1, which is the best.* remove {folder} '):
+    manager.restore(like, manager.best_step())
+  manager.close()
+  shutil.rmtree(folder)  # What the line says to do.
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  assert manager.best_step() == 3
+  assert manager.restore(like, 3) is not None
+  manager.close()
+
+
+def test_a_corrupt_shard_stops_training_before_it_begins(tmp_path, monkeypatch, capsys):
+  images = np.zeros((40, 8, 8, 1), np.uint8)
+  labels = np.arange(40, dtype=np.int32) % 10
+  samples.write(tmp_path / 'set', [(images, labels)], metadata={}, num_classes=10)
+  [shard] = (tmp_path / 'set').glob('images-*')
+  content = bytearray(shard.read_bytes())
+  content[-1] ^= 1
+  shard.write_bytes(content)
+  command = [f'--workdir={tmp_path}/run', f'--config.data.samples={tmp_path}/set']
+  monkeypatch.setattr(
+    'sys.argv', ['train', *TINY, *command, '--config.data.real_fraction=0.5']
+  )
+  assert cli._run(train.main) == 1
+  [line] = [x for x in capsys.readouterr().err.splitlines() if 'error' in x]
+  assert line.startswith('error: corrupt') and str(shard) in line
+  assert not (tmp_path / 'run').exists()
+
+
+def test_damaged_results_are_told(tmp_path):
+  (tmp_path / 'results.json').write_text('[{')
+  with pytest.raises(UserError, match='results.json is damaged .* remove it'):
+    workdir.read_results(epath.Path(tmp_path))
+  record = Record(4, epath.Path(tmp_path) / 'state', {})
+  record.advance(np.arange(2), np.array([True, False]), keep=0, write=True)
+  file = tmp_path / 'state' / 'state.npz'
+  file.write_bytes(file.read_bytes()[:-100])
+  with pytest.raises(UserError, match='state is damaged .*remove it to start') as e:
+    Record(4, epath.Path(tmp_path) / 'state', {})
+  assert isinstance(e.value.__cause__, zipfile.BadZipFile)
