@@ -3,14 +3,13 @@
 import json
 import shutil
 import signal
-import socket
 import time
 
 import numpy as np
 import pytest
 
 from jaxrobust import cli, evaluate
-from tests.conftest import TINY
+from tests.conftest import TINY, ends
 
 SUITE = (
   'apgd-ce:num_steps=30:restarts=3,apgd-t:num_steps=30:num_targets=3,'
@@ -146,18 +145,17 @@ def test_four_devices_find_the_same_robust_set(judged, trained, call, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_robust_set(judged, trained, start, tmp_path):
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    port = s.getsockname()[1]
-  flags = [f'--coordinator=localhost:{port}', '--num_processes=2']
-  processes = [
-    start(*command(tmp_path, trained), *flags, f'--process_id={i}', devices=2)
-    for i in range(2)
-  ]
-  for process in processes:
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+def test_two_processes_stop_together_and_find_the_same_robust_set(
+  judged, trained, pod, tmp_path
+):
+  processes = pod(2, *command(tmp_path, trained), devices=2)
+  wait_for_attempt(processes[0], tmp_path, 2)
+  processes[0].send_signal(signal.SIGTERM)  # To the one that writes.
+  codes, texts = ends(processes)
+  assert codes == [42, 42], texts
+  assert not (tmp_path / 'results.json').exists()
+  codes, texts = ends(pod(2, *command(tmp_path, trained), devices=2))
+  assert codes == [0, 0], texts
   one, two = state(judged)['fallen'], state(tmp_path)['fallen']
   np.testing.assert_array_equal(one == -1, two == -1)
 
