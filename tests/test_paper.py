@@ -71,8 +71,8 @@ def test_what_a_row_needs_stands_before_it():
   ]
 
 
-# What is compiled or has a shape of its own. Networks, baselines and what followed are
-# built in test_experiments.
+# What is compiled or has a shape of its own. Networks, the files' defaults, baselines
+# and what followed are built in test_experiments.
 def _kind(config):
   tree = json.loads(configs.to_json(config))
   parts = ('augment', 'loss', 'attack', 'ema', 'threat', 'training')
@@ -81,7 +81,12 @@ def _kind(config):
 
 
 OTHERS = {p.name for name in ('baselines', 'follow-ups') for p in FOUND[name]}
+DEFAULTS = {
+  _kind(test_experiments.load(file, f'{model},ddpm'))
+  for file, model in test_experiments.CASES
+}
 KINDS = {_kind(p.config): n for n, p in TRAINED.items() if n not in OTHERS}
+KINDS = {kind: name for kind, name in KINDS.items() if kind not in DEFAULTS}
 
 
 @pytest.mark.parametrize('name', KINDS.values())
