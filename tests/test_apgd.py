@@ -15,8 +15,6 @@ SIZE = 18
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.normal(size=(SIZE, 5)).astype(np.float32)
 BALLS = {'linf': norms.Linf(0.1), 'l2': norms.L2(0.3), 'l1': norms.L1(0.1)}
-# Programs this small take longer to compile than to run.
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 each_ball = pytest.mark.parametrize('norm', BALLS)
 
 
@@ -99,7 +97,7 @@ def runner(norm, loss, classes, num_steps=100, scale=1.0):
   ball = type(BALLS[norm])(BALLS[norm].epsilon * scale)
   attack = apgd.APGD(ball, loss, num_steps)
   network = functools.partial(linear, classes=classes)
-  return ball, jit(functools.partial(attack.attempt, network))
+  return ball, jax.jit(functools.partial(attack.attempt, network))
 
 
 def test_checkpoints_are_those_of_the_paper():
@@ -283,7 +281,7 @@ def test_the_path_is_that_of_the_paper(norm, float64):
   noise = np.asarray(noise if norm == 'l2' else 2 * noise - 1)
   noise = noise / length(ball, noise)[:, None, None, None]
   starts = np.clip(images + ball.epsilon * noise, 0, 1)
-  attempt = jit(functools.partial(apgd.APGD(ball, num_steps=50).attempt, curved))
+  attempt = jax.jit(functools.partial(apgd.APGD(ball, num_steps=50).attempt, curved))
   found = np.asarray(attempt(keys(12), images, labels, 0)).reshape(12, SIZE)
   fooled = np.asarray(curved(found.reshape(12, *SHAPE)).argmax(-1)) != 0
   assert 2 <= fooled.sum() <= 10
@@ -329,7 +327,7 @@ def test_ends_when_all_images_are_fooled_and_keeps_the_first_point():
   images = np.full((2, *SHAPE), 0.5, np.float32)
   images[1] -= 0.4 * np.sign(WEIGHTS[:, 1] - WEIGHTS[:, 0]).reshape(SHAPE)
   labels = np.array([0, 0])
-  attempt = jit(functools.partial(apgd.APGD(norms.Linf(0.05)).attempt, network))
+  attempt = jax.jit(functools.partial(apgd.APGD(norms.Linf(0.05)).attempt, network))
   first = np.array([0, 0])
   alone = attempt(keys(2)[first], images[first], labels, 0)
   jax.effects_barrier()
@@ -365,7 +363,7 @@ def test_attempts_are_restarts_within_targets():
 
   images = some_images(4, 0.4, 0.6)
   labels = np.asarray(linear(images).argmax(-1))
-  attempt = jit(functools.partial(attack.attempt, network))
+  attempt = jax.jit(functools.partial(attack.attempt, network))
   first = attempt(keys(4), images, labels, 0)
   count = len(traces)
   found = [np.asarray(attempt(keys(4), images, labels, i)) for i in range(6)]
@@ -382,7 +380,7 @@ def test_a_call_keeps_the_attempt_of_the_highest_margin():
   images = some_images(6, 0.4, 0.6)
   labels = np.asarray(linear(images).argmax(-1))
   margin = lambda x: np.asarray(apgd.objectives.margin(linear(x), labels))
-  found = jit(functools.partial(attack, linear))(keys(6), images, labels)
+  found = jax.jit(functools.partial(attack, linear))(keys(6), images, labels)
   assert (margin(found) > margin(images)).all()
   assert_inside(attack.ball, found, images)
 
@@ -403,7 +401,7 @@ def test_draws_of_a_randomised_network_are_averaged():
   for samples in (1, 33):
     attack = apgd.APGD(BALLS['linf'], 'dlr', num_steps=1, samples=samples)
     assert attack.randomized
-    attempt = jit(functools.partial(attack.attempt, network))
+    attempt = jax.jit(functools.partial(attack.attempt, network))
     found = [np.asarray(attempt(keys(8, s), images, labels, 0)) for s in range(6)]
     np.testing.assert_array_equal(found[0], attempt(keys(8), images, labels, 0))
     far = np.abs(np.array(found) - optimum).max(axis=(2, 3, 4))
