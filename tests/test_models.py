@@ -325,10 +325,10 @@ def test_features_are_what_the_last_layer_sees(name):
   shape = jax.eval_shape(model.features, *variables, images).shape
   assert shape == (4, {'wrn-10-1': 64, 'preact-resnet-18': 512}[name])
   if name == 'wrn-10-1':
-    params, state = model.init(jax.random.key(0))
+    params, state = jax.jit(model.init)(jax.random.key(0))
     layer = next(layer for module, layer in params.items() if 'logits' in module)
     layer['w'] = jnp.arange(640.0).reshape(64, 10) / 640  # They start at zero.
-    features = model.features(params, state, images)
-    logits, _ = model.apply(params, state, images, batch_stats=False)
+    features = jax.jit(model.features)(params, state, images)
+    logits, _ = jax.jit(model.apply, static_argnums=3)(params, state, images, False)
     wanted = np.float64(features) @ np.float64(layer['w']) + np.float64(layer['b'])
     np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)

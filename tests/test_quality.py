@@ -153,7 +153,7 @@ def test_features_of_a_classifier_do_not_depend_on_batches(tmp_path):
   )
   model = described.build()
   path = epath.Path(tmp_path) / 'tiny.npy'
-  variables = model.init(jax.random.key(0))
+  variables = jax.jit(model.init)(jax.random.key(0))
   checkpoint.export_npy(path, *variables)
   card.path_of(path).write_text(described.to_json())
   images = datasets.load('digits', 'test').images[:11]
