@@ -73,14 +73,18 @@ def take_step(batch, overrides, model=None, net_state=None):
   step = parallel.pmap(update.make_step(config, model, sgd, CLASSES))
   after, metrics = step(parallel.replicate(before), parallel.shard(batch))
   after, metrics = parallel.unreplicate(after), parallel.unreplicate(metrics)
-  images, targets, rngs = update._augmented(
-    config, CLASSES, 0, jax.tree.map(jnp.asarray, batch)
+  attack = pgd.from_config(
+    config.attack, norms.get(config.threat.norm, config.threat.epsilon)
   )
-  ball = norms.get(config.threat.norm, config.threat.epsilon)
-  logits_fn = lambda x: model.apply(before.params, {}, x, batch_stats=True)[0]
-  reference = jax.nn.softmax(logits_fn(images))
-  adv_images = pgd.from_config(config.attack, ball)(logits_fn, rngs, images, reference)
-  flat = [np.float64(x).reshape(BATCH, -1) for x in (images, adv_images, targets)]
+
+  @jax.jit
+  def inputs(batch):
+    images, targets, rngs = update._augmented(config, CLASSES, 0, batch)
+    logits_fn = lambda x: model.apply(before.params, {}, x, batch_stats=True)[0]
+    reference = jax.nn.softmax(logits_fn(images))
+    return images, attack(logits_fn, rngs, images, reference), targets
+
+  flat = [np.float64(x).reshape(BATCH, -1) for x in inputs(batch)]
   old, new = (
     {m: {k: np.float64(v) for k, v in p.items()} for m, p in state.params.items()}
     for state in (before, after)
