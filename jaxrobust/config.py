@@ -321,7 +321,7 @@ def from_json(text: str):
 
   tree = json.loads(text)
   younger = {}
-  if 'training' in tree:
+  if 'loss' in tree:  # A generator's own settings have a part 'training', too.
     younger = _YOUNGER
   elif 'generator' in tree:
     younger = _YOUNGER_OF_GENERATORS

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import base, cifar10_linf, digits
+from experiments import base, cifar10_linf, digits, digits_ddpm
 from jaxrobust import config as configs
 from jaxrobust.errors import UserError
 
@@ -160,6 +160,9 @@ def test_json_round_trip_keeps_types(config):
   again = configs.from_json(configs.to_json(config))
   assert again.to_dict() == config.to_dict()
   assert isinstance(again.attack.step_sizes, tuple)
+  # Settings alone, as in the file of a generator.
+  settings = digits_ddpm.get_config().generator
+  assert configs.from_json(configs.to_json(settings)).to_dict() == settings.to_dict()
 
 
 def test_differences_show_both_values_and_leave_out_what_may_change(config):
