@@ -159,3 +159,10 @@ def test_configs_on_disk_without_the_younger_field_mean_what_they_did():
   config = make_config()
   del config.samples.top_fraction
   assert configs.from_json(configs.to_json(config)).samples.top_fraction == 1
+
+
+@pytest.mark.parametrize('module', [digits_ddpm, digits_gaussian])
+def test_the_generator_alone_survives_its_file(module):
+  """As a fitted one keeps its settings."""
+  settings = module.get_config().generator
+  assert not configs.differences(configs.from_json(configs.to_json(settings)), settings)
