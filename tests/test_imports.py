@@ -1,5 +1,7 @@
 """Imports: files as others publish them become sample sets, in bounded memory."""
 
+import errno
+import fcntl
 import json
 import os
 import pickle
@@ -53,7 +55,7 @@ def test_parts_become_one_set_in_order(tmp_path):
 
 def test_200_megabytes_stream_through_a_few(tmp_path):
   """Zeros deflate to a small file; 2e8 bytes of images and 1.6e6 of labels."""
-  n, shape = 200_000, (10, 10, 10)
+  n, shape = 200_000, (10, 100, 1)
   with zipfile.ZipFile(tmp_path / 'in.npz', 'w', zipfile.ZIP_DEFLATED, 1) as archive:
     with archive.open('image.npy', 'w') as member:
       shards.write_header(member, (n, *shape))
@@ -110,6 +112,8 @@ class Bomb:
   [
     (lambda p: pickle.dumps({'data': Bomb(p / 'ran')}), 'mkdir, which is refused'),
     (lambda p: pickle.dumps({'data': arrays(3)[0]}), 'extrapolated_targets'),
+    (lambda p: pickle.dumps((arrays(3)[0][..., [0, 0]], np.zeros(3, int))), 'C = 1 or'),
+    (lambda p: pickle.dumps((arrays(3)[0], np.array([0, -1, 1]))), 'has the label -1'),
     (lambda p: pickle.dumps(arrays(12))[:-20], 'not taken'),
     (lambda p: pickle.dumps((arrays(3)[0], np.zeros(2, int))), 'integers'),
     (lambda p: b'', 'not taken'),
@@ -139,7 +143,8 @@ def test_folders_of_png(tmp_path, names):
   images, _ = arrays(6)
   for i, image in enumerate(images):
     save_png(tmp_path / 'in' / names[i // 2] / f'{i}.png', image)
-  found = take(tmp_path / 'in', out=tmp_path / 'set')
+  number = {'num_classes': 11} if names[0] == '0' else {}  # There are gaps.
+  found = take(tmp_path / 'in', out=tmp_path / 'set', **number)
   # Folders in sorted order, as text: 0, 10, 2 and ant, cat, dog.
   if names[0] == '0':
     order, labels, count = [0, 1, 4, 5, 2, 3], [0, 0, 10, 10, 2, 2], 11
@@ -148,6 +153,52 @@ def test_folders_of_png(tmp_path, names):
     assert found.metadata['class_names'] == ['ant', 'cat', 'dog']
   check(found, images[order], labels)
   assert found.num_classes == count
+
+
+def make_folders(path, names):
+  """A folder for each name, with one PNG of the shade of its place; returns images."""
+  images = [np.full(SHAPE, 10 * i, np.uint8) for i in range(len(names))]
+  for name, image in zip(names, images, strict=True):
+    save_png(path / name / '0.png', image)
+  return images
+
+
+def test_classes_of_several_folders_are_those_of_their_names(tmp_path):
+  first = make_folders(tmp_path / 'a', ['cat', 'dog'])
+  second = make_folders(tmp_path / 'b', ['dog', 'ant'])
+  for part in ('.hidden', 'cat'):  # A folder without PNG files is no class of b.
+    (tmp_path / 'b' / part).mkdir()
+  save_png(tmp_path / 'a' / '.thumbnails' / '0.png', first[0])
+  (tmp_path / 'a' / 'cat' / '._0.png').write_bytes(b'not a picture')
+  found = take(tmp_path / 'a', tmp_path / 'b', out=tmp_path / 'set')
+  check(found, np.stack([*first, *second[::-1]]), [1, 2, 0, 2])
+  assert found.metadata['class_names'] == ['ant', 'cat', 'dog']
+
+
+@pytest.mark.parametrize(
+  'names, options, message',
+  [
+    (['000000', '001000'], {}, '2 folders have numbers up to 1000, none 1;'),
+    (['000000', '001000'], {'num_classes': 10}, 'labels up to 1000; num_classes = 10'),
+    (['1', '2'], {}, 'numbers up to 2, none 0'),
+    (['0', '1', 'new'], {}, 'folders 0 and new are classes by number and by name'),
+    (['0', '1', '2'], {'num_classes': 2}, 'num_classes = 2 allows 0..1: give 3'),
+    (['0'], {'num_classes': -1}, 'num_classes = -1: give'),
+    (['0'], {'num_classes': 0}, 'num_classes = 0: give'),
+  ],
+)
+def test_classes_in_doubt_are_refused(tmp_path, names, options, message):
+  make_folders(tmp_path / 'in', names)
+  with pytest.raises(UserError, match=message):
+    take(tmp_path / 'in', out=tmp_path / 'set', **options)
+  assert not (tmp_path / 'set').exists()
+
+
+def test_names_of_classes_beside_numbers_are_refused(tmp_path):
+  make_folders(tmp_path / 'in', ['cat', 'dog'])
+  np.savez(tmp_path / 'in.npz', image=arrays(5)[0], label=arrays(5)[1])
+  with pytest.raises(UserError, match='in names its classes and .*in.npz numbers them'):
+    take(tmp_path / 'in', tmp_path / 'in.npz', out=tmp_path / 'set')
 
 
 @pytest.mark.parametrize('kind', ['text', 'json'])
@@ -224,6 +275,15 @@ def test_two_writers_of_one_set(tmp_path):
 
   found = samples.write(tmp_path / 'set', batches(), metadata={}, num_classes=5)
   assert len(found) == 12
+
+
+def test_a_disk_without_locks_is_told_as_such(tmp_path, monkeypatch):
+  def flock(*_):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(fcntl, 'flock', flock)
+  with pytest.raises(UserError, match='cannot be locked .*No locks available'):
+    samples.write(tmp_path / 'set', [arrays(12)], metadata={}, num_classes=5)
 
 
 def test_interrupted_command(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Sample sets: what is written is read, and what is damaged is refused by name."""
 
 import json
+import os
 import re
 import zipfile
 
@@ -114,6 +115,7 @@ def test_folder_appears_only_when_complete(tmp_path):
     (lambda x, y: [(x.astype(np.float32), y)], 'uint8'),
     (lambda x, y: [(x[0], y)], r'\[n, H, W, C\]'),
     (lambda x, y: [(x, y[1:])], 'labels'),
+    (lambda x, y: [(x[..., [0, 0, 1, 2]], y)], r'\[4, 6, 4\]; .* 1 channel'),
     (lambda x, y: [(x, y * 0 + K)], f'{K}..{K}; 5 classes allow 0..4'),
     (lambda x, y: [(x, y - K)], '5 classes'),
     (lambda x, y: [(x, y.astype(float))], 'integers'),
@@ -234,6 +236,20 @@ def test_verify_is_done_once(tmp_path, monkeypatch):
   (tmp_path / 'set' / IMAGES).touch()
   found.verify()
   assert len(calls) == 12
+  assert command_line.main(['verify', str(tmp_path / 'set')]) == 0
+  assert len(calls) == 18  # The command reads, whatever is known.
+
+
+def test_the_command_finds_bits_lost_since_a_verification(tmp_path, capsys):
+  write(tmp_path / 'set').verify()
+  file = tmp_path / 'set' / IMAGES
+  stat, content = file.stat(), bytearray(file.read_bytes())
+  content[-1] ^= 1
+  file.write_bytes(content)
+  os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  assert command_line.main(['verify', str(tmp_path / 'set')]) == 1
+  assert f'{IMAGES};' in capsys.readouterr().err
+  assert not samples.SampleSet.open(tmp_path / 'set').is_verified()
 
 
 def test_gather_notices_a_file_that_shrinks(tmp_path):
@@ -249,7 +265,8 @@ def test_npz_import_and_export(tmp_path, save, chunk, monkeypatch):
   monkeypatch.setattr(npz, '_CHUNK', chunk)
   images, labels = make_arrays()
   labels[0] = K - 1
-  save(tmp_path / 'in.npz', image=images, label=labels)
+  names = ('image', 'label') if chunk == 7 else ('images', 'labels')
+  save(tmp_path / 'in.npz', **dict(zip(names, (images, labels), strict=True)))
   found = imports.import_samples(
     [tmp_path / 'in.npz'], tmp_path / 'set', metadata=METADATA, shard_size=10
   )
@@ -274,12 +291,14 @@ def flip_a_byte(path):
 @pytest.mark.parametrize(
   'arrays, message',
   [
-    ({'image': make_arrays()[0]}, r"\['image'\]; it needs image and label"),
-    ({'image': make_arrays()[0], 'label': np.zeros(N - 1, int)}, '22 labels'),
-    ({'image': make_arrays()[0] / 1.0, 'label': np.zeros(N, int)}, 'float64'),
-    ({'image': make_arrays()[0], 'label': np.zeros(N)}, 'must be integers'),
-    ({'image': make_arrays()[0], 'label': np.zeros((N, 2), int)}, 'must be integers'),
-    ({'image': make_arrays()[0], 'label': np.array([None] * N)}, 'must be integers'),
+    ({'image': make_arrays()[0]}, r"\['image'\]; it needs one of image, .* label,"),
+    ({'image': make_arrays()[0], 'label': np.zeros(N - 1, int)}, r'int64 \[22\]'),
+    ({'image': make_arrays()[0] / 1.0, 'label': np.zeros(N, int)}, 'images float64'),
+    ({'image': make_arrays()[0], 'label': np.zeros(N)}, 'labels float64'),
+    ({'image': make_arrays()[0], 'label': np.zeros((N, 2), int)}, r'int64 \[23, 2\]'),
+    ({'image': make_arrays()[0], 'label': np.array([None] * N)}, 'labels object'),
+    ({'image': make_arrays()[0], 'label': np.arange(N) - 1}, 'has the label -1'),
+    ({'image': make_arrays()[0][..., :2], 'label': np.zeros(N, int)}, 'C = 1 or 3'),
   ],
 )
 def test_import_refuses(tmp_path, arrays, message):

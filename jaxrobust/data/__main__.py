@@ -101,7 +101,7 @@ def _use(args: argparse.Namespace, found: samples.SampleSet) -> None:
     )
     print(f'{made.path}: {len(made)} of {len(found)} images')
   elif args.command == 'verify':
-    found.verify(tqdm.tqdm)
+    found.verify(tqdm.tqdm, anew=True)
     print(f'{found.path}: {len(found)} images, every file as written')
   else:
     _show(found)
@@ -289,7 +289,11 @@ def _parser() -> argparse.ArgumentParser:
     '--sheet', default='', help='PNG to write (default: contact_sheet.png in the set)'
   )
   command = commands.add_parser(
-    'verify', help='compare the sha256 of each file of a sample set with its metadata'
+    'verify',
+    help='compare the sha256 of each file of a sample set with its metadata',
+    description='Reads each file of a sample set, each time, and compares its sha256 '
+    'with the metadata. Training (data.verify_samples) reads only what has changed '
+    'since.',
   )
   command.add_argument('set')
   return parser

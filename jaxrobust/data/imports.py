@@ -14,13 +14,10 @@ from typing import Any
 import numpy as np
 
 from jaxrobust import pickles
-from jaxrobust.data import npz, pictures, samples, shards
-from jaxrobust.data.sources import Source
+from jaxrobust.data import npz, pictures, samples, shards, sources
 from jaxrobust.errors import UserError
 
 _PICKLES = ('.pickle', '.pkl', '.p')
-_IMAGE_KEYS = ('image', 'images', 'data')
-_LABEL_KEYS = ('label', 'labels', 'extrapolated_targets')
 _CHUNK = 2**13
 
 
@@ -38,15 +35,16 @@ def import_samples(
 
   An `.npz` (see `npz.open_npz`) and a folder of PNG files (see
   `pictures.open_folder`) are streamed. A `.pickle` holds a dictionary with uint8
-  [n, H, W, C] under `image`, `images` or `data` and int [n] under `label`, `labels`
-  or `extrapolated_targets`, or a pair of those arrays; it is held in memory whole,
-  and can run nothing. An import that is killed starts over.
+  [n, H, W, C] and int [n] under the same names as an `.npz`, or a pair of those
+  arrays; it is held in memory whole, and can run nothing. An import that is killed
+  starts over.
 
   Args:
     paths: What to read, at least one.
     out: The folder to make.
     metadata: As for `samples.write`.
-    num_classes: Number of classes K; by default the largest label plus 1.
+    num_classes: Number of classes K; by default the largest label plus 1. Folders
+      of PNG whose names are numbers with gaps need it.
     shard_size: Images in a file of the set.
     labels: As for `pictures.open_folder`.
     progress: Wraps the batches of images and labels, given the number of images.
@@ -55,29 +53,48 @@ def import_samples(
     The set, opened.
 
   Raises:
-    UserError: A file is absent, damaged or holds something else, or `samples.write`
-      refuses.
+    UserError: A file is absent, damaged or holds something else, the classes of
+      folders are in doubt, a label is beyond the classes, or `samples.write` refuses.
   """
   if shards.local_path(out).exists():  # Before hours of reading.
     raise UserError(f'{out} exists; remove it or choose another folder')
-  sources = [_open(pathlib.Path(path), labels) for path in paths]
-  for source in sources:
-    metadata = {**source.metadata, **metadata}
-  total = sum(source.count for source in sources)
-  batches = (batch for source in sources for batch in source.batches())
+  if num_classes is not None and num_classes < 1:
+    raise UserError(f'num_classes = {num_classes}: give the number of classes, from 1')
+  paths = [pathlib.Path(path) for path in paths]
+  classes = {}
+  if not labels and (folders := [path for path in paths if path.is_dir()]):
+    classes = pictures.number_classes(folders, has_gaps=num_classes is not None)
+    if not next(iter(classes)).isdecimal():
+      if others := [path for path in paths if path not in folders]:
+        raise UserError(
+          f'{folders[0]} names its classes and {others[0]} numbers them: which are the '
+          'same is not known; rename the folders to the numbers, or give --labels'
+        )
+      metadata = {'class_names': list(classes), **metadata}
+  opened = [_open(path, labels, classes) for path in paths]
+  needed = max(source.num_classes for source in opened)
+  if num_classes is not None and num_classes < needed:
+    path = next(
+      p for p, x in zip(paths, opened, strict=True) if x.num_classes == needed
+    )
+    raise UserError(
+      f'{path} has labels up to {needed - 1}; num_classes = {num_classes} allows '
+      f'0..{num_classes - 1}: give {needed} or more'
+    )
+  batches = (batch for source in opened for batch in source.batches())
   return samples.write(
     out,
-    progress(batches, total),
+    progress(batches, sum(source.count for source in opened)),
     metadata=metadata,
-    num_classes=num_classes or max(source.num_classes for source in sources),
+    num_classes=num_classes or needed,
     shard_size=shard_size,
   )
 
 
-def _open(path: pathlib.Path, labels) -> Source:
+def _open(path: pathlib.Path, labels, classes: dict[str, int]) -> sources.Source:
   """The samples of a file or folder, by its kind."""
   if path.is_dir():
-    return pictures.open_folder(path, labels)
+    return pictures.open_folder(path, classes, labels)
   if labels:
     raise UserError(f'{path} has labels of its own: --labels is for folders of PNG')
   if path.suffix in _PICKLES:
@@ -89,7 +106,7 @@ def _open(path: pathlib.Path, labels) -> Source:
   )
 
 
-def _open_pickle(path: pathlib.Path) -> Source:
+def _open_pickle(path: pathlib.Path) -> sources.Source:
   """The samples of a pickle."""
   size, free = path.exists() and path.stat().st_size, _available_memory()
   if size > free:
@@ -103,29 +120,22 @@ def _open_pickle(path: pathlib.Path) -> Source:
       # Latin-1 is how numpy's bytes come out of pickles of Python 2.
       content = pickles.ArrayUnpickler(file, encoding='latin1').load()
     if isinstance(content, dict):
-      # Exactly one of each, or the next line but one refuses.
-      found = [key for key in (*_IMAGE_KEYS, *_LABEL_KEYS) if key in content]
-      content = [content[key] for key in found]
+      content = [content[key] for key in sources.find_keys(path, content)]
     images, labels = map(np.asarray, content)
   except FileNotFoundError:
     raise UserError(f'{path} does not exist; give the path of the pickle') from None
-  except pickles.ERRORS as error:
+  except UserError:
+    raise
+  except (OSError, *pickles.ERRORS) as error:
     raise UserError(
-      f'{path} is not taken ({type(error).__name__}: {error}): it must hold arrays '
-      f'under one of {", ".join(_IMAGE_KEYS)} and one of {", ".join(_LABEL_KEYS)}'
+      f'{path} is not taken ({type(error).__name__}: {error}): it needs '
+      f'{sources.NEEDED}'
     ) from None
-  if (
-    (images.dtype, images.ndim) != (np.uint8, 4)
-    or labels.dtype.kind not in 'iu'
-    or not labels.size
-    or labels.shape != images.shape[:1]
-  ):
-    raise UserError(
-      f'{path} holds images {images.dtype} {list(images.shape)} and labels '
-      f'{labels.dtype} {list(labels.shape)}; it needs uint8 [n, H, W, C] and integers '
-      '[n], n > 0'
-    )
-  return Source(len(images), int(labels.max()) + 1, lambda: _slices(images, labels))
+  sources.check_arrays(path, images.shape, images.dtype, labels.shape, labels.dtype)
+  sources.check_labels(path, int(labels.min()))
+  return sources.Source(
+    len(images), int(labels.max()) + 1, lambda: _slices(images, labels)
+  )
 
 
 def _available_memory() -> float:

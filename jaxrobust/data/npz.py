@@ -14,20 +14,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxrobust.data import samples, shards
-from jaxrobust.data.sources import Source
+from jaxrobust.data import samples, shards, sources, writing
 from jaxrobust.errors import UserError
 
 _CHUNK = 2**13  # images held in memory while a file is copied
 _LABELS_CHUNK = 2**20
 
 
-def open_npz(path: str | os.PathLike) -> Source:
+def open_npz(path: str | os.PathLike) -> sources.Source:
   """Opens an `.npz` file; its images and labels are streamed, never held.
 
   Args:
-    path: File with `image` uint8 [n, H, W, C] and `label` int [n], stored or
-      compressed, in any order of classes.
+    path: File with `image` uint8 [n, H, W, C], C = 1 or 3, and `label` int [n],
+      stored or compressed, in any order of classes; or under another of the names in
+      `sources`.
 
   Returns:
     The samples.
@@ -36,28 +36,19 @@ def open_npz(path: str | os.PathLike) -> Source:
     UserError: The file is absent, damaged or holds something else.
   """
   with _archive(path) as archive:
-    keys = sorted(name.removesuffix('.npy') for name in archive.namelist())
-    if not {'image', 'label'} <= set(keys):
-      raise UserError(f'{path} holds {keys}; it needs image and label')
-    with archive.open('label.npy') as member:
-      shape, dtype = shards.read_header(member, f'label in {path}')
-      if len(shape) != 1 or not shape[0] or dtype.kind not in 'iu':
-        raise UserError(
-          f'label in {path} is {dtype} {list(shape)}; it must be integers [n], n > 0'
-        )
-      count = shape[0]
-      largest = max(
-        int(_read(member, n, (), dtype, path).max())
-        for n in _chunks(count, _LABELS_CHUNK)
-      )
-    with archive.open('image.npy') as member:
-      shape, dtype = shards.read_header(member, f'image in {path}')
-    if len(shape) != 4 or dtype != np.uint8 or shape[0] != count:
-      raise UserError(
-        f'{path} holds image {dtype} {list(shape)} and {count} labels; it '
-        'needs uint8 [n, H, W, C] and n labels'
-      )
-  return Source(count, largest + 1, lambda: _batches(path))
+    found = {name.removesuffix('.npy') for name in archive.namelist()}
+    keys = sources.find_keys(path, found)
+    with archive.open(f'{keys[0]}.npy') as member:
+      shape, dtype = shards.read_header(member, f'{keys[0]} in {path}')
+    with archive.open(f'{keys[1]}.npy') as member:
+      label_shape, label_dtype = shards.read_header(member, f'{keys[1]} in {path}')
+      sources.check_arrays(path, shape, dtype, label_shape, label_dtype)
+      ends = []
+      for n in _chunks(shape[0], _LABELS_CHUNK):
+        labels = _read(member, n, (), label_dtype, path)
+        ends += [int(labels.min()), int(labels.max())]
+  sources.check_labels(path, min(ends))
+  return sources.Source(shape[0], max(ends) + 1, lambda: _batches(path, *keys))
 
 
 def export_npz(sample_set: samples.SampleSet, npz_path: str | os.PathLike) -> None:
@@ -73,6 +64,7 @@ def export_npz(sample_set: samples.SampleSet, npz_path: str | os.PathLike) -> No
   npz_path = shards.local_path(npz_path)
   if npz_path.exists():
     raise UserError(f'{npz_path} exists; remove it or choose another name')
+  writing.make_parent(npz_path)
   temporary = npz_path.with_name(f'.{npz_path.name}.{uuid.uuid4().hex}')
   try:
     with zipfile.ZipFile(temporary, 'w') as archive:
@@ -89,15 +81,15 @@ def export_npz(sample_set: samples.SampleSet, npz_path: str | os.PathLike) -> No
     temporary.unlink(missing_ok=True)
 
 
-def _batches(path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _batches(path, image_key, label_key) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields (images, labels), both members read side by side."""
   with (
     _archive(path) as archive,
-    archive.open('image.npy') as images,
-    archive.open('label.npy') as labels,
+    archive.open(f'{image_key}.npy') as images,
+    archive.open(f'{label_key}.npy') as labels,
   ):
-    shape, dtype = shards.read_header(images, f'image in {path}')
-    _, label_dtype = shards.read_header(labels, f'label in {path}')
+    shape, dtype = shards.read_header(images, f'{image_key} in {path}')
+    _, label_dtype = shards.read_header(labels, f'{label_key} in {path}')
     for n in _chunks(shape[0], _CHUNK):
       yield (
         _read(images, n, shape[1:], dtype, path),
@@ -128,6 +120,10 @@ def _archive(path):
       yield archive
   except FileNotFoundError:
     raise UserError(f'{path} does not exist; give the path of the .npz') from None
+  except OSError as error:
+    raise UserError(
+      f'{path} cannot be read ({error.strerror or error}); give access, or another file'
+    ) from None
   except UserError:
     raise
   except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:

@@ -18,12 +18,64 @@ from jaxrobust.errors import UserError
 _CHUNK = 1_024  # images held in memory while a folder is copied
 
 
-def open_folder(path: str | os.PathLike, labels: str | os.PathLike = '') -> Source:
+def number_classes(
+  paths: Sequence[pathlib.Path], has_gaps: bool = False
+) -> dict[str, int]:
+  """Numbers the classes of folders of PNG files, alike for all of them.
+
+  Args:
+    paths: The folders. Each of their subfolders that holds PNG files and is not hidden
+      is a class: of the number that is its name where all names are numbers, else of
+      its place among the names of all folders, sorted.
+    has_gaps: Whether numbers may lack some of 0, 1, ….
+
+  Returns:
+    The number of each name, in sorted order of names.
+
+  Raises:
+    UserError: A folder has no classes, some names are numbers and some not, or numbers
+      have gaps, as those of folders that hold parts of a set do.
+  """
+  found = set()
+  for path in paths:
+    if not (names := _class_names(path)):
+      raise UserError(
+        f'{path} holds no folders with PNG files: give a folder with one for each '
+        'class, or --labels=FILE'
+      )
+    found.update(names)
+  names = sorted(found)
+  numbered = [name for name in names if name.isdecimal()]
+  if not numbered:
+    return {name: number for number, name in enumerate(names)}
+  where = ', '.join(map(str, paths))
+  if words := [name for name in names if name not in numbered]:
+    raise UserError(
+      f'{where}: the folders {numbered[0]} and {words[0]} are classes by number and by '
+      'name; rename them, or give --labels=FILE'
+    )
+  classes = {name: int(name) for name in names}
+  numbers = set(classes.values())
+  if not has_gaps and len(numbers) <= max(numbers):
+    least = next(k for k in itertools.count() if k not in numbers)
+    raise UserError(
+      f'{where}: {len(numbers)} folders have numbers up to {max(numbers)}, none '
+      f'{least}; if they are classes, give --num_classes, if parts of a set, '
+      '--labels=FILE'
+    )
+  return classes
+
+
+def open_folder(
+  path: str | os.PathLike,
+  classes: dict[str, int],
+  labels: str | os.PathLike = '',
+) -> Source:
   """Opens a folder of PNG files.
 
   Args:
-    path: The folder. Without `labels` each of its subfolders is a class: of the
-      number that is its name where all names are numbers, else in sorted order.
+    path: The folder. Without `labels` it holds a folder for each class.
+    classes: The number of each class, of `number_classes`.
     labels: File that names images, relative to the folder, with their labels: lines
       `NAME LABEL` (parted by a space, a tab or a comma), or EDM's `dataset.json`.
       Images that it does not name are left out.
@@ -40,24 +92,14 @@ def open_folder(path: str | os.PathLike, labels: str | os.PathLike = '') -> Sour
     named = lambda: ((path / name, label) for name, label in listed)
     num_classes = 1 + max(label for _, label in listed)
     return Source(len(listed), num_classes, lambda: _batches(named()))
-  names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-  numbered = all(name.isdecimal() for name in names)
-  classes = {name: int(name) if numbered else k for k, name in enumerate(names)}
+  names = _class_names(path)
   count = sum(1 for name in names for _ in _png_names(path / name))
-  if not count:
-    raise UserError(
-      f'{path} holds no folders with PNG files: give a folder with one for each '
-      'class, or --labels=FILE'
-    )
   named = lambda: (
-    (path / name / file, label)
-    for name, label in classes.items()
+    (path / name / file, classes[name])
+    for name in names
     for file in sorted(_png_names(path / name))
   )
-  metadata = {} if numbered else {'class_names': names}
-  return Source(
-    count, 1 + max(classes.values()), lambda: _batches(named()), metadata=metadata
-  )
+  return Source(count, 1 + max(classes.values()), lambda: _batches(named()))
 
 
 def grid(
@@ -125,9 +167,16 @@ def save(picture: PIL.Image.Image, path: str | os.PathLike) -> None:
     ) from None
 
 
+def _class_names(path) -> list[str]:
+  """The folders in a folder that hold PNG files and are not hidden, sorted."""
+  folders = (e for e in path.iterdir() if e.is_dir() and not e.name.startswith('.'))
+  return sorted(e.name for e in folders if any(_png_names(e)))
+
+
 def _png_names(folder) -> Iterator[str]:
-  """The names of the PNG files in a folder."""
-  return (e.name for e in os.scandir(folder) if e.name.lower().endswith('.png'))
+  """The names of the PNG files in a folder that are not hidden."""
+  names = (entry.name for entry in os.scandir(folder))
+  return (n for n in names if n.lower().endswith('.png') and not n.startswith('.'))
 
 
 def _read_labels(path) -> list[tuple[str, int]]:

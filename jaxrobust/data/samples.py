@@ -215,7 +215,9 @@ class SampleSet:
     stats = {name: (self.path / name).stat() for name in names}
     return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
 
-  def verify(self, progress: Callable[[Iterable], Iterable] = iter) -> None:
+  def verify(
+    self, progress: Callable[[Iterable], Iterable] = iter, anew: bool = False
+  ) -> None:
     """Compares the sha256 of each shard file with the metadata, once.
 
     A finished verification is remembered in the folder, where it is writable,
@@ -223,11 +225,13 @@ class SampleSet:
 
     Args:
       progress: Wraps the list of files, as `tqdm.tqdm` does.
+      anew: Whether to read files that were verified before: bits that a disk has lost
+        change neither.
 
     Raises:
       UserError: Files are corrupt; the message names each of them.
     """
-    if self.is_verified():
+    if not anew and self.is_verified():
       return
     stamp, stamp_file = self._stamp(), self.path / _STAMP
     expected = self.metadata['sha256']
@@ -240,6 +244,8 @@ class SampleSet:
         if digest != expected[file.name]
       ]
     if corrupt:
+      with contextlib.suppress(OSError):
+        stamp_file.unlink()  # What an earlier verification said is no longer so.
       raise UserError(
         f'corrupt (sha256 differs from metadata.json): {", ".join(corrupt)}; '
         'fetch or make these files again'
@@ -290,7 +296,7 @@ def write(
     raise UserError(f'shard_size = {shard_size}; it must be at least 1')
   if reserved := sorted(set(metadata) & set(RESERVED)):
     raise UserError(f'metadata fields {reserved} are computed; leave them out')
-  path.parent.mkdir(parents=True, exist_ok=True)
+  writing.make_parent(path)
   folder = shards.partial(path)
   lock = writing.claim(folder)
   try:

@@ -13,6 +13,20 @@ from jaxrobust.data import shards
 from jaxrobust.errors import UserError
 
 
+def make_parent(path: pathlib.Path) -> None:
+  """Makes the folder that `path` is to be in; UserError where a file is in its place.
+
+  Args:
+    path: Of what will be written.
+  """
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError):
+    raise UserError(
+      f'{path.parent} is no folder: {path} cannot be made in it; choose another place'
+    ) from None
+
+
 def claim(folder: pathlib.Path) -> int:
   """Makes an empty folder for this process, removing what a killed one left there.
 
@@ -23,16 +37,22 @@ def claim(folder: pathlib.Path) -> int:
     A descriptor that holds the folder until it is closed.
 
   Raises:
-    UserError: Another process is writing there.
+    UserError: Another process is writing there, or the folder cannot be locked.
   """
   folder.mkdir(exist_ok=True)
   lock = os.open(folder, os.O_RDONLY)
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError:
+  except BlockingIOError:
     os.close(lock)
     raise UserError(
       f'{folder} is being written by another process: wait for it, or stop it'
+    ) from None
+  except OSError as error:  # Of network disks that know no locks.
+    os.close(lock)
+    raise UserError(
+      f'{folder} cannot be locked against other writers ({error.strerror}): write the '
+      'set to a local disk, and copy it'
     ) from None
   for left in folder.iterdir():
     logging.warning('removing %s of a killed command: this one starts over', left)
@@ -47,6 +67,11 @@ def _check_batch(images, labels, image_shape, num_classes):
       f'images {images.dtype} {list(images.shape)} with labels '
       f'{list(labels.shape)}; a sample set takes uint8 [n, H, W, C] and [n]'
     )
+  if images.shape[-1] not in (1, 3):
+    raise UserError(
+      f'images of shape {list(images.shape[1:])}; a sample set takes 1 channel (grey) '
+      'or 3 (colours): convert them'
+    )
   if list(images.shape[1:]) != image_shape:
     raise UserError(
       f'images of shape {list(images.shape[1:])} after images of '
@@ -59,7 +84,7 @@ def _check_batch(images, labels, image_shape, num_classes):
   if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
     raise UserError(
       f'labels {labels.min()}..{labels.max()}; {num_classes} classes '
-      f'allow 0..{num_classes - 1}'
+      f'allow 0..{num_classes - 1}: give more classes, or number them from 0'
     )
 
 
