@@ -84,6 +84,17 @@ def test_group_norm_is_haikus():
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
+def test_dropout_drops_its_share_and_keeps_the_mean():
+  keys = jax.random.split(jax.random.key(0), 4)
+  found = np.asarray(unet._dropout(jnp.ones((4, 8, 8, 32)), 0.3, keys))
+  assert set(np.unique(found)) == {0, np.float32(1 / (1 - 19661 / 2**16))}
+  dropped = (found == 0).reshape(-1, 2)  # two values a word of random bits
+  # 8,192 values, 4,096 words: within 5 standard deviations.
+  np.testing.assert_allclose(dropped.mean(), 0.3, atol=5 * (0.21 / 8192) ** 0.5)
+  both = 5 * (0.09 * 0.91 / 4096) ** 0.5
+  np.testing.assert_allclose(dropped.all(1).mean(), 0.09, atol=both)
+
+
 @pytest.fixture(scope='module')
 def tiny():
   """A network with attention at its second size, its parameters random, as inputs."""

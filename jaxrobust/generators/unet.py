@@ -6,6 +6,7 @@ code. With 128 base channels, multipliers (1, 2, 2, 2), two blocks and attention
 16x16 it has the 35.7 million parameters of their CIFAR-10 network.
 """
 
+import functools
 import math
 
 import haiku as hk
@@ -69,6 +70,7 @@ class UNet(hk.Module):
       [B, H, W, C]; zero at initialisation.
     """
     embedding = self._embed(times, classes)
+    conv = functools.partial(_Conv, in_loops=rngs is None)  # samplers loop
     num_calls = 0
 
     def block(x, features, name):
@@ -77,12 +79,12 @@ class UNet(hk.Module):
       if rngs is not None and self._dropout:
         keys = jax.vmap(jax.random.fold_in, (0, None))(rngs, num_calls)
       num_calls += 1
-      return _ResidualBlock(features, self._dropout, name)(x, embedding, keys)
+      return _ResidualBlock(features, self._dropout, conv, name)(x, embedding, keys)
 
     def attend(x, name):
       return _Attention(name)(x) if x.shape[1] in self._attention_sizes else x
 
-    x = _Conv(self._channels, name='conv_in')(images)
+    x = conv(self._channels, name='conv_in')(images)
     skips = [x]
     last = len(self._multipliers) - 1
     for level, multiplier in enumerate(self._multipliers):
@@ -91,7 +93,7 @@ class UNet(hk.Module):
         x = attend(x, f'down_{level}_attention_{index}')
         skips.append(x)
       if level != last:
-        x = _Conv(x.shape[-1], stride=2, name=f'down_{level}_downsample')(x)
+        x = conv(x.shape[-1], stride=2, name=f'down_{level}_downsample')(x)
         skips.append(x)
     x = block(x, x.shape[-1], 'middle_block_0')
     x = _Attention('middle_attention')(x)
@@ -103,9 +105,9 @@ class UNet(hk.Module):
         x = attend(x, f'up_{level}_attention_{index}')
       if level:
         x = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
-        x = _Conv(x.shape[-1], name=f'up_{level}_upsample')(x)
+        x = conv(x.shape[-1], name=f'up_{level}_upsample')(x)
     x = jax.nn.swish(_GroupNorm('norm_out')(x))
-    return _Conv(images.shape[-1], zero=True, name='conv_out')(x)
+    return conv(images.shape[-1], zero=True, name='conv_out')(x)
 
   def _embed(self, times, classes):
     """The vector [B, 4 * channels] that tells every block the time and the class."""
@@ -137,25 +139,34 @@ def sinusoids(times: jax.Array, size: int) -> jax.Array:
 class _ResidualBlock(hk.Module):
   """Two convolutions with the embedding added in between."""
 
-  def __init__(self, features, dropout, name):
+  def __init__(self, features, dropout, conv, name):
     super().__init__(name=name)
-    self._features, self._dropout = features, dropout
+    self._features, self._dropout, self._conv = features, dropout, conv
 
   def __call__(self, inputs, embedding, rngs):
     x = jax.nn.swish(_GroupNorm('norm_0')(inputs))
-    x = _Conv(self._features, name='conv_0')(x)
+    x = self._conv(self._features, name='conv_0')(x)
     shift = _linear(self._features, 'embedding')(jax.nn.swish(embedding))
     x = jax.nn.swish(_GroupNorm('norm_1')(x + shift[:, None, None, :]))
     if rngs is not None:
-      # A mask for each image, so that it does not depend on its neighbours.
-      keep = jax.vmap(
-        lambda rng: jax.random.bernoulli(rng, 1 - self._dropout, x.shape[1:])
-      )(rngs)
-      x = jnp.where(keep, x / (1 - self._dropout), 0)
-    x = _Conv(self._features, zero=True, name='conv_1')(x)
+      x = _dropout(x, self._dropout, rngs)
+    x = self._conv(self._features, zero=True, name='conv_1')(x)
     if inputs.shape[-1] != self._features:
       inputs = _linear(self._features, 'shortcut')(inputs)
     return inputs + x
+
+
+def _dropout(x, share, rngs):
+  """Drops a share of each image's values, by its own key.
+
+  The share is rounded to a multiple of 2**-16: random bits are what dropout costs on
+  CPU, and a word of 32 is enough for two values.
+  """
+  shape = x.shape[1:]
+  words = jax.vmap(lambda rng: jax.random.bits(rng, (math.prod(shape) // 2,)))(rngs)
+  values = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(x.shape)
+  dropped = min(round(share * 2**16), 2**16 - 1)
+  return jnp.where(values >= dropped, x / (1 - dropped / 2**16), 0)
 
 
 class _Attention(hk.Module):
@@ -178,15 +189,16 @@ class _Attention(hk.Module):
 class _Conv(hk.Module):
   """3x3 convolution with bias, by the package's own gradient rule."""
 
-  def __init__(self, features, stride=1, zero=False, name=None):
+  def __init__(self, features, stride=1, zero=False, in_loops=True, name=None):
     super().__init__(name=name)
     self._features, self._stride, self._zero = features, stride, zero
+    self._in_loops = in_loops
 
   def __call__(self, x):
     shape = (3, 3, x.shape[-1], self._features)
     kernel = hk.get_parameter('w', shape, x.dtype, init=_initializer(self._zero))
     bias = hk.get_parameter('b', shape[-1:], x.dtype, init=jnp.zeros)
-    x = conv2d(x, kernel, self._stride, in_loops=False)
+    x = conv2d(x, kernel, self._stride, self._in_loops)
     return x + bias.reshape(1, 1, 1, -1)
 
 

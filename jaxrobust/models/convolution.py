@@ -45,9 +45,11 @@ def conv2d(
     images: [B, H, W, C].
     kernel: [kh, kw, C, O].
     stride: at least 1, of both axes.
-    in_loops: whether the kernel's gradient, too, shall be fast inside loops on CPU.
-      Outside them XLA's own takes 0.6 to 2 times as long, by shape, and suits small
-      U-Nets: a step of experiments/digits_ddpm.py takes 128 ms with it in place of 144.
+    in_loops: whether it is called inside a loop, where all that is below pays on CPU.
+      Outside, XLA's own convolution and gradient of the kernel suit small U-Nets
+      better: a step of experiments/digits_ddpm.py takes 99 ms of processor time so, 105
+      with Winograd's products and 136 with the kernel's gradient below (medians of 7
+      interleaved rounds).
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), O].
@@ -57,7 +59,7 @@ def conv2d(
   return jax.lax.platform_dependent(
     images,
     kernel,
-    cpu=_convolve_on_cpu,
+    cpu=functools.partial(_convolve_on_cpu, in_loops=in_loops),
     default=lambda x, k: _convolve(x, k, 1, 'SAME'),
   )
 
@@ -71,7 +73,7 @@ def _backward(stride, in_loops, residuals, cotangent):
   _, vjp = jax.vjp(lambda x, k: _convolve(x, k, stride, 'SAME'), images, kernel)
   ordinary = lambda: vjp(cotangent)
   on_cpu = lambda: (
-    _images_gradient(cotangent, kernel, stride, images.shape),
+    _images_gradient(cotangent, kernel, stride, images.shape, in_loops),
     _kernel_gradient(images, cotangent, kernel.shape)
     if stride == 1 and in_loops
     else ordinary()[1],
@@ -92,11 +94,11 @@ def _convolve(images, kernel, stride, padding):
   )
 
 
-def _convolve_on_cpu(images, kernel):
+def _convolve_on_cpu(images, kernel, in_loops):
   """Stride 1, 'SAME'."""
   # Sums of taps and of pixels would lose what half precision has.
   single = images.dtype.itemsize >= 4
-  if single and winograd.suits(images.shape, kernel.shape):
+  if in_loops and single and winograd.suits(images.shape, kernel.shape):
     return winograd.convolve(images, kernel)
   return _convolve(images, kernel, 1, 'SAME')
 
@@ -107,7 +109,7 @@ def _low_padding(size, taps, stride):
   return max((outputs - 1) * stride + taps - size, 0) // 2
 
 
-def _images_gradient(cotangent, kernel, stride, shape):
+def _images_gradient(cotangent, kernel, stride, shape, in_loops):
   """Gradient with respect to images, as ordinary convolutions of the cotangent.
 
   Along an axis, pixel `stride * m + p` gets from output `m + d` the tap
@@ -115,7 +117,7 @@ def _images_gradient(cotangent, kernel, stride, shape):
   stride-th tap, in reverse order.
   """
   if stride == 1 and all(n % 2 for n in kernel.shape[:2]):
-    return _convolve_on_cpu(cotangent, kernel[::-1, ::-1].swapaxes(2, 3))
+    return _convolve_on_cpu(cotangent, kernel[::-1, ::-1].swapaxes(2, 3), in_loops)
   batch, outputs, channels = len(cotangent), cotangent.shape[1:3], shape[-1]
   lows = [_low_padding(shape[1 + i], kernel.shape[i], stride) for i in (0, 1)]
   phases = []
