@@ -1,5 +1,8 @@
 """pmap on four virtual devices, its collectives, and its shard_map twin."""
 
+import platform
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +41,20 @@ def test_a_step_compiles_once():
   for _ in range(3):
     state = step(state, parallel.shard(np.ones((8, 2), np.float32)))
   assert len(traces) == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of its allocator')
+def test_large_memory_is_kept_on_cpu():
+  parallel.pmap(lambda x: x)
+  count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  use = lambda: len(b'x' * (40 * 2**20))
+  for _ in range(2):
+    use()
+  before = count()
+  for _ in range(3):
+    use()
+  # Three times 40 MiB from the system would be 30,720 pages of 4 KiB.
+  assert count() - before < 3_000
 
 
 def test_mean_over_devices_leaves_integers_alone():
