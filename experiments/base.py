@@ -48,7 +48,9 @@ def get_config():
   c.augment = config_dict.ConfigDict()
   c.augment.pad = 4  # pixels of zeros on each side before the random crop
   c.augment.flip = True  # horizontal, with probability 1/2
-  c.augment.label_smoothing = 0.1  # on generated labels only
+  c.augment.label_smoothing = 0.1  # on generated labels
+  # Smooth the labels of real images too, as follow-up work does.
+  c.augment.smooth_real_labels = False
   c.augment.cutmix = False
   # Of CutMix and mixup: parts of the batch, each with a ratio (and a box).
   c.augment.cutmix_workers = 4

@@ -15,24 +15,32 @@ Cui et al. print it):
 
 Samples are data/cifar10_edm-1m, _edm-20m, _edm-50m, _ddpm and _generated-500m. Those of
 EDM are published as .npz, in parts: `python -m jaxrobust.data import` takes all at
-once.
+once. Those of wrn-94-16 were not released: 100M each of EDM, of EDM with discriminator
+guidance and of PFGM++, of which the run sees 500M images.
 
 From the published code and commands: 10 sign steps of 2/255, Nesterov momentum, average
-0.995, a warm-up of 1/40 of the run; for edm-1m batch 512, 400 epochs, learning rate
-0.2, beta 5, 0.7 generated; for score the same with squared losses, beta 4 and hard
-labels; for wrn-94-16 batch 2,048, 10,000 epochs of 50,000, learning rate 0.1, beta 5,
-generated images alone and from epoch 6,000 on 0.875 of them; for improved-kl the terms
-of its loss, and weights 3 and 10 and temperature 4, by the name of a log.
+0.995, a warm-up of 1/40 of the run, labels of real images smoothed like those of
+generated ones, the first 1,024 training images held out; for edm-1m batch 512, 400
+epochs, learning rate 0.2, beta 5, 0.7 generated, smoothing 0.1; for score the same with
+squared losses, beta 4 and hard labels; for wrn-94-16 batch 2,048, 10,000 epochs of
+50,000, learning rate 0.1, beta 5, smoothing 0.1, generated images alone and from epoch
+6,000 on 0.875 of them; for improved-kl the terms of its loss, and weights 3 and 10 and
+temperature 4, by the name of a log.
 Deviation: real images are 0.3125 and 0.1875 of a batch for 0.3 and 0.2, so that groups
 and 32 devices divide them; the warm-up is linear, from 0.
+Deviation: the average starts with the run. Published is one that starts after the
+warm-up, its decay rising from there on, and is the network itself until then; a few
+thousand steps later both are the same.
+Deviation: the samples of wrn-94-16 are one set, shuffled as a whole. Published are
+2,000 epochs of EDM, of guided EDM and of PFGM++ each, then 1,000, 1,000 and 2,000.
 
 Uncertain (remembered, or not published):
-  all          the BatchNorm group; what they hold out to choose the checkpoint
+  all          the BatchNorm group
   edm-20m      batch 2,048, 2,400 epochs, 0.8 generated, its learning rate
   edm-50m      batch 1,024, 2,000 epochs, 0.8 generated, its learning rate
-  improved-kl  whatever it shares with edm-20m; published are the class means of the
-               epoch before, here running ones (loss.class_decay)
-  wrn-94-16    smoothing 0.1, as its code's default; how its samples were mixed
+  improved-kl  whatever it shares with edm-20m, smoothing among it: its published code
+               trains without generated images, and smooths nothing; published are the
+               class means of the epoch before, here running ones (loss.class_decay)
 """
 
 from experiments import base
@@ -58,6 +66,7 @@ def get_config(arg: str = 'edm-20m'):
   c.data.batch_size = batch_size
   c.data.real_fraction = real_fraction
   c.data.real_repeats = 1
+  c.augment.smooth_real_labels = True
   c.model.batch_norm_group = 128
   c.loss.beta = 5.0
   c.attack.step_rule = 'sign'

@@ -48,6 +48,7 @@ _YOUNGER = {
   },
   'optimizer': {'drop_fractions': (2 / 3,)},
   'augment': {
+    'smooth_real_labels': False,
     'mixup': False,
     'mixup_alpha': 1.0,
     'cutout': 0,

@@ -227,7 +227,11 @@ def _augmented(config, num_classes, step, batch: Batch):
   if options.cutout:
     images = augment.cutout(images, rngs('cutout'), options.cutout, fill=mean)
   targets = augment.one_hot_targets(
-    batch.labels, batch.is_generated, num_classes, options.label_smoothing
+    batch.labels,
+    batch.is_generated,
+    num_classes,
+    options.label_smoothing,
+    options.smooth_real_labels,
   )
   if options.cutmix or options.mixup:
     # The partner may be on another device: mix the whole batch, keep our slots.

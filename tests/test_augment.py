@@ -87,6 +87,18 @@ def test_one_hot_targets_smooth_generated_labels_only():
   np.testing.assert_array_equal(targets[1], [1, 0, 0, 0])
 
 
+def test_smoothed_labels_of_all_images_give_the_smoothed_cross_entropy():
+  """Of any logits: (1 - s) times that of the label, s times the mean over classes."""
+  labels, generated = jnp.array([2, 0, 1]), jnp.array([True, False, False])
+  targets = augment.one_hot_targets(labels, generated, 4, 0.1, True)
+  np.testing.assert_allclose(targets[1], [0.925, 0.025, 0.025, 0.025], atol=1e-7)
+  logits = np.random.default_rng(1).normal(size=(3, 4))
+  log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  wanted = -0.9 * log_probs[np.arange(3), labels] - 0.1 * log_probs.mean(-1)
+  # Targets in single precision.
+  np.testing.assert_allclose(-(targets * log_probs).sum(-1), wanted, rtol=1e-6)
+
+
 class TestCutmix:
   """Images filled with their own number show what came from where."""
 

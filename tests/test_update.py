@@ -194,6 +194,13 @@ def test_inputs_of_the_loss(batch, case):
   assert np.abs(adv_images - images).max() > 0.1
 
 
+def test_labels_of_real_images_are_smoothed_on_request(batch):
+  config = make_config(**{'augment.smooth_real_labels': True})
+  targets = jax.jit(lambda b: update._augmented(config, 10, 0, b)[1])(batch)
+  assert not batch.is_generated.all()
+  np.testing.assert_allclose(targets, np.eye(10)[batch.labels] * 0.9 + 0.01, atol=1e-7)
+
+
 def test_loss_and_accuracies(case):
   _, _, metrics, p, (images, adv_images, targets) = case
   expected = trades(p, images, adv_images, targets)

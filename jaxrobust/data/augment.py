@@ -75,22 +75,29 @@ def cutout(
 
 
 def one_hot_targets(
-  labels: jax.Array, is_generated: jax.Array, num_classes: int, label_smoothing: float
+  labels: jax.Array,
+  is_generated: jax.Array,
+  num_classes: int,
+  label_smoothing: float,
+  smooth_real_labels: bool = False,
 ) -> jax.Array:
-  """Targets: those of generated images are smoothed, those of real ones are not.
+  """Targets: those of generated images are smoothed, those of real ones on request.
 
-  Source: the released recipe, with smoothing 0.1.
+  Source: the released recipe, with smoothing 0.1 of generated labels only; the code of
+  Wang et al. 2023 smooths all.
 
   Args:
     labels: int [B] in [0, K).
     is_generated: bool [B].
     num_classes: K.
     label_smoothing: share s of the uniform distribution, in [0, 1].
+    smooth_real_labels: whether labels of real images are smoothed too.
 
   Returns:
-    float32 [B, K], (1 - s) one-hot + s / K where generated, one-hot elsewhere.
+    float32 [B, K], (1 - s) one-hot + s / K where smoothed, one-hot elsewhere.
   """
-  smoothing = jnp.where(is_generated, label_smoothing, 0.0)[:, None]
+  is_smoothed = is_generated | smooth_real_labels
+  smoothing = jnp.where(is_smoothed, label_smoothing, 0.0)[:, None]
   one_hot = jax.nn.one_hot(labels, num_classes)
   return (1 - smoothing) * one_hot + smoothing / num_classes
 
