@@ -53,7 +53,14 @@ def test_disk_is_what_the_files_take(tmp_path, capsys, confidence):
 def test_command_line(capsys):
   assert command_line.main(['plan', '100_000_000', '--hosts=4', '--cache=300']) == 0
   shown = capsys.readouterr().out
-  assert 'disk of a host: 307.6 GB' in shown and 'all 382 shards' in shown
+  assert 'disk of a host: 307.6 GB' in shown
+  assert 'each of 4 hosts holds all 382 shards' in shown
+  assert command_line.main(['plan', '100M', '--hosts=4', '--cache=300']) == 0
+  assert capsys.readouterr().out == shown
+  assert command_line.main(['plan', '100k', '--hosts=1']) == 0
+  assert 'the one host holds the one shard (images-00' in capsys.readouterr().out
+  assert command_line.main(['plan', '1k', '--hosts=1', '--steps_per_second=-1']) == 1
+  assert 'steps_per_second = -1: give 0 or more' in capsys.readouterr().err
   assert command_line.main(['plan', '100', '--hosts=0']) == 1
   with pytest.raises(UserError, match='0 images'):
     plan.plan(0, (8, 8, 3), hosts=1, cache_bytes=0)

@@ -1,5 +1,6 @@
 """Sample sets: what is written is read, and what is damaged is refused by name."""
 
+import errno
 import json
 import os
 import re
@@ -337,12 +338,43 @@ def test_command_line(tmp_path, capsys):
   capsys.readouterr()
   assert command_line.main(['info', path]) == 0
   shown = capsys.readouterr().out
-  assert f'{N} images in 1 shards' in shown and '2 files, verified' in shown
+  assert f'{N} images in 1 shard\n' in shown and '2 files, verified' in shown
   assert 'generator: ddpm' in shown and 'imported_from: ["in.npz"]' in shown
   for label, count in enumerate(np.bincount(labels, minlength=K)):
     assert re.search(rf'class +{label} +{count} +{100 * count / N:.2f} % #', shown)
   assert command_line.main(['info', str(tmp_path)]) == 1
   assert capsys.readouterr().err.startswith('error: ')
+
+
+def test_exit_codes(tmp_path, capsys, monkeypatch):
+  """1 for what the user did, told in one line; 128 and above for a crash."""
+  write(tmp_path / 'set')
+  (tmp_path / 'file').write_text('')
+  path, out = str(tmp_path / 'set'), tmp_path / 'some' / 'where' / 'out.npz'
+  for command, message in (
+    (['export', path], 'the following arguments are required: npz'),
+    (['select', path, 'out', '--count=many'], 'invalid int value'),
+    (['unknown'], 'invalid choice'),
+    (['export', path, str(tmp_path / 'file' / 'out.npz')], 'file is no folder'),
+    (['import', str(tmp_path), str(tmp_path / 'out')], 'holds no folders with PNG'),
+  ):
+    assert command_line.main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and error.count('\n') == 1 and message in error
+  assert command_line.main(['export', path, str(out)]) == 0
+  assert out.exists()  # Its folders were made.
+
+  def fail(error):
+    def export(*_):
+      raise error
+
+    monkeypatch.setattr(npz, 'export_npz', export)
+    return command_line.main(['export', path, 'out']), capsys.readouterr().err
+
+  code, told = fail(OSError(errno.ENOSPC, 'No space left', 'a/file'))
+  assert code == 1 and told.startswith('error: cannot write a/file: No space left')
+  code, told = fail(RuntimeError('a fault'))
+  assert code == 134 and 'Traceback' in told
 
 
 def test_info_tells_sets_that_were_not_verified(tmp_path, capsys):

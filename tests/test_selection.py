@@ -68,8 +68,10 @@ def test_confidences_that_are_refused(tmp_path, confidences, message):
     # 4 and one more of class 0; of class 0 the two of confidence 1.
     ({'top_fraction': 0.4, 'balanced': True}, [1, 2, 7, 8]),
     ({'top_fraction': 1.0}, range(10)),
-    ({'count': 4}, [0, 1, 2, 3]),
-    ({'count': 5, 'balanced': True}, [0, 1, 2, 4, 6]),
+    ({'count': 10}, range(10)),
+    # Of the others all; of class 0 those with the greatest of the draws
+    # 0.5488 0.6028 0.5449 0.6459 0.9637 0.3834.
+    ({'count': 6, 'balanced': True}, [1, 4, 5, 6, 7, 8]),
   ],
 )
 def test_selections_by_hand(tmp_path, options, kept):
@@ -85,13 +87,36 @@ def test_selections_by_hand(tmp_path, options, kept):
   assert found.metadata['generator'] == 'grey' and found.metadata['note'] == 1
   said = found.metadata['selection']
   assert said['top_fraction'] == options.get('top_fraction')
+  assert said['seed'] == (0 if 'count' in options else None)
   assert said['pool']['total'] == 10 and said['pool']['per_class'] == [6, 2, 2]
+
+
+def test_a_count_takes_the_same_share_of_each_class(tmp_path):
+  """A set sorted by class; each image is kept as often as any other."""
+  source = samples.write(
+    tmp_path / 'pool',
+    [(np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1), np.arange(40) // 10)],
+    metadata={},
+    num_classes=4,
+  )
+  kept = np.zeros(40)
+  for seed in range(20):
+    found = selection.select(source, tmp_path / f'set{seed}', count=8, seed=seed)
+    assert found.metadata['counts']['per_class'] == [2, 2, 2, 2]
+    kept[found.gather(np.arange(8)).ravel()] += 1
+  # Binomial, 20 of 0.2: mean 4, deviation 1.8; five of them are allowed.
+  assert abs(kept - 4).max() < 9
+  found = selection.select(source, tmp_path / 'again', count=8, seed=19)
+  assert sorted(found.gather(np.arange(8)).ravel()) == sorted(
+    samples.SampleSet.open(tmp_path / 'set19').gather(np.arange(8)).ravel()
+  )
 
 
 @pytest.mark.parametrize(
   'options, message',
   [
-    ({}, 'one of'),
+    ({}, 'one of --top_fraction and --count'),
+    ({'count': 3, 'seed': -1}, 'seed = -1: give a number from 0'),
     ({'count': 3, 'top_fraction': 0.5}, 'one of'),
     ({'top_fraction': 0}, 'above 0'),
     ({'top_fraction': 1.5}, 'up to 1'),

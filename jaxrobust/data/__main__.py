@@ -3,13 +3,16 @@
 import argparse
 import json
 import pathlib
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tqdm
 
+from jaxrobust import cli
 from jaxrobust.data import datasets, imports, npz, pictures, plan, samples, selection
 from jaxrobust.errors import UserError
 
@@ -21,10 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments: what follows the command's name; None for `sys.argv`.
 
   Returns:
-    The exit code: 0 done, 1 an error told in one line, 130 interrupted.
+    The exit code, as of the programs.
   """
-  args = _parser().parse_args(arguments)
   try:
+    args = _parser().parse_args(arguments)
     if args.command == 'prepare':
       datasets.prepare(args.name, data_dir=args.data_dir, archives=args.archives)
       print(f'{args.name} is ready')
@@ -47,20 +50,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
       print('\n'.join(_plan(args)))
     else:
       _use(args, samples.SampleSet.open(args.set))
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
   except KeyboardInterrupt:
     print('interrupted: nothing was written; run it again', file=sys.stderr)
-    return 130
-  return 0
+    return cli.INTERRUPTED
+  except Exception as error:
+    if told := error if isinstance(error, UserError) else _disk_error(error):
+      print(f'error: {told}', file=sys.stderr)
+      return cli.ERROR
+    traceback.print_exc()
+    return cli.CRASHED
+  return cli.DONE
+
+
+def _disk_error(error: Exception) -> UserError | None:
+  """As `workdir.disk_error`."""
+  from jaxrobust import workdir  # jax, which few commands need
+
+  return workdir.disk_error(error)
 
 
 def _plan(args: argparse.Namespace) -> list[str]:
   """What the set, or a set of so many images, asks of each host."""
   settings = {'batch_size': args.batch_size, 'real_fraction': args.real_fraction}
-  if args.set.replace('_', '').isdecimal():
-    count = int(args.set)
+  if number := re.fullmatch('([0-9][0-9_]*)([kM]?)', args.set):
+    count = int(number[1].replace('_', '')) * {'': 1, 'k': 10**3, 'M': 10**6}[number[2]]
     shape = datasets.INFO[args.dataset].image_shape
     settings['num_classes'] = datasets.INFO[args.dataset].num_classes
   else:
@@ -96,6 +109,7 @@ def _use(args: argparse.Namespace, found: samples.SampleSet) -> None:
       count=args.count,
       top_fraction=args.top_fraction,
       balanced=args.balanced,
+      seed=args.seed,
       shard_size=args.shard_size,
       progress=_progress,
     )
@@ -153,7 +167,8 @@ def _show(found: samples.SampleSet) -> None:
   """Prints what is known of a set."""
   known = {**found.metadata}
   counts, checked = known.pop('counts'), known.pop('sha256')
-  print(f'{found.path}: {len(found)} images in {len(counts["per_shard"])} shards')
+  shards = len(counts['per_shard'])
+  print(f'{found.path}: {len(found)} images in {shards} shard{"s" * (shards > 1)}')
   state = 'verified' if found.is_verified() else 'not verified (`verify` does it)'
   print(f'checksums: {len(checked)} files, {state}')
   for field, value in known.items():
@@ -164,9 +179,16 @@ def _show(found: samples.SampleSet) -> None:
     print(f'class {label:3d} {count:12,d} {100 * count / len(found):6.2f} % {bar}')
 
 
+class _Parser(argparse.ArgumentParser):
+  """Tells mistakes as the programs do: in one line, with the exit code of an error."""
+
+  def error(self, message):
+    raise UserError(f'{message} (`{self.prog} --help` shows how to use it)')
+
+
 def _parser() -> argparse.ArgumentParser:
   """Returns the parser of the command line."""
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog='python -m jaxrobust.data',
     description='Makes data sets and sample sets ready. Each command has its --help.',
   )
@@ -220,16 +242,21 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument('npz', help='the file to make')
   command = commands.add_parser(
     'select',
-    help='a sample set of the surest, or the first, of another',
+    help='a sample set of the surest, or of any, of another',
     description='Makes a sample set of some of the samples of another: the share of '
-    'each class whose labels are surest, or the first ones.',
+    'each class whose labels are surest, or any of each class, drawn at random.',
   )
   command.add_argument('set', help='the pool')
   command.add_argument('out', help='the folder to make')
   command.add_argument(
     '--top_fraction', type=float, help='share of each class to keep, by confidence'
   )
-  command.add_argument('--count', type=int, help='or how many to keep, the first ones')
+  command.add_argument(
+    '--count', type=int, help='or how many to keep, of each class the same share'
+  )
+  command.add_argument(
+    '--seed', type=int, default=0, help='which ones --count keeps (default: 0)'
+  )
   command.add_argument(
     '--balanced', action='store_true', help='as many of each class as of the others'
   )
@@ -240,7 +267,9 @@ def _parser() -> argparse.ArgumentParser:
     description='Computes what each host of a pod needs for a sample set, or for one '
     'of so many images that is not there yet: shards, disk, memory, reads.',
   )
-  command.add_argument('set', help='a sample set, or a number such as 100_000_000')
+  command.add_argument(
+    'set', help='a sample set, or a number such as 100_000_000 or 100M'
+  )
   command.add_argument('--hosts', type=int, required=True)
   command.add_argument(
     '--dataset',

@@ -68,7 +68,7 @@ def import_samples(
       if others := [path for path in paths if path not in folders]:
         raise UserError(
           f'{folders[0]} names its classes and {others[0]} numbers them: which are the '
-          'same is not known; rename the folders to the numbers, or give --labels'
+          'same is not known; rename the folders to the numbers'
         )
       metadata = {'class_names': list(classes), **metadata}
   opened = [_open(path, labels, classes) for path in paths]

@@ -98,12 +98,16 @@ def plan(
 
 
 def lines(found: Plan, hosts: int, steps_per_second: float) -> list[str]:
-  """The plan in words, for training at a given speed."""
+  """The plan in words, for training at a given speed; UserError for one below 0."""
+  if not steps_per_second >= 0:
+    raise UserError(f'steps_per_second = {steps_per_second:g}: give 0 or more')
   last = f'{found.num_shards - 1:05d}-of-{found.num_shards:05d}'
   reads = found.reads_per_step * steps_per_second
+  shards = f'all {found.num_shards} shards (images-00000 … {last})'
+  if found.num_shards == 1:
+    shards = f'the one shard (images-{last})'
   return [
-    f'each of {hosts} hosts holds all {found.num_shards} shards '
-    f'(images-00000 … {last})',
+    f'{f"each of {hosts} hosts" if hosts > 1 else "the one host"} holds {shards}',
     f'disk of a host: {found.disk_bytes / 1e9:,.1f} GB; all hosts: '
     f'{found.disk_bytes * hosts / 1e9:,.1f} GB, or one read-only disk attached to all',
     f'open files: {found.num_shards} of a process (`ulimit -n`)',

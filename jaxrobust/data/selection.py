@@ -89,6 +89,7 @@ def select(
   count: int | None = None,
   top_fraction: float | None = None,
   balanced: bool = False,
+  seed: int = 0,
   shard_size: int = samples.SHARD_SIZE,
   progress: Callable[[Iterable, int], Iterable] = lambda batches, _: batches,
 ) -> samples.SampleSet:
@@ -97,11 +98,12 @@ def select(
   Args:
     source: The pool.
     out: The folder to make.
-    count: Keep this many, the first ones.
+    count: Keep this many, drawn at random from each class.
     top_fraction: Or keep this share of each class, in (0, 1], those with the highest
       confidence; the first ones among equals.
     balanced: Keep as many of each class as of the others (where they do not divide
-      the number, one more of the first ones).
+      the number, one more of the first ones); else the same share of each.
+    seed: Of what is drawn at random, from 0.
     shard_size: Images in a file of the set.
     progress: Wraps the batches, given the number of images.
 
@@ -113,12 +115,14 @@ def select(
       pool has no confidences or too few of a class, or `samples.write` refuses.
   """
   if (count is None) == (top_fraction is None):
-    raise UserError('give one of top_fraction and count')
+    raise UserError('give one of --top_fraction and --count')
+  if not 0 <= seed < 2**32:
+    raise UserError(f'seed = {seed}: give a number from 0 to {2**32 - 1}')
   fraction = count / len(source) if top_fraction is None else top_fraction
   if not 0 < fraction <= 1:
     raise UserError(
-      f'{fraction:.6g} of the pool of {len(source)} samples; keep a share above 0 and '
-      'up to 1'
+      f'{fraction:.6g} of the pool of {len(source)} samples ({source.path}); keep a '
+      'share above 0 and up to 1'
     )
   confidence = source.confidence()
   if top_fraction is not None and confidence is None:
@@ -128,17 +132,17 @@ def select(
     )
   total = math.floor(len(source) * fraction + 0.5) if count is None else count
   per_class = source.metadata['counts']['per_class']
-  if count is None or balanced:
-    quotas = class_quotas(per_class, total, balanced)
-    ranks = confidence if count is None else None
-    indices = choose(source.gather_labels(slice(None)), quotas, ranks)
-  else:
-    indices = np.arange(total)
+  quotas = class_quotas(per_class, total, balanced)
+  ranks = confidence
+  if count is not None:  # Sets may be sorted, by class or by how they were made.
+    ranks = np.random.RandomState(seed).random_sample(len(source))
+  indices = choose(source.gather_labels(slice(None)), quotas, ranks)
   described = (source.path / 'metadata.json').read_bytes()
   selection = {
     'count': count,
     'balanced': balanced,
     'top_fraction': top_fraction,
+    'seed': None if count is None else seed,
     'pool': {
       'selection': source.metadata['selection'],
       **_counts(per_class),
