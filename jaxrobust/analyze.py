@@ -55,7 +55,7 @@ from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator
 from jaxrobust.attacks.record import Record
 from jaxrobust.complementarity import SETS
-from jaxrobust.data import datasets, samples
+from jaxrobust.data import datasets, positions, samples
 from jaxrobust.errors import UserError
 from jaxrobust.models import zoo
 
@@ -253,18 +253,7 @@ def choose(config, sources: dict, name: str, field: str) -> datasets.Split:
     raise UserError(
       f'config.{field} = {count}: there are {total} {name} images; use at most {total}'
     )
-  return gather(random_positions(total, count, config.seed))
-
-
-def random_positions(total: int, count: int, seed: int) -> np.ndarray:
-  """`count` different positions in range(total), ascending: one drawn from each part.
-
-  Sets may be sorted by class, or have classes that take turns: neither equal steps nor
-  the first ones would do.
-  """
-  edges = np.arange(count + 1) * total // count
-  drawn = np.random.RandomState(seed).random_sample(count)
-  return edges[:-1] + (drawn * np.diff(edges)).astype(int)
+  return gather(positions.one_of_each_part(total, count, config.seed))
 
 
 def find_features(config, folder: epath.Path, sets: dict, parts: epath.Path):

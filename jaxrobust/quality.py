@@ -20,7 +20,7 @@ import PIL.Image
 from etils import epath
 
 from jaxrobust import checkpoint, parallel
-from jaxrobust.data import pictures
+from jaxrobust.data import pictures, positions
 from jaxrobust.errors import UserError
 from jaxrobust.models import lpips, zoo
 
@@ -176,13 +176,13 @@ class Figures(NamedTuple):
 def compare(real: np.ndarray, generated: np.ndarray) -> Figures:
   """All figures of generated features [m, F] beside real ones [n, F], n > 5.
 
-  Density and coverage are of at most 10,000 images of each, evenly spread, as
-  published.
+  Density and coverage are of at most 10,000 images of each, as published, one from each
+  of as many equal parts.
   """
-  parts = [x[pictures.spread(len(x), 10_000)] for x in (real, generated)]
+  some = lambda x: x[positions.one_of_each_part(len(x), 10_000, 0)]
   return Figures(
     frechet_distance(moments(real), moments(generated)),
-    *density_coverage(*parts),
+    *density_coverage(some(real), some(generated)),
     *nearest(generated, real, 5),
   )
 

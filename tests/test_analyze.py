@@ -14,7 +14,7 @@ from etils import epath
 
 from jaxrobust import analyze, checkpoint, cli, complementarity, conditions, quality
 from jaxrobust import config as configs
-from jaxrobust.data import datasets, samples
+from jaxrobust.data import datasets, positions, samples
 from jaxrobust.errors import UserError
 from jaxrobust.models import card
 
@@ -78,16 +78,6 @@ def test_neighbours_are_those_of_sklearn():
   assert not found.distances[[7, 50, 61], 2].any()
   with pytest.raises(UserError, match=r'\[120, 60, 120\] images: compare equally'):
     complementarity.neighbours(features | {'test': features['test'][:60]}, 'test')
-
-
-def test_positions_are_drawn_from_every_part():
-  found = analyze.random_positions(10_000, 1_000, seed=0)
-  np.testing.assert_array_equal(found // 10, np.arange(1_000))
-  # Classes that take turns: each is chosen as often, within 4 standard errors.
-  np.testing.assert_allclose(np.bincount(found % 10), 100, atol=4 * 100**0.5)
-  uneven = analyze.random_positions(17, 11, seed=0)
-  assert (np.diff(uneven) > 0).all() and 0 <= uneven[0] <= uneven[-1] < 17
-  np.testing.assert_array_equal(analyze.random_positions(7, 7, 3), np.arange(7))
 
 
 FIGURES = {
@@ -204,11 +194,11 @@ def test_the_program_resumes_and_refuses(
   assert code == 0, err
   [entry] = json.loads((tmp_path / 'run/results.json').read_text())
   test = datasets.load('digits', 'test')
-  chosen = analyze.random_positions(797, 30, seed=0)
+  chosen = positions.one_of_each_part(797, 30, seed=0)
   predict = labeller[1]
   right = (predict(test.images[chosen]) == test.labels[chosen]).mean()
   assert entry['labeller_test_accuracy'] == pytest.approx(right)
-  chosen = analyze.random_positions(60, 30, seed=0)
+  chosen = positions.one_of_each_part(60, 30, seed=0)
   agreed = predict(sample_set.gather(chosen)) == sample_set.gather_labels(chosen)
   assert entry['label_agreement'] == pytest.approx(agreed.mean())
   assert entry['agreement_with_condition'] == 0.875

@@ -13,7 +13,16 @@ import numpy as np
 import tqdm
 
 from jaxrobust import cli
-from jaxrobust.data import datasets, imports, npz, pictures, plan, samples, selection
+from jaxrobust.data import (
+  datasets,
+  imports,
+  npz,
+  pictures,
+  plan,
+  positions,
+  samples,
+  selection,
+)
 from jaxrobust.errors import UserError
 
 
@@ -136,7 +145,7 @@ def _judge(args: argparse.Namespace, found: samples.SampleSet) -> None:
     )
   if args.count < 2:
     raise UserError(f'count = {args.count}: compare at least 2 samples')
-  generated = found.gather(pictures.spread(len(found), args.count))
+  generated = found.gather(positions.one_of_each_part(len(found), args.count, 0))
   if args.features.endswith('.npz'):
     name, *features = quality.read_features(args.features)
     rows = [len(real), len(generated)]
@@ -289,9 +298,9 @@ def _parser() -> argparse.ArgumentParser:
   command = commands.add_parser(
     'quality',
     help='FID, density, coverage and nearest training images of a sample set',
-    description='Compares samples, evenly spread over the set, with all training '
-    'images in the features of one network. Figures by different networks, or of '
-    'different numbers of images, are not comparable.',
+    description='Compares samples, one drawn from each of COUNT equal parts of the '
+    'set, with all training images in the features of one network. Figures by '
+    'different networks, or of different numbers of images, are not comparable.',
   )
   command.add_argument('set')
   command.add_argument('--dataset', required=True, choices=sorted(datasets.INFO))
@@ -302,7 +311,8 @@ def _parser() -> argparse.ArgumentParser:
     help='a classifier (workdir, file or released name), whose penultimate layer is '
     'taken; or lpips:FILE (see jaxrobust/models/lpips.py); or .npz with network (a '
     'name), real [n, F] of the training images in their order, generated [m, F] of '
-    'samples i * N // m of the N in the set',
+    'the samples at jaxrobust.data.positions.one_of_each_part(N, m, 0) of the N in '
+    'the set, which are all where m = N',
   )
   command.add_argument(
     '--count', type=int, default=10_000, help='samples to compare (default: 10000)'
