@@ -348,8 +348,7 @@ def judge(config, sets: dict, protocol: dict, parts: epath.Path):
 def compare(config, features: dict[str, np.ndarray]):
   """(figures of the features of SETS, neighbours of the generated images)."""
   logging.info('comparing %d features of each image', features['train'].shape[1])
-  moments = {name: quality.moments(rows) for name, rows in features.items()}
-  fid = lambda name: quality.frechet_distance(moments['train'], moments[name])
+  fid = lambda name: quality.fid(features['train'], features[name])
   told_apart = complementarity.two_sample_test(
     features['test'], features['generated'], config.seed
   )

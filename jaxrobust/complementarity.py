@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn import exceptions, linear_model, pipeline, preprocessing
 
-from jaxrobust import quality
+from jaxrobust.distances import nearest as nearest_rows
 from jaxrobust.errors import UserError
 
 SETS = ('train', 'test', 'generated')
@@ -49,7 +49,7 @@ def neighbours(features: dict[str, np.ndarray], of: str) -> Neighbours:
   if len(set(sizes)) > 1:
     raise UserError(f'{", ".join(SETS)} of {sizes} images: compare equally many')
   found = [
-    _others(features[of]) if name == of else quality.nearest(features[of], rows, 1)
+    _others(features[of]) if name == of else nearest_rows(features[of], rows, 1)
     for name, rows in ((name, features[name]) for name in SETS)
   ]
   distances, indices = zip(*found, strict=True)
@@ -70,7 +70,7 @@ def coverage(features: dict[str, np.ndarray], of: str) -> float:
   """
   real, generated = features[of], features['generated']
   among, _ = _others(real)
-  across, _ = quality.nearest(real, generated, 1)
+  across, _ = nearest_rows(real, generated, 1)
   return float((across < among).mean())
 
 
@@ -116,7 +116,7 @@ def two_sample_test(real: np.ndarray, generated: np.ndarray, seed: int = 0):
 
 def _others(rows):
   """Distances and indices [n, 1] of the nearest other row of the same set."""
-  distances, indices = quality.nearest(rows, rows, 2)
+  distances, indices = nearest_rows(rows, rows, 2)
   # Of repeated images the first column may be another one.
   itself = indices[:, :1] == np.arange(len(rows))[:, None]
   return distances[:, 1:], np.where(itself, indices[:, 1:], indices[:, :1])

@@ -7,27 +7,24 @@ published FIDs are by one Inception network, whose features can be given as a fi
 This coverage is Naeem's, not the share of the paper's coverage table.
 """
 
-import functools
 import os
 import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 from etils import epath
 
-from jaxrobust import checkpoint, parallel
+from jaxrobust import checkpoint, distances, parallel
 from jaxrobust.data import pictures, positions
 from jaxrobust.errors import UserError
 from jaxrobust.models import lpips, zoo
 
 LPIPS = 'lpips:'  # before the path of its weights
 
-_BLOCK = 1_024  # rows of distances computed at a time
-_SPARE = 8  # Neighbours by float32 beyond those wanted, ranked anew in float64.
+_BLOCK = 1_024  # rows taken at a time
 
 
 class Moments:
@@ -85,40 +82,28 @@ def frechet_distance(a: Moments, b: Moments) -> float:
   return float(distance + np.square(a.mean - b.mean).sum())
 
 
-def nearest(
-  queries: np.ndarray, keys: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """The k nearest keys of each query, nearest first.
+def fid(a: np.ndarray, b: np.ndarray) -> float:
+  """The squared Frechet distance of features [n, F] and [m, F].
 
-  The device finds candidates; their distances are computed again in float64, so that
-  a repeated image is at distance 0.
-
-  Args:
-    queries: [n, F].
-    keys: [m, F], m >= k.
-    k: How many.
-
-  Returns:
-    (distances float64 [n, k], indices int [n, k]), Euclidean.
-
-  Raises:
-    UserError: There are fewer than k keys.
+  Of fewer rows than features the covariances are not formed: with centred rows X and Y
+  the trace of the root is the sum of singular values of X Y^T, over
+  ((n - 1) (m - 1))^(1/2).
   """
-  if len(keys) < k:
-    raise UserError(f'{len(keys)} images have no {k} nearest: compare more')
-  found_distances, found_indices = [], []
-  many = min(len(keys), k + _SPARE)
-  centre = keys.mean(0, dtype=np.float64)  # Small norms cancel less in float32.
-  device_keys = jnp.asarray(np.float32(keys - centre))
-  for block in _blocks(queries):
-    filled = np.float32(_filled(block, _BLOCK) - centre)
-    candidates = np.asarray(_candidates(filled, device_keys, many))[: len(block)]
-    differences = np.float64(block)[:, None] - np.float64(keys[candidates])
-    distances = np.sqrt(np.square(differences).sum(-1))
-    order = np.lexsort((candidates, distances))[:, :k]
-    found_distances.append(np.take_along_axis(distances, order, 1))
-    found_indices.append(np.take_along_axis(candidates, order, 1))
-  return np.concatenate(found_distances), np.concatenate(found_indices)
+  few, many = sorted((a, b), key=len)
+  if len(few) >= few.shape[1] or len(few) < 2:
+    return frechet_distance(moments(a), moments(b))
+  means = [rows.mean(0, dtype=np.float64) for rows in (few, many)]
+  centred, gram, trace = few - means[0], np.zeros((len(few), len(few))), 0.0
+  for start in range(0, len(many), _BLOCK):
+    block = many[start : start + _BLOCK] - means[1]
+    product = block @ centred.T
+    gram += product.T @ product
+    trace += np.square(block).sum()
+  singular = np.sqrt(np.linalg.eigvalsh(gram).clip(0))
+  counts = len(few) - 1, len(many) - 1
+  traces = np.square(centred).sum() / counts[0] + trace / counts[1]
+  distance = traces - 2 * singular.sum() / np.sqrt(counts[0] * counts[1])
+  return float(distance + np.square(means[0] - means[1]).sum())
 
 
 def density_coverage(
@@ -138,19 +123,11 @@ def density_coverage(
     k; the share of balls with a generated image inside. For samples of the real
     distribution the first is 1 on average, the second near 1 - 2^-k.
   """
-  radii = nearest(real, real, k + 1)[0][:, k]  # The first is the image itself.
-  centre = real.mean(0, dtype=np.float64)
-  centres = jnp.asarray(np.float32(real - centre))
-  counts = [
-    np.asarray(
-      _balls_around(
-        np.float32(_filled(block, _BLOCK) - centre), centres, jnp.float32(radii)
-      )
-    )[: len(block)]
-    for block in _blocks(generated)
-  ]
-  density = np.concatenate(counts).mean() / k
-  coverage = (nearest(real, generated, 1)[0][:, 0] <= radii).mean()
+  radii = distances.nearest(real, real, k + 1)[0][
+    :, k
+  ]  # The first is the image itself.
+  density = distances.count_in_balls(generated, real, radii) / (k * len(generated))
+  coverage = (distances.nearest(real, generated, 1)[0][:, 0] <= radii).mean()
   return float(density), float(coverage)
 
 
@@ -181,9 +158,9 @@ def compare(real: np.ndarray, generated: np.ndarray) -> Figures:
   """
   some = lambda x: x[positions.one_of_each_part(len(x), 10_000, 0)]
   return Figures(
-    frechet_distance(moments(real), moments(generated)),
+    fid(real, generated),
     *density_coverage(some(real), some(generated)),
-    *nearest(generated, real, 5),
+    *distances.nearest(generated, real, 5),
   )
 
 
@@ -307,33 +284,3 @@ def read_features(
       'they must be [n, F], of one F'
     )
   return str(name), *found
-
-
-def _blocks(rows):
-  """Parts of rows, all but the last of _BLOCK."""
-  return (rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK))
-
-
-def _filled(block, size):
-  """The block with its first row repeated to `size`, so that one program serves."""
-  return np.concatenate([block, block[:1].repeat(size - len(block), 0)])
-
-
-def _squared_distances(queries, keys):
-  """Squared distances [n, m] in float32, at full precision on any device."""
-  products = jnp.dot(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
-  norms = [jnp.square(x).sum(-1) for x in (queries, keys)]
-  return norms[0][:, None] + norms[1][None, :] - 2 * products
-
-
-@jax.jit
-def _balls_around(queries, centres, radii):
-  """How many of the balls each query lies in."""
-  inside = _squared_distances(queries, centres) <= jnp.square(radii)[None, :]
-  return inside.sum(-1)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _candidates(queries, keys, k):
-  """The indices [n, k] of the nearest keys, as far as float32 tells."""
-  return jax.lax.top_k(-_squared_distances(queries, keys), k)[1]

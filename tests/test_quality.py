@@ -8,7 +8,7 @@ import scipy.linalg
 import sklearn.neighbors
 from etils import epath
 
-from jaxrobust import checkpoint, quality
+from jaxrobust import checkpoint, distances, quality
 from jaxrobust.data import __main__ as command_line
 from jaxrobust.data import datasets, positions, samples
 from jaxrobust.errors import UserError
@@ -74,21 +74,48 @@ def clouds():
 
 
 def test_neighbours_are_those_of_sklearn(clouds, monkeypatch):
-  monkeypatch.setattr(quality, '_BLOCK', 64)  # The last block is filled up.
+  monkeypatch.setattr(distances, '_BLOCK', 64)  # The last block is filled up.
   real, generated = clouds
   trees = sklearn.neighbors.NearestNeighbors(algorithm='brute').fit(np.float64(real))
   wanted, indices = trees.kneighbors(np.float64(generated), 5)
-  found, found_indices = quality.nearest(generated, real, 5)
+  found, found_indices = distances.nearest(generated, real, 5)
   np.testing.assert_array_equal(found_indices, indices)
   # sklearn expands the square, which leaves 1e-6 where the distance is 0.
   np.testing.assert_allclose(found, wanted, atol=1e-5)
   assert found_indices[:3, 0].tolist() == [5, 77, 149] and not found[:3, 0].any()
   with pytest.raises(UserError, match='2 images have no 3 nearest'):
-    quality.nearest(generated, real[:2], 3)
+    distances.nearest(generated, real[:2], 3)
+
+
+def test_neighbours_are_exact_among_far_clusters(monkeypatch):
+  """Clusters 10,000 times as far apart as wide, where float32 sees no order."""
+  monkeypatch.setattr(distances, '_BLOCK', 64)
+  rng = np.random.default_rng(5)
+  places = 1e4 * rng.normal(size=(4, 6))
+  real, generated = (np.repeat(places, 40, 0) + rng.normal(size=(160, 6)) for _ in '12')
+  across = np.linalg.norm(generated[:, None] - real[None], axis=-1)
+  found, indices = distances.nearest(generated, real, 3)
+  np.testing.assert_array_equal(indices, np.argsort(across, 1)[:, :3])
+  np.testing.assert_allclose(found, np.sort(across, 1)[:, :3], rtol=1e-12)
+  radii = np.sort(np.linalg.norm(real[:, None] - real[None], axis=-1), 1)[:, 3]
+  inside = across <= radii
+  density, coverage = quality.density_coverage(real, generated, 3)
+  assert density == inside.sum() / (3 * 160) and coverage == inside.any(0).mean()
+
+
+@pytest.mark.parametrize('sizes', [(12, 12), (9, 30), (30, 9)])
+def test_fid_of_fewer_images_than_features(sizes, monkeypatch):
+  """Both forms; the root of a rounded 0 is 1e-8 of the largest singular value."""
+  monkeypatch.setattr(quality, '_BLOCK', 8)
+  rng = np.random.default_rng(6)
+  sets = [rng.normal(size=(n, 20)) + 3 * (n == 12) for n in sizes]
+  wanted = quality.frechet_distance(*map(quality.moments, sets))
+  monkeypatch.setattr(quality, 'moments', None)  # Which is not needed.
+  assert quality.fid(*sets) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_density_and_coverage_by_their_definition(clouds, monkeypatch):
-  monkeypatch.setattr(quality, '_BLOCK', 64)
+  monkeypatch.setattr(distances, '_BLOCK', 64)
   # Without copies, whose distances equal radii.
   clouds = clouds[0], clouds[1][3:]
   real, generated = (np.float64(x) for x in clouds)
@@ -125,7 +152,7 @@ def test_command_on_features_of_another_network(repeated, tmp_path, capsys):
   command = ['quality', str(repeated.path), '--dataset=digits', f'--features={file}']
   assert command_line.main([*command, '--count=20', f'--picture={picture}']) == 0
   shown = capsys.readouterr().out
-  found = quality.frechet_distance(*map(quality.moments, flat))
+  found = quality.fid(*flat)
   assert 'features: pixels, 64' in shown and f'FID {found:.4f}' in shown
   assert '1000 of digits train, 20 generated' in shown and 'at 0: 6' in shown
   drawn = np.asarray(PIL.Image.open(picture))
