@@ -28,7 +28,9 @@ ones. Measured are
       generated image (a third each if they are alike); the share of train and of test
       images whose nearest neighbour is generated (50 % if they are alike; the paper
       prints coverage without a definition, and this one fits the ideal of its values).
-config.rules says when a condition counts as met: these rules are not the paper's.
+config.rules says when a condition counts as met: these rules are not the paper's. (b)
+is undecided where labels are easy to flip and too few images are compared to tell.
+Samples that lie nearer to training than to test images are told as memorisation.
 
 Features decide what is near, so compare figures by the same features only. The paper's
 are of LPIPS; experiments/base_analysis.py says what config.features may be.

@@ -18,7 +18,10 @@ _PERCENT = ticker.PercentFormatter(1.0, decimals=0)
 _COLORS = dict(zip(SETS, ('C0', 'C2', 'C1'), strict=True))
 
 
-def verdicts(figures: dict, rules: dict[str, float]) -> dict[str, bool]:
+_WORDS = {True: 'met', False: 'NOT met', None: 'undecided'}
+
+
+def verdicts(figures: dict, rules: dict[str, float]) -> dict[str, bool | None]:
   """Which conditions are met.
 
   Args:
@@ -26,17 +29,35 @@ def verdicts(figures: dict, rules: dict[str, float]) -> dict[str, bool]:
     rules: `config.rules`.
 
   Returns:
-    'labels' (a), 'distribution' (b) and 'coverage' (c).
+    'labels' (a), 'distribution' (b) and 'coverage' (c). None for (b) where labels are
+    easy to flip, and the two-sample test within two standard errors of its rule: few
+    images cannot tell.
   """
   accuracies = [figures['labeller_test_accuracy'], figures['label_agreement']]
   if figures['agreement_with_condition'] is not None:
     accuracies.append(figures['agreement_with_condition'])
+  over = figures['two_sample_accuracy'] - rules['most_two_sample_accuracy']
+  alike = None if abs(over) <= 2 * figures['two_sample_standard_error'] else over < 0
   return {
     'labels': min(accuracies) >= rules['least_accuracy'],
-    'distribution': figures['two_sample_accuracy'] <= rules['most_two_sample_accuracy']
-    or figures['flip_rate_generated'] <= rules['most_flips'],
+    'distribution': figures['flip_rate_generated'] <= rules['most_flips'] or alike,
     'coverage': figures['coverage_test'] >= rules['least_coverage'],
   }
+
+
+def memorises(figures: dict, num_images: int) -> bool:
+  """Whether generated images lie nearer to training than to test images.
+
+  A generator that repeats no training image is as near to the one as to the other. The
+  rule: of the generated images whose nearest is a real one, more than half have a
+  training image there, by more than two standard errors of a fair coin.
+
+  Args:
+    figures: of an analysis.
+    num_images: generated images compared.
+  """
+  train, test = figures['nearest_train'], figures['nearest_test']
+  return train - test > 2 * ((train + test) / num_images) ** 0.5
 
 
 def page(entry: dict) -> str:
@@ -47,7 +68,7 @@ def page(entry: dict) -> str:
   """
   protocol = entry['protocol']
   rules, threat = protocol['rules'], protocol['threat']
-  met = {name: 'met' if met else 'NOT met' for name, met in entry['verdicts'].items()}
+  met = {name: _WORDS[met] for name, met in entry['verdicts'].items()}
   percent = {k: f'{x:.2%}' for k, x in entry.items() if isinstance(x, float)}
   least, coverage = rules['least_accuracy'], rules['least_coverage']
   told, flips = rules['most_two_sample_accuracy'], rules['most_flips']
@@ -73,16 +94,28 @@ def page(entry: dict) -> str:
     f'  FID to train: generated {entry["fid"]:.4g}, test {entry["fid_test"]:.4g}',
     f'  flipped by the attack ({threat["norm"]} {threat["epsilon"]:.4g}): generated '
     f'{percent["flip_rate_generated"]}, test {percent["flip_rate_test"]}',
-    f'  rule: told apart at most {told:.0%}, or flipped at most {flips:.0%}',
+    f'  rule: told apart at most {told:.0%}, or flipped at most {flips:.0%}; undecided '
+    'within two standard errors of the former',
     f'(c) coverage of real images: {met["coverage"]}',
     f'  nearest to generated images: train {percent["nearest_train"]}, test '
     f'{percent["nearest_test"]}, itself {percent["nearest_itself"]} (alike: a third)',
     f'  coverage: train {percent["coverage_train"]}, test {percent["coverage_test"]} '
     '(alike: 50 %)',
     f'  rule: coverage of test at least {coverage:.0%}',
+    *_said_of_memorisation(entry, percent),
     "The rules are this program's, not the paper's.",
   ]
   return '\n'.join(lines) + '\n'
+
+
+def _said_of_memorisation(entry: dict, percent: dict) -> list[str]:
+  """A line where samples are nearer to training than to test images; else none."""
+  if not memorises(entry, entry['protocol']['num_images']):
+    return []
+  return [
+    f'memorisation: samples lie nearer to training ({percent["nearest_train"]}) than '
+    f'to test images ({percent["nearest_test"]}), by more than two standard errors'
+  ]
 
 
 def draw(figures: dict, protocol: dict, confidences: dict[str, np.ndarray]) -> bytes:
@@ -94,14 +127,14 @@ def draw(figures: dict, protocol: dict, confidences: dict[str, np.ndarray]) -> b
     confidences: of the labeller in 'test' and 'generated' images, [n] in [0, 1].
   """
   met, least = figures['verdicts'], protocol['rules']['least_coverage']
-  fig = figure.Figure(figsize=(11, 3.6), layout='constrained')
-  axes = dict(zip(met, fig.subplots(1, 3), strict=True))
+  fig = figure.Figure(figsize=(12, 3.6), layout='constrained')
+  axes = dict(zip(met, fig.subplots(1, 3, width_ratios=(1, 1, 1.3)), strict=True))
   for name, title in (
     ('labels', '(a) accurate pseudo-labels'),
     ('distribution', '(b) alike, or hard to flip'),
     ('coverage', '(c) coverage of real images'),
   ):
-    axes[name].set_title(f'{title}: {"met" if met[name] else "not met"}', fontsize=10)
+    axes[name].set_title(f'{title}: {_WORDS[met[name]].lower()}', fontsize=10)
     axes[name].yaxis.set_major_formatter(_PERCENT)
     axes[name].grid(alpha=0.3)
     axes[name].set_axisbelow(True)
@@ -184,7 +217,9 @@ def _bars(axis, bars, below: str):
   """Bars (name, share, set, share if alike or None), and a line of text below."""
   for position, (_, share, name, alike) in enumerate(bars):
     axis.bar(position, share, color=_COLORS[name])
-    axis.text(position, share, f'{share:.1%}', ha='center', va='bottom', fontsize=8)
+    # Above the dashed line where it would cross the number.
+    above = alike if alike and alike - 0.08 < share < alike else share
+    axis.text(position, above, f'{share:.1%}', ha='center', va='bottom', fontsize=8)
     if alike:
       axis.plot([position - 0.5, position + 0.5], [alike] * 2, 'k--', linewidth=1)
   axis.set_xticks(range(len(bars)), [name for name, *_ in bars], fontsize=8)

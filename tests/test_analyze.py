@@ -85,6 +85,7 @@ FIGURES = {
   'label_agreement': 0.91,
   'agreement_with_condition': None,
   'two_sample_accuracy': 0.7,
+  'two_sample_standard_error': 0.02,
   'flip_rate_generated': 0.4,
   'coverage_test': 0.3,
 }
@@ -104,7 +105,7 @@ RULES = {
     ({'labeller_test_accuracy': 0.89}, {'labels'}),
     ({'agreement_with_condition': 0.89}, {'labels'}),
     ({'flip_rate_generated': 0.51}, {'distribution'}),
-    ({'flip_rate_generated': 0.51, 'two_sample_accuracy': 0.6}, set()),
+    ({'flip_rate_generated': 0.51, 'two_sample_accuracy': 0.55}, set()),
     ({'coverage_test': 0.24}, {'coverage'}),
   ],
   ids=str,
@@ -112,6 +113,25 @@ RULES = {
 def test_rules(changed, unmet):
   found = conditions.verdicts(FIGURES | changed, RULES)
   assert {name for name, met in found.items() if not met} == unmet
+
+
+@pytest.mark.parametrize('accuracy', [0.57, 0.6, 0.63])
+def test_too_few_images_decide_nothing(accuracy):
+  """Within two standard errors, unless labels are hard to flip."""
+  figures = FIGURES | {'two_sample_accuracy': accuracy}
+  assert conditions.verdicts(figures, RULES)['distribution'] is True
+  figures['flip_rate_generated'] = 0.51
+  assert conditions.verdicts(figures, RULES)['distribution'] is None
+
+
+def test_memorisation_by_two_standard_errors():
+  """Of 100 images 64 are nearest to a real one: 32 ± 4 of each, a lead of 0 ± 8."""
+  memorises = lambda train, test: conditions.memorises(
+    {'nearest_train': train, 'nearest_test': test}, 100
+  )
+  assert memorises(0.56, 0.12) and memorises(0.41, 0.23)
+  assert not memorises(0.39, 0.25) and not memorises(0.12, 0.56)
+  assert not memorises(0.0, 0.0)
 
 
 @pytest.fixture(scope='module')
