@@ -1,5 +1,8 @@
 """Runs as sweeps and tables name them: their commands, and how far each is."""
 
+import functools
+import hashlib
+import json
 import shlex
 from typing import NamedTuple
 
@@ -8,6 +11,8 @@ from etils import epath
 from jaxrobust import config as configs
 from jaxrobust import experiment
 from jaxrobust import workdir as workdirs
+from jaxrobust.attacks import norms, suites
+from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 
 TABLES = 'experiments/paper.py'
@@ -23,7 +28,7 @@ class Point(NamedTuple):
     flags: of its programs, without their names.
     programs: that make it, in order.
     suite: that judges it; '' for the config's.
-    needs: names of the points to run before it.
+    preparations: the points to run before it.
   """
 
   name: str
@@ -32,7 +37,12 @@ class Point(NamedTuple):
   flags: list[str]
   programs: tuple[str, ...] = ('train', 'evaluate')
   suite: str = ''
-  needs: tuple[str, ...] = ()
+  preparations: tuple['Point', ...] = ()
+
+  @property
+  def needs(self) -> tuple[str, ...]:
+    """Names of the points to run before it."""
+    return tuple(point.name for point in self.preparations)
 
   def commands(self) -> list[tuple[list[str], bool]]:
     """Its programs with their flags, and whether each is finished."""
@@ -54,23 +64,39 @@ class Point(NamedTuple):
   def result(self) -> dict | None:
     """The last entry of results.json that answers for the point.
 
-    It is of the suite that judges it, on the split and the number of images that the
-    config asks for; any one if it is not evaluated but analysed.
+    It is of its own checkpoint, by the attacks of the suite that judges it, on all the
+    images that the config asks for; any one if it is not evaluated but analysed.
     """
     found = workdirs.read_results(self.workdir)
-    if 'evaluate' in self.programs:
-      wanted = self.config.evaluation
-      suite = self.suite or wanted.suite
-      if suite == 'pgd':
-        suite = f'pgd-{wanted.attack.num_steps}'
-      found = [
-        x
-        for x in found
-        if x['protocol']['suite'] == suite
-        and x['protocol']['split'] == wanted.split
-        and wanted.num_images in (None, x['protocol']['num_images'])
-      ]
+    if found and 'evaluate' in self.programs:
+      wanted = self._protocol()
+      found = [x for x in found if wanted.items() <= x['protocol'].items()]
     return found[-1] if found else None
+
+  def _protocol(self) -> dict:
+    """What an evaluation that answers for the point says of itself."""
+    settings, dataset = self.config.evaluation, self.config.dataset
+    info, held_out = datasets.INFO[dataset.name], dataset.validation_images
+    sizes = {
+      'test': info.test_size,
+      'validation': held_out,
+      'train': dataset.train_images or info.train_size - held_out,
+    }
+    suite = self.suite or settings.suite
+    ball = norms.get(self.config.threat.norm, self.config.threat.epsilon)
+    if suite == 'pgd':
+      suite = f'pgd-{settings.attack.num_steps}'
+      attacks = [{'name': suite, **settings.attack.to_dict()}]
+    else:
+      attacks = [suites.describe(*attack) for attack in suites.get(suite, ball)]
+    path = self.workdir / 'checkpoint.npy'
+    return {
+      'suite': suite,
+      'split': settings.split,
+      'num_images': settings.num_images or sizes[settings.split],
+      'attacks': json.loads(json.dumps(attacks)),
+      'checkpoint_sha256': _sha256(path, path.stat().mtime) if path.exists() else '',
+    }
 
   def state(self) -> tuple[str, str]:
     """How far it is, and a line on it.
@@ -89,6 +115,10 @@ class Point(NamedTuple):
     ]
     if changed:
       return 'other', '; '.join(changed)
+    for point in self.preparations:  # What was made of another is of another, too.
+      state, message = point.state()
+      if state == 'other':
+        return 'other', f'of {point.name}: {message}'
     unfinished = [p for p in self.programs if not self.is_finished(p)]
     if not unfinished:
       return 'done', ''
@@ -102,6 +132,13 @@ class Point(NamedTuple):
 
   def _suite_flag(self, program: str) -> list[str]:
     return [f'--suite={self.suite}'] if self.suite and program == 'evaluate' else []
+
+
+@functools.cache
+def _sha256(path: epath.Path, time: float) -> str:
+  """Checksum of a file as it was written at a time."""
+  del time
+  return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def command_line(command: list[str]) -> str:
@@ -177,10 +214,9 @@ class Maker:
 
   def _add(self, point: Point, found: dict):
     """Adds a point after what it needs."""
-    for name in point.needs:
-      if name not in found:
-        made = self._preparations[name]
-        self._add(self._make(name, (made.program,), made.config, made.overrides), found)
+    for needed in point.preparations:
+      if needed.name not in found:
+        self._add(needed, found)
     known = found.setdefault(point.name, point)
     if changed := configs.differences(known.config, point.config, ignore=()):
       raise UserError(
@@ -194,10 +230,8 @@ class Maker:
     for field, value in overrides.items():
       values[field] = value
       if isinstance(value, str) and value.startswith('{workdir}/'):
-        needs.append(value.split('/')[1])
+        needs.append(self._prepare(value.split('/')[1], path))
         values[field] = value.replace('{workdir}', self._workdir.rstrip('/'))
-    if unknown := [n for n in needs if n not in self._preparations]:
-      raise UserError(f'{path}: no preparation is named {unknown[0]}')
     config = self._config(path).copy_and_resolve_references().lock()
     flags = [f'--config.{field}={value}' for field, value in values.items()]
     try:
@@ -207,7 +241,14 @@ class Maker:
     name = name or configs.experiment_name(config)
     folder = epath.Path(self._workdir) / name
     flags = [f'--workdir={folder}', f'--config={path}', *self._common, *flags]
-    return Point(name, config, folder, flags, programs, needs=tuple(needs))
+    return Point(name, config, folder, flags, programs, preparations=tuple(needs))
+
+  def _prepare(self, name: str, path: str) -> Point:
+    """The point of a preparation that an experiment needs."""
+    if name not in self._preparations:
+      raise UserError(f'{path}: no preparation is named {name}')
+    made = self._preparations[name]
+    return self._make(name, (made.program,), made.config, made.overrides)
 
   def _config(self, path: str):
     """The config of an experiment, without overrides."""

@@ -149,7 +149,7 @@ def status_lines(table, maker: points.Maker):
       continue
     yield from remarks(point, *states[point.name])
     for command, finished in point.commands():
-      if not finished:
+      if not finished or states[point.name][0] == 'other':
         yield points.command_line(command)
 
 

@@ -30,10 +30,12 @@ The experiment's file defines sweep(), which yields pairs of a name and override
 as ('seed-1', {'seed': 1, 'variant': 'seed-1'}). A point is trained, then evaluated, in
 RUNS/EXPERIMENT, where EXPERIMENT is its experiment's name; `variant` tells apart points
 that would share one. Other flags are passed on: --config.a.b=VALUE applies to every
-point, and --coordinator=auto makes each run one of a pod, on all of its workers.
+point, and --coordinator=auto makes each run one of a pod, on all of its workers. The
+rows of a table take no --config.a.b: they have their own.
 
-What is finished is skipped, what was begun is resumed. The first point that does not
-end with 0 ends the sweep with its exit code, so 42 means: run me again.
+What is finished is skipped, what was begun is resumed; a workdir that holds another
+config is refused. The first point that does not end with 0 ends the sweep with its exit
+code, so 42 means: run me again.
 """
 
 import re
@@ -63,8 +65,13 @@ def main(config, workdir, list_, only, shard, table, tables):
   """Lists or runs the points."""
   given = lambda starts: [x for x in sys.orig_argv if x.startswith(starts)]
   common = given(('--config.', *_OF_PROCESSES))
-  if table and given('--config='):
-    raise UserError('give --config= or --table=, not both: a row has its own config')
+  if table and (own := given(('--config=', '--config.'))):
+    raise UserError(
+      f'{own[0]} has no use with --table=: its rows have their own configs; write '
+      'others to a file of tables of your own, for --tables=FILE'
+    )
+  if '--config' in sys.orig_argv:
+    raise UserError('write --config=FILE.py, with an equals sign')
   if table:
     known, preparations = read_tables(tables)
     maker = Maker(workdir, preparations, common)
@@ -77,6 +84,7 @@ def main(config, workdir, list_, only, shard, table, tables):
   if not found:
     raise UserError(f'--table={table} has no row to run: its rows are published only')
   chosen = select(found, only, shard)
+  refuse_others(chosen)
   if not list_:
     run(chosen)
     return
@@ -145,6 +153,17 @@ def select(found: list[Point], only: str = '', shard: str = '') -> list[Point]:
         f"with --only='{'|'.join(missing)}'"
       )
   return wanted
+
+
+def refuse_others(chosen: list[Point]):
+  """Raises UserError if the workdir of a point holds another config."""
+  for point in chosen:
+    state, message = point.state()
+    if state == 'other':
+      raise UserError(
+        f'{point.workdir} holds a run with another config ({message}): move it away, '
+        'or use another --workdir'
+      )
 
 
 def run(chosen: list[Point]):

@@ -19,6 +19,7 @@ from jaxrobust import parallel
 from jaxrobust.errors import UserError
 
 _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'numpy')
+_STATUS = {'state', 'message', 'command', 'host', 'pid'}
 _program = {}  # of this process: its command, and the folder that it has claimed
 
 # Errors of a disk that its user can mend; others may be gone at the next start.
@@ -98,13 +99,18 @@ def write_status(state: str, message: str = ''):
 
 
 def read_status(folder: epath.Path) -> dict:
-  """What status.json says; {} if it is absent.
+  """What status.json says; {} if it is absent or damaged.
 
   A program that runs no more, though the file says so, is 'interrupted'. Only its own
   host can tell.
   """
   path = folder / 'status.json'
-  status = json.loads(path.read_text()) if path.exists() else {}
+  try:
+    status = json.loads(path.read_text()) if path.exists() else {}
+  except ValueError:
+    return {}
+  if not isinstance(status, dict) or not status.keys() >= _STATUS:
+    return {}
   if status.get('state') == 'running' and status['host'] == platform.node():
     try:
       os.kill(status['pid'], 0)

@@ -1,5 +1,6 @@
 """Points of tables: what is done, what runs, what failed, and what is needed."""
 
+import hashlib
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ from etils import epath
 
 from experiments.base_table import Preparation, Row, Table
 from jaxrobust import cli, points, sweep, workdir
+from jaxrobust.attacks import norms, suites
 from jaxrobust.errors import UserError
 
 DIGITS = 'experiments/digits.py'
@@ -50,8 +52,20 @@ def finish(point, *suites):
   if 'generate' in point.programs:
     (folder / 'samples').mkdir()
   for suite in suites:
-    protocol = {'suite': suite, 'split': 'test', 'num_images': 797}
-    workdir.add_result(folder, protocol, {'robust_accuracy': 0.5})
+    workdir.add_result(folder, protocol(point, suite), {'robust_accuracy': 0.5})
+
+
+def protocol(point, suite='pgd-40', **changes):
+  """What evaluate.py says of all test images and a checkpoint that is empty."""
+  ball = norms.get(point.config.threat.norm, point.config.threat.epsilon)
+  return {
+    'suite': suite,
+    'dataset': 'digits',
+    'split': 'test',
+    'num_images': 797,
+    'attacks': [suites.describe(*x) for x in suites.get(suite, ball)],
+    'checkpoint_sha256': hashlib.sha256(b'').hexdigest(),
+  } | changes
 
 
 def test_preparations_then_rows_over_their_seeds(found, tmp_path):
@@ -93,7 +107,7 @@ def test_done_is_what_left_its_result(found):
   assert run.state() == ('unfinished', 'train is missing')
   finish(run, 'autoattack')
   assert run.state() == ('unfinished', 'evaluate is missing')
-  finish(run, 'pgd-40-mine')
+  finish(run, 'pgd:restarts=2')
   assert not run.is_finished()
   finish(run, 'pgd-40')
   assert run.state() == ('done', '') and run.is_finished()
@@ -102,6 +116,48 @@ def test_done_is_what_left_its_result(found):
     assert not preparation.is_finished()
     finish(preparation)
     assert preparation.state() == ('done', '')
+
+
+def test_only_the_whole_evaluation_of_its_own_checkpoint_answers(found):
+  run = found[2]
+  finish(run)
+  own = [{'name': 'pgd-40', **run.config.evaluation.attack.to_dict()}]
+  for changes in (
+    {'num_images': 8},
+    {'split': 'validation'},
+    {'checkpoint_sha256': 'of another'},
+    {'attacks': own},
+  ):
+    workdir.add_result(run.workdir, protocol(run, **changes), {})
+    assert run.result() is None, changes
+  assert run._replace(suite='pgd').result() is not None
+  finish(run, 'pgd-40')
+  workdir.add_result(run.workdir, protocol(run, num_images=8), {})
+  assert run.result()['robust_accuracy'] == 0.5
+  few = run.config.copy_and_resolve_references().unlock()
+  few.evaluation.num_images = 8
+  assert run._replace(config=few).result()['protocol']['num_images'] == 8
+
+
+def test_what_was_made_of_another_preparation_is_not_the_rows(found):
+  judge, set_, _, _, row, _ = found
+  finish(set_)
+  finish(row, 'pgd-40')
+  assert row.state() == ('done', '')
+  other = judge.config.copy_and_resolve_references().unlock()
+  other.loss.beta = 5.0
+  workdir.claim(str(judge.workdir), other.lock())
+  said = 'of judge: loss.beta: 5.0 → 6.0'
+  assert set_.state() == ('other', said)
+  assert row.state() == ('other', f'of set: {said}')
+  with pytest.raises(UserError, match='judge holds a run with another config'):
+    sweep.refuse_others(found)
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{"state": "running"}'])
+def test_a_damaged_status_is_none(found, content):
+  (claim(found[2]) / 'status.json').write_text(content)
+  assert found[2].state() == ('unfinished', 'train is missing')
 
 
 def test_a_run_of_another_config_is_not_the_rows(found):

@@ -14,6 +14,7 @@ from experiments import digits, paper
 from experiments.base_table import Row, Table
 from jaxrobust import figures, points, report, tables, workdir
 from jaxrobust.errors import UserError
+from tests import test_points
 
 DIGITS = 'experiments/digits.py'
 
@@ -102,7 +103,7 @@ def maker(tmp_path):
   def result(point, robust, suite='pgd-40', warnings=()):
     folder = workdir.claim(str(point.workdir), point.config)
     (folder / 'checkpoint.npy').touch()
-    protocol = {'suite': suite, 'split': 'test', 'num_images': 797}
+    protocol = test_points.protocol(point, suite)
     figures = {'clean_accuracy': 0.9, 'robust_accuracy': robust}
     workdir.add_result(folder, protocol, figures | {'warnings': list(warnings)})
 

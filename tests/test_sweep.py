@@ -1,5 +1,6 @@
 """Sweeps: each point resolves and has its own name; what is run, and the codes."""
 
+import hashlib
 import importlib
 import json
 import pathlib
@@ -39,8 +40,7 @@ esac
 case $2 in
   jaxrobust.train) touch "$folder/checkpoint.npy" ;;
   jaxrobust.evaluate)
-    echo '[{"protocol": {"suite": "pgd-40", "split": "test", "num_images": 797}}]' \\
-      > "$folder/results.json" ;;
+    echo "[{\\"protocol\\": $PROTOCOL}]" > "$folder/results.json" ;;
 esac
 """
 
@@ -71,6 +71,15 @@ def play(tmp_path, monkeypatch):
   record.touch()
   monkeypatch.setattr(sys, 'executable', str(python))
   monkeypatch.setenv('RECORD', str(record))
+  attack = config_of('digits').evaluation.attack.to_dict()
+  protocol = {
+    'suite': 'pgd-40',
+    'split': 'test',
+    'num_images': 797,
+    'attacks': [{'name': 'pgd-40', **attack}],
+    'checkpoint_sha256': hashlib.sha256(b'').hexdigest(),
+  }
+  monkeypatch.setenv('PROTOCOL', json.dumps(protocol))
   before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
   def run(points, code='', at=''):
@@ -205,7 +214,9 @@ def test_what_is_unfinished_is_run_again(digits, play):
     json.dumps([{'protocol': {'suite': 'clean', 'split': 'test', 'num_images': 797}}])
   )
   (digits[2].workdir / 'checkpoint.npy').unlink()
-  assert play(digits) == (0, ['evaluate seed-1', 'train seed-2'])
+  # What was judged is the checkpoint that is gone.
+  left = ['evaluate seed-1', 'train seed-2', 'evaluate seed-2']
+  assert play(digits) == (0, left)
 
 
 @pytest.mark.parametrize('code', [1, 42, 134])
@@ -266,7 +277,7 @@ def test_the_program_lists_a_table(tmp_path):
 
   done = sweep_(
     *('--table=digits-linf', '--list', '--only=.*gaussian_seed-1'),
-    *('--config.log.interval_epochs=1', '--coordinator=auto'),
+    '--coordinator=auto',
   )
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
@@ -274,6 +285,20 @@ def test_the_program_lists_a_table(tmp_path):
     f'jaxrobust.{x}' for x in ('train', 'generate', 'train', 'evaluate')
   ]
   for line in lines:
-    assert '--config.log.interval_epochs=1 --coordinator=auto' in line
+    assert '--coordinator=auto' in line
   both = sweep_('--table=digits-linf', '--config=experiments/digits.py')
-  assert both.returncode == 1 and 'not both' in both.stderr
+  assert both.returncode == 1 and 'has no use with --table=' in both.stderr
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--table=digits-linf', '--config.seed=1'], '--config.seed=1 has no use with'),
+    (['--config', 'experiments/digits.py'], 'with an equals sign'),
+  ],
+)
+def test_flags_that_have_no_effect_are_refused(monkeypatch, flags, message):
+  monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', 'jaxrobust.sweep', *flags])
+  table = 'digits-linf' if 'table' in flags[0] else ''
+  with pytest.raises(UserError, match=message):
+    sweep.main(None, 'runs', 'yes', '', '', table, '')
