@@ -2,11 +2,13 @@ r"""The methods that the paper compares with, on CIFAR-10 or CIFAR-100.
 
   python -m jaxrobust.train --workdir=DIR --config=experiments/baselines.py:NAME
 
-Published, clean / robust accuracy in percent (AutoAttack; by the paper, rst and uat by
-RobustBench):
+Published, clean / robust accuracy in percent: rst and uat under AutoAttack by
+RobustBench, those of Gowal et al. under AutoAttack of the released checkpoints (the
+paper prints 57.14 for 57.20), the others as the paper prints them, by which attacks is
+not known here:
   awp                  85.36 / 56.17  Wu et al. 2020, TRADES-AWP, WRN-34-10
   awp-l2               88.51 / 73.66  the same, l2 128/255
-  gowal-2020           85.29 / 57.14  Gowal et al. 2020, no extra data, WRN-70-16
+  gowal-2020           85.29 / 57.20  Gowal et al. 2020, no extra data, WRN-70-16
   gowal-2020-l2        90.90 / 74.50  the same, l2 128/255
   gowal-2020-cifar100  60.86 / 30.03  the same, CIFAR-100
   lbgat                60.64 / 29.33  Cui et al. 2021, CIFAR-100, WRN-34-10

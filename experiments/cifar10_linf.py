@@ -14,6 +14,8 @@ DATA is `real`, a name NAME for the sample set data/cifar10_NAME, or a folder. T
 authors' file cifar10_ddpm.npz becomes data/cifar10_ddpm by
   python -m jaxrobust.data import cifar10_ddpm.npz data/cifar10_ddpm
 
+The 100M samples were not released: bring your own as data/cifar10_ddpm-100m.
+
 Uncertain: steps and real fraction of the runs with 100M samples were not published;
 here they are those of 1M samples. The papers hold out 1,024 training images to choose
 the checkpoint and report the better of two runs; the released code trains on all

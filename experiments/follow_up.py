@@ -15,8 +15,8 @@ Cui et al. print it):
 
 Samples are data/cifar10_edm-1m, _edm-20m, _edm-50m, _ddpm and _generated-500m. Those of
 EDM are published as .npz, in parts: `python -m jaxrobust.data import` takes all at
-once. Those of wrn-94-16 were not released: 100M each of EDM, of EDM with discriminator
-guidance and of PFGM++, of which the run sees 500M images.
+once. Those of wrn-94-16 were not released, so bring your own: 100M each of EDM, of EDM
+with discriminator guidance and of PFGM++, of which the run sees 500M images.
 
 From the published code and commands: 10 sign steps of 2/255, Nesterov momentum, average
 0.995, a warm-up of 1/40 of the run, labels of real images smoothed like those of

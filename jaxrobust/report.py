@@ -21,8 +21,9 @@ adversarial and generated images. Then every table that has any run.
                      booktabs); the figure NAME, training curves NAME_training and
                      images NAME_examples, as .png and .svg.
   --status           prints for each run of the table whether it is done, running,
-                     interrupted, preempted, failed or missing, and the commands that
-                     would fill the table; writes nothing.
+                     interrupted, preempted, failed, unfinished, missing or other (of
+                     another config), and the commands that would fill the table;
+                     writes nothing.
 
 A row is the run whose workdir has its experiment's name. A workdir that holds another
 config is told, and does not count. A run is taken for running if its workdir says so

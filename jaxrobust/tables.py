@@ -3,6 +3,7 @@
 import collections
 import csv
 import io
+import math
 import statistics
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ COLUMNS = {
   },
 }
 _WORDS = {'other': 'another config'}
+_ANALYSES = ('neighbours', 'conditions')  # of samples of the sets, and of one seed
 
 
 class Cell(NamedTuple):
@@ -75,6 +77,7 @@ class Line(NamedTuple):
     states: of these, with a line on each.
     cells: figure → Cell.
     warnings: of the evaluations.
+    num_images: that an analysis compared of each set; None without one.
   """
 
   row: object
@@ -82,11 +85,20 @@ class Line(NamedTuple):
   states: list[tuple[str, str]]
   cells: dict[str, Cell]
   warnings: list[str]
+  num_images: int | None = None
 
   def word(self) -> str:
     """What stands in the place of a figure that is not there."""
-    states = collections.Counter(state for state, _ in self.states)
+    states = dict.fromkeys(state for state, _ in self.states if state != 'done')
     return ', '.join(_WORDS.get(state, state) for state in states) or '–'
+
+  def remarks(self) -> list[str]:
+    """What is known of the runs that are not done."""
+    return [
+      f'{point.name}: {_WORDS.get(state, state)} ({message})'
+      for point, (state, message) in zip(self.points, self.states, strict=True)
+      if message
+    ]
 
   def seeds(self) -> str:
     """How many runs are done; if not all, what became of the others."""
@@ -114,46 +126,69 @@ def _line(table, row, points: list[Point]) -> Line:
   results = [point.result() for point, (state, _) in known if state == 'done']
   cells = {
     name: Cell(
-      row.published.get(name), [factor * x[field] for x in results if field in x]
+      row.published.get(name),
+      [factor * y for x in results if (y := _figure(x, field)) is not None],
     )
     for name, (_, field, factor) in COLUMNS[table.kind].items()
   }
   warnings = [str(w) for x in results for w in x.get('warnings', [])]
-  return Line(row, points, states, cells, list(dict.fromkeys(warnings)))
+  sizes = [x['protocol']['num_images'] for x in results if table.kind in _ANALYSES]
+  warnings = list(dict.fromkeys(warnings))
+  return Line(row, points, states, cells, warnings, min(sizes, default=None))
 
 
-def caption(table) -> str:
+def _figure(result: dict, field: str) -> float | None:
+  """A figure of an entry of results.json; None if it has none."""
+  if field == 'label_agreement' and result.get('labelled_by_labeller'):
+    field = 'agreement_with_condition'  # It always agrees with itself.
+  return result.get(field)
+
+
+def caption(table, lines: list[Line]) -> str:
   """What the figures are."""
-  if table.kind in ('accuracies', 'fractions'):
+  if table.kind not in _ANALYSES:
     judged = f', robust under {table.suite}' if table.suite else ''
-    return f'Accuracy in percent{judged}; mean ± standard deviation over seeds.'
+    several = any(
+      x.deviation is not None for line in lines for x in line.cells.values()
+    )
+    over = '; mean ± standard deviation over seeds' if several else ''
+    return f'Accuracy in percent{judged}{over}.'
   other = ', but for the FID' if 'fid' in COLUMNS[table.kind] else ''
-  return f'Shares in percent{other}.'
+  sizes = sorted({line.num_images for line in lines if line.num_images})
+  compared = ' or '.join(f'{size:,}' for size in sizes)
+  of = f', of {compared} images of each set' if sizes else ''
+  return f'Shares in percent{other}{of}.'
 
 
 def grid(table, lines: list[Line]) -> tuple[list[list[str]], list[str]]:
   """The cells as text, header first, and footnotes by number.
 
-  Of a figure there are three columns if any row has published it, else one.
+  Of a figure there are three columns if any row has published it, else one; the
+  difference is left out where features differ. Ours has no more decimals than its
+  number of images allows.
   """
   columns = COLUMNS[table.kind]
+  parts = 2 if table.kind == 'neighbours' else 3
   published = {n for n in columns if any(n in line.row.published for line in lines)}
   header, notes = ['row'], []
   for name, (title, _, _) in columns.items():
-    header += [f'{title}, published', 'ours', 'difference'][: 3 * (name in published)]
+    header += [f'{title}, published', 'ours', 'difference'][
+      : parts * (name in published)
+    ]
     header += [title] * (name not in published)
   rows = [[*header, 'seeds']]
   for line in lines:
     marks = []
-    for note in filter(None, [line.row.uncertain, *line.warnings]):
+    for note in filter(None, [line.row.uncertain, *line.warnings, *line.remarks()]):
       if note not in notes:
         notes.append(note)
       marks.append(f'[{notes.index(note) + 1}]')
     cells = [' '.join([line.row.name, *marks])]
     for name, cell in line.cells.items():
-      ours = _ours(cell) or line.word()
+      ours = _ours(cell, line.num_images) or line.word()
       if name in published:
-        cells += [_number(cell.published), ours, _number(cell.difference, '+')]
+        difference = _number(cell.difference, '+')
+        cells += [_number(cell.published), ours, difference][:parts]
       else:
         cells.append(ours)
     rows.append([*cells, line.seeds()])
@@ -164,16 +199,17 @@ def _number(value: float | None, sign: str = '') -> str:
   return '–' if value is None else f'{value:{sign}.2f}'.replace('-', '−')
 
 
-def _ours(cell: Cell) -> str:
-  """Mean with its deviation if it has one."""
-  deviation = '' if cell.deviation is None else f' ± {cell.deviation:.2f}'
-  return f'{cell.mean:.2f}{deviation}' if cell.values else ''
+def _ours(cell: Cell, num_images: int | None) -> str:
+  """Mean with its deviation if it has one; 100 images resolve whole percents."""
+  decimals = min(max(int(math.log10(num_images or 10_000)) - 2, 0), 2)
+  deviation = '' if cell.deviation is None else f' ± {cell.deviation:.{decimals}f}'
+  return f'{cell.mean:.{decimals}f}{deviation}' if cell.values else ''
 
 
 def markdown(table, lines: list[Line]) -> str:
   """The table as a section of Markdown, with its notes."""
   (header, *rows), notes = grid(table, lines)
-  text = [f'### {table.title}', '', caption(table), '']
+  text = [f'### {table.title}', '', caption(table, lines), '']
   text += [f'| {" | ".join(x)} |' for x in (header, ['---'] * len(header), *rows)]
   text += ['', table.note] if table.note else []
   text += ['', *(f'{i}. {note}' for i, note in enumerate(notes, 1))] if notes else []
@@ -184,10 +220,13 @@ def comma_separated(table, lines: list[Line]) -> str:
   """The table as CSV: a line a row; a number that is not there is left out."""
   columns = COLUMNS[table.kind]
   parts = ('published', 'mean', 'deviation', 'difference')
+  parts = parts[:3] if table.kind == 'neighbours' else parts
   file = io.StringIO()
   writer = csv.writer(file, lineterminator='\n')
   names = [f'{name}_{part}' for name in columns for part in parts]
-  writer.writerow(['row', *names, 'seeds_done', 'seeds', 'states', 'uncertain'])
+  writer.writerow(
+    ['row', *names, 'seeds_done', 'seeds', 'states', 'remarks', 'uncertain']
+  )
   for line in lines:
     states = [state for state, _ in line.states]
     writer.writerow(
@@ -197,6 +236,7 @@ def comma_separated(table, lines: list[Line]) -> str:
         states.count('done'),
         len(states),
         ' '.join(states),
+        '; '.join(line.remarks()),
         line.row.uncertain,
       ]
     )
@@ -207,7 +247,7 @@ def latex(name: str, table, lines: list[Line]) -> str:
   """The table as LaTeX, to be \\input; needs booktabs."""
   (header, *rows), notes = grid(table, lines)
   row = lambda cells: f'    {" & ".join(map(_escape, cells))} \\\\'
-  said = _escape(f'{table.title}. {caption(table)} {table.note}'.strip())
+  said = _escape(f'{table.title}. {caption(table, lines)} {table.note}'.strip())
   text = [
     '\\begin{table}',
     '  \\centering',

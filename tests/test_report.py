@@ -137,13 +137,13 @@ CELLS = {
     *('55.50', '55.00 ± 7.07', '−0.50', '2'),
   ],
   'partly': ['–', '90.00', '–', '–', '25.00', '–', '1 of 2: 1 missing'],
-  'running': [*['–', 'running', '–'] * 2, '0 of 2: 2 running'],
-  'failed': [*['–', 'failed, missing', '–'] * 2, '0 of 2: 1 failed, 1 missing'],
-  'interrupted': [
+  'running [3] [4]': [*['–', 'running', '–'] * 2, '0 of 2: 2 running'],
+  'failed [5]': [*['–', 'failed, missing', '–'] * 2, '0 of 2: 1 failed, 1 missing'],
+  'interrupted [6] [7]': [
     *['–', 'interrupted, preempted', '–'] * 2,
     '0 of 2: 1 interrupted, 1 preempted',
   ],
-  'other': [
+  'other [8]': [
     *['–', 'another config, missing', '–'] * 2,
     '0 of 2: 1 another config, 1 missing',
   ],
@@ -160,7 +160,54 @@ def test_each_cell(maker):
     *('robust, published', 'ours', 'difference', 'seeds'),
   ]
   assert {name: cells for name, *cells in rows} == CELLS
-  assert notes == ['50 % sure', 'gradients vanish']
+  assert notes[:2] == ['50 % sure', 'gradients vanish']
+  name = 'digits_linf_wrn-10-1_real'
+  assert notes[2:5] == [
+    f'{name}_running_seed-0: running (train: no data)',
+    f'{name}_running_seed-1: running (train: no data)',
+    f'{name}_failed_seed-0: failed (train: no data)',
+  ]
+  assert notes[7:] == [f'{name}_other_seed-0: another config (loss.beta: 1.0 → 6.0)']
+  assert 'standard deviation' in tables.caption(TABLE, lines)
+  assert 'standard deviation' not in tables.caption(TABLE, lines[:1])
+
+
+def analysed(folder, kind, num_images=100, **figures):
+  """The grid and the caption of an analysis that is done."""
+  row = paper.TABLES['digits-conditions'].rows[1]
+  row = row._replace(published={'nearest_train': 29.29})
+  table = Table('Digits', kind, [row])
+  made = points.Maker(str(folder), paper.PREPARATIONS)
+  (point,) = made.of_row(table, row)
+  run = workdir.claim(str(point.workdir), point.config)
+  workdir.add_result(run, {'num_images': num_images}, figures)
+  lines = tables.read(table, made)
+  header, cells = tables.grid(table, lines)[0]
+  return dict(zip(header, cells, strict=True)), tables.caption(table, lines)
+
+
+def test_an_analysis_says_no_more_than_its_images_do(tmp_path):
+  cells, said = analysed(tmp_path, 'neighbours', nearest_train=0.24, nearest_test=0.1)
+  assert 'difference' not in cells  # Features differ.
+  assert cells['nearest in train, published'] == '29.29'
+  assert (cells['ours'], cells['in test'], cells['in itself']) == ('24', '10', '–')
+  assert 'of 100 images of each set' in said
+
+
+@pytest.mark.parametrize(
+  'labelled, condition, shown',
+  [(True, None, '–'), (True, 0.5, '50.0'), (False, 0.5, '75.0')],
+)
+def test_a_labeller_does_not_vouch_for_its_own_labels(
+  tmp_path, labelled, condition, shown
+):
+  cells, _ = analysed(
+    *(tmp_path, 'conditions', 1000),
+    label_agreement=0.75,
+    labelled_by_labeller=labelled,
+    agreement_with_condition=condition,
+  )
+  assert cells['labels agreed'] == shown
 
 
 def test_without_published_figures_there_is_one_column():
