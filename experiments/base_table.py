@@ -40,8 +40,8 @@ class Table(NamedTuple):
 
   Attributes:
     title: with the data set and the threat.
-    kind: 'accuracies' (bars in its figure), 'fractions' (curves) or 'neighbours'
-      (stacked shares).
+    kind: 'accuracies' (bars in its figure), 'fractions' (curves), 'neighbours'
+      (stacked shares) or 'conditions' (no figure).
     rows: in order.
     suite: that judges the rows.
     seeds: that every row is trained with.

@@ -9,19 +9,30 @@ from jaxrobust.errors import UserError
 
 
 def load_file(file: str):
-  """The module in a Python file; UserError if there is no such file."""
+  """The module in a Python file; UserError if there is none, or it does not run."""
   if not os.path.exists(file):
     raise UserError(f'{file}: no such file; run from the repository, or give its path')
   spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as e:  # Whatever a user's file may raise.
+    raise UserError(f'{file}: {_one_line(e)}') from e
   return module
 
 
 def load(experiment: str):
   """The locked config of an experiment, written `FILE.py` or `FILE.py:ARG`."""
   file, *arg = experiment.split(':', 1)
-  return load_file(file).get_config(*arg).lock()
+  module = load_file(file)
+  try:
+    return module.get_config(*arg).lock()
+  except Exception as e:
+    raise UserError(f'{experiment}: {_one_line(e)}') from e
+
+
+def _one_line(error: Exception) -> str:
+  return f'{type(error).__name__}: {" ".join(str(error).split())}'
 
 
 def sweep_points(config, file: str) -> list[tuple]:

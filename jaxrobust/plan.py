@@ -79,6 +79,7 @@ def main(
   what, share = what or 'train', _share(utilization)
   if what not in programs.KINDS:
     raise UserError(f'--what={what}: use {", ".join(programs.KINDS)}')
+  of_table = _points_of_table(table, tables) if table else []
   generation = topology.partition(':')[0]
   if generation not in costs.CHIPS:
     raise UserError(
@@ -89,7 +90,7 @@ def main(
   devices = parallel.topology_devices(topology)
   chips = len(devices) // chip.devices
   if table:
-    print_total(f'table {table}', _points_of_table(table, tables), devices, chip, share)
+    print_total(f'table {table}', of_table, devices, chip, share)
     return
   program = programs.of(config, what, len(devices))
   operations = operations_of(program, len(devices))

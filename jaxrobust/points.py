@@ -14,6 +14,7 @@ from jaxrobust import workdir as workdirs
 from jaxrobust.attacks import norms, suites
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
+from jaxrobust.tables import COLUMNS
 
 TABLES = 'experiments/paper.py'
 
@@ -164,13 +165,43 @@ def read_tables(file: str = '') -> tuple[dict, dict]:
   """The tables and the preparations of a file such as experiments/paper.py.
 
   Raises:
-    UserError: if there is no such file, or it defines no tables.
+    UserError: if there is no such file, or it defines no tables, or wrong ones.
   """
   file = file or TABLES
+  if not epath.Path(file).exists():
+    raise UserError(
+      f'{file}: no such file; run from the repository, or give --tables=FILE'
+    )
   module = experiment.load_file(file)
   if not hasattr(module, 'TABLES'):
     raise UserError(f'{file} defines no TABLES: experiments/paper.py shows how')
-  return module.TABLES, getattr(module, 'PREPARATIONS', {})
+  found, preparations = module.TABLES, getattr(module, 'PREPARATIONS', {})
+  for name, table in _items(found, f'{file}: TABLES', 'Table'):
+    where = f'{file}: table {name}'
+    if table.kind not in COLUMNS:
+      raise UserError(f'{where}: kind {table.kind!r}; use one of {", ".join(COLUMNS)}')
+    rows = dict(enumerate(table.rows) if isinstance(table.rows, list) else [])
+    if not rows:
+      raise UserError(f'{where}: rows is no list with a Row')
+    list(_items(rows, f'{where}: rows', 'Row'))
+    try:
+      suites.get(table.suite, norms.get('linf', 0.1))
+    except UserError as e:
+      raise UserError(f'{where}: {e}') from e
+  list(_items(preparations, f'{file}: PREPARATIONS', 'Preparation'))
+  return found, preparations
+
+
+def _items(found, where: str, kind: str):
+  """Yields names and values; UserError for one that is not of a base_table's class."""
+  if not isinstance(found, dict):
+    raise UserError(f'{where} is no dict of {kind}')
+  for name, value in found.items():
+    if type(value).__name__ != kind:
+      raise UserError(
+        f'{where}: {name} is {value!r:.40}, not a {kind} of experiments/base_table.py'
+      )
+    yield name, value
 
 
 def find_table(name: str, tables: dict):

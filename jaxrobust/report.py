@@ -46,6 +46,10 @@ def main(config, workdir, table='', tables='', status=''):
   """Writes tables and figures of the workdirs below `workdir`."""
   if config is not None:
     raise UserError('--config has no use here: a report shows runs as they were made')
+  if not epath.Path(workdir).is_dir():
+    raise UserError(
+      f'{workdir}: no such folder; give the one with the workdirs of runs'
+    )
   if status and not table:
     raise UserError('--status is of a table: give --table=NAME')
   folder, known, preparations = epath.Path(workdir), {}, {}
@@ -73,6 +77,13 @@ def main(config, workdir, table='', tables='', status=''):
       f'{folder} holds no workdir of a training run: give the folder in '
       'which the workdirs are'
     )
+
+
+def refuse_config(workdir: str, **flags):
+  """No config; UserError for an override, which a report has no use for."""
+  del workdir, flags
+  if any(x.startswith('--config.') for x in sys.argv):
+    raise UserError('--config.FIELD has no use here: a report shows runs as they were')
 
 
 def report_runs(folder: epath.Path, runs):
@@ -222,4 +233,4 @@ def _percent(entries, field: str) -> str:
 
 if __name__ == '__main__':
   sys.argv[1:] = ['--status=yes' if x == '--status' else x for x in sys.argv[1:]]
-  cli.run(main, extra_flags=('table', 'tables', 'status'))
+  cli.run(main, ('table', 'tables', 'status'), default_config=refuse_config)

@@ -7,8 +7,6 @@ import math
 import statistics
 from typing import NamedTuple
 
-from jaxrobust.points import Point
-
 _ACCURACIES = {
   'clean': ('clean', 'clean_accuracy', 100),
   'robust': ('robust', 'robust_accuracy', 100),
@@ -73,7 +71,7 @@ class Line(NamedTuple):
 
   Attributes:
     row: as the table has it.
-    points: its runs, one a seed; none if it is published only.
+    points: `points.Point` of its runs, one a seed; none if it is published only.
     states: of these, with a line on each.
     cells: figure → Cell.
     warnings: of the evaluations.
@@ -81,7 +79,7 @@ class Line(NamedTuple):
   """
 
   row: object
-  points: list[Point]
+  points: list
   states: list[tuple[str, str]]
   cells: dict[str, Cell]
   warnings: list[str]
@@ -120,7 +118,7 @@ def read(table, maker) -> list[Line]:
   return [_line(table, row, maker.of_row(table, row)) for row in table.rows]
 
 
-def _line(table, row, points: list[Point]) -> Line:
+def _line(table, row, points: list) -> Line:
   states = [point.state() for point in points]
   known = zip(points, states, strict=True)
   results = [point.result() for point, (state, _) in known if state == 'done']

@@ -295,12 +295,42 @@ def test_an_experiments_own_variant_stays(tmp_path):
 
 def test_tables_are_read_from_a_file(tmp_path):
   file = tmp_path / 'mine.py'
-  file.write_text('TABLES = {"a": 1}\n')
-  assert points.read_tables(str(file)) == ({'a': 1}, {})
   with pytest.raises(UserError, match='use one of a'):
     points.find_table('b', {'a': 1})
   file.write_text('')
   with pytest.raises(UserError, match='defines no TABLES'):
     points.read_tables(str(file))
+  with pytest.raises(UserError, match='or give --tables=FILE'):
+    points.read_tables('none.py')
   assert 'digits-linf' in points.read_tables()[0]
   assert epath.Path(points.TABLES).exists()
+
+
+@pytest.mark.parametrize(
+  'content, message',
+  [
+    ('TABLES = {', 'SyntaxError: '),
+    ("TABLES = {'x': 3}", 'TABLES: x is 3, not a Table of'),
+    ('TABLES = [1]', 'TABLES is no dict of Table'),
+    ("TABLES = {'x': Table('', 'bars', [Row('a')])}", "table x: kind 'bars'; use one"),
+    ("TABLES = {'x': Table('', 'accuracies', [])}", 'no list with a Row'),
+    ("TABLES = {'x': Table('', 'accuracies', ['a'])}", 'rows: 0 is .a., not a Row'),
+    (
+      "TABLES = {'x': Table('', 'accuracies', [Row('a')], 'autoatack')}",
+      "table x: suite 'autoatack': there is no attack",
+    ),
+    ('TABLES, PREPARATIONS = {}, {1: 2}', 'PREPARATIONS: 1 is 2, not a Preparation'),
+  ],
+)
+def test_wrong_tables_are_told_in_one_line(tmp_path, content, message):
+  file = tmp_path / 'mine.py'
+  file.write_text(f'from experiments.base_table import Row, Table\n{content}\n')
+  with pytest.raises(UserError, match=message) as e:
+    points.read_tables(str(file))
+  assert '\n' not in str(e.value)
+
+
+def test_a_wrong_argument_of_a_rows_experiment_is_told_in_one_line(tmp_path):
+  table = TABLE._replace(rows=[Row('a', f'{DIGITS}:foo,bar')])
+  with pytest.raises(UserError, match=f'{DIGITS}:foo,bar: ValueError: '):
+    points.Maker(str(tmp_path), {}).of_table(table)
