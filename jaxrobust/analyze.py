@@ -161,13 +161,7 @@ def features_path(config) -> epath.Path:
 
 def find_classifier(config, field: str) -> zoo.Found:
   """What is known of the classifier in a field; UserError if it sees other images."""
-  found = quality.find_classifier(config[field], f'config.{field}')
-  theirs, info = (datasets.INFO[x] for x in (found.card.dataset, config.dataset.name))
-  if (theirs.image_shape, theirs.num_classes) != (info.image_shape, info.num_classes):
-    raise UserError(
-      f'config.{field} = {config[field]} was trained on {theirs.name}, which has other '
-      f'images or classes than {info.name}'
-    )
+  found = quality.find_classifier(config[field], f'config.{field}', config.dataset.name)
   if not found.path.exists():
     raise UserError(f'{found.path} is absent: {zoo.where_to_get(found.path)}')
   return found

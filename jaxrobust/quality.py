@@ -18,7 +18,7 @@ import PIL.Image
 from etils import epath
 
 from jaxrobust import checkpoint, distances, parallel
-from jaxrobust.data import pictures, positions
+from jaxrobust.data import datasets, pictures, positions
 from jaxrobust.errors import UserError
 from jaxrobust.models import lpips, zoo
 
@@ -194,13 +194,15 @@ class Network(NamedTuple):
   features: Callable[[np.ndarray], np.ndarray]
 
 
-def find_classifier(path: str, field: str) -> zoo.Found:
+def find_classifier(path: str, field: str, dataset: str = '') -> zoo.Found:
   """What is known of a classifier; UserError if nothing says what its network is.
 
   Args:
     path: A workdir, a file of parameters with its card, or the name of a released
       checkpoint.
     field: What the path was given as, for the message.
+    dataset: Whose images it is to see, a name in `datasets.INFO`: UserError where it
+      was trained on others. '' for any.
   """
   found = zoo.find(path)
   if found is None:
@@ -210,29 +212,37 @@ def find_classifier(path: str, field: str) -> zoo.Found:
       + field.endswith('features')
       * ' (or an .npz of features)'
     )
+  theirs = datasets.INFO[found.card.dataset]
+  info = datasets.INFO[dataset or theirs.name]
+  if (theirs.image_shape, theirs.num_classes) != (info.image_shape, info.num_classes):
+    raise UserError(
+      f'{field} = {path} was trained on {theirs.name}, which has other images or '
+      f'classes than {info.name}'
+    )
   return found
 
 
-def load_classifier(path: str, field: str):
+def load_classifier(path: str, field: str, dataset: str = ''):
   """A classifier as (found, model, replicated parameters and statistics).
 
   Args:
-    path, field: As of `find_classifier`.
+    path, field, dataset: As of `find_classifier`.
 
   Raises:
     UserError: As `find_classifier`; the file is absent or damaged.
   """
-  found = find_classifier(path, field)
+  found = find_classifier(path, field, dataset)
   model = found.card.build()
   return found, model, parallel.replicate(checkpoint.load(found.path, model))
 
 
-def network(path: str, batch_size: int = 256) -> Network:
+def network(path: str, batch_size: int = 256, dataset: str = '') -> Network:
   """A network that is here: the penultimate layer of a classifier, or LPIPS.
 
   Args:
     path: As of `find_classifier`; or 'lpips:FILE', see `jaxrobust.models.lpips`.
     batch_size: Images at a time on each device.
+    dataset: As of `find_classifier`.
 
   Returns:
     The network, named by its card, or 'LPIPS (AlexNet)'.
@@ -245,7 +255,7 @@ def network(path: str, batch_size: int = 256) -> Network:
     variables = parallel.replicate(lpips.read(epath.Path(path.removeprefix(LPIPS))))
     features_fn = lpips.features
   else:
-    found, model, variables = load_classifier(path, 'features')
+    found, model, variables = load_classifier(path, 'features', dataset)
     name = f'{found.card.name} (penultimate layer)'
     features_fn = lambda v, x: model.features(*v, x)
   mapped = parallel.pmap(lambda v, x: features_fn(v, jnp.float32(x) / 255))

@@ -163,6 +163,9 @@ def test_command_on_features_of_another_network(repeated, tmp_path, capsys):
       np.testing.assert_array_equal(shown, real[chosen[row], :, :, 0])
   assert command_line.main(command) == 1
   assert 'it needs [1000, 40]' in capsys.readouterr().err
+  seen = [*command, '--train_images=100', '--validation_images=400']
+  assert command_line.main(seen) == 1
+  assert 'it needs [100, 40]' in capsys.readouterr().err
 
 
 def test_features_of_a_classifier_do_not_depend_on_batches(tmp_path):
@@ -190,5 +193,7 @@ def test_features_of_a_classifier_do_not_depend_on_batches(tmp_path):
   # Sums of a few hundred products in another order.
   np.testing.assert_allclose(network.features(images), wanted, rtol=1e-4, atol=1e-5)
   assert network.name == 'tiny (penultimate layer)'
+  with pytest.raises(UserError, match='trained on digits, which has other images'):
+    quality.network(str(path), dataset='mnist')
   with pytest.raises(UserError, match='nothing says what network'):
     quality.network(str(tmp_path / 'none.npy'))

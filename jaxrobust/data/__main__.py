@@ -137,7 +137,13 @@ def _judge(args: argparse.Namespace, found: samples.SampleSet) -> None:
   """Prints how close the set is to the training images, and draws the closest."""
   from jaxrobust import quality  # jax, which no other command needs
 
-  real = datasets.load(args.dataset, 'train', data_dir=args.data_dir).images
+  real = datasets.load(
+    args.dataset,
+    'train',
+    data_dir=args.data_dir,
+    train_images=args.train_images,
+    validation_images=args.validation_images,
+  ).images
   if real.shape[1:] != found.image_shape:
     raise UserError(
       f'{found.path} holds images {list(found.image_shape)}, {args.dataset} '
@@ -155,7 +161,7 @@ def _judge(args: argparse.Namespace, found: samples.SampleSet) -> None:
         f'generated images; it needs {rows}'
       )
   else:
-    name, features_fn = quality.network(args.features)
+    name, features_fn = quality.network(args.features, dataset=args.dataset)
     features = [features_fn(real), features_fn(generated)]
   figures = quality.compare(*features)
   print(f'features: {name}, {features[0].shape[1]} of each image')
@@ -299,12 +305,24 @@ def _parser() -> argparse.ArgumentParser:
     'quality',
     help='FID, density, coverage and nearest training images of a sample set',
     description='Compares samples, one drawn from each of COUNT equal parts of the '
-    'set, with all training images in the features of one network. Figures by '
+    'set, with the training images in the features of one network. Figures by '
     'different networks, or of different numbers of images, are not comparable.',
   )
   command.add_argument('set')
   command.add_argument('--dataset', required=True, choices=sorted(datasets.INFO))
   command.add_argument('--data_dir', default='', help='as of `prepare`')
+  command.add_argument(
+    '--train_images',
+    type=int,
+    help='how many training images the generator saw, after those held out (default: '
+    'all): beside others a repeated one does not show',
+  )
+  command.add_argument(
+    '--validation_images',
+    type=int,
+    default=0,
+    help='training images that were held out, the first ones (default: 0)',
+  )
   command.add_argument(
     '--features',
     required=True,
