@@ -39,11 +39,11 @@ and whether to save_adversarial images.
 
 Writes to the workdir: results.json (one entry an evaluation: protocol, counts,
 accuracies after each attack as fractions, warnings, versions), figures/examples.npz
-(the first images, their adversarial versions, labels and predictions), and for each
-evaluation a folder evaluations/ID/ with state.npz, which says which attempt each image
-fell to. The state is written after every batch: interrupted, the same command goes on
-and ends with the same results.json. An evaluation that is there already is shown, not
-repeated.
+(the first images, their adversarial versions, labels, predictions and the suite), and
+for each evaluation a folder evaluations/ID/ with state.npz, which says which attempt
+each image fell to. The state is written after every batch: interrupted, the same
+command goes on and ends with the same results.json. An evaluation that is there already
+is shown, not repeated.
 """
 
 import hashlib
@@ -165,8 +165,9 @@ def main(config, workdir, suite='', checkpoint=''):
       )
     if parallel.is_writer():
       if save_images:
-        _save_images(state / _ADVERSARIAL, images, labels, outcome)
-      _save_images(folder / 'figures' / 'examples.npz', images, labels, outcome)
+        _save_images(state / _ADVERSARIAL, images, labels, outcome, suite)
+      examples = folder / 'figures' / 'examples.npz'
+      _save_images(examples, images, labels, outcome, suite)
       entry = entry or workdirs.add_result(folder, protocol, _figures(outcome))
       logging.info('wrote %s', folder / 'results.json')
     parallel.barrier('evaluated')
@@ -266,7 +267,7 @@ def _figures(outcome: Outcome) -> dict:
   }
 
 
-def _save_images(path: epath.Path, images, labels, outcome: Outcome):
+def _save_images(path: epath.Path, images, labels, outcome: Outcome, suite: str):
   """Writes images beside their adversarial versions: all that were kept, or a few."""
   count = len(outcome.adversarial)
   if path.name == 'examples.npz':
@@ -278,6 +279,7 @@ def _save_images(path: epath.Path, images, labels, outcome: Outcome):
     adversarial=outcome.adversarial[:count],
     labels=labels[:count],
     predictions=outcome.predictions[:count],
+    suite=suite,
   )
   path.parent.mkdir(parents=True, exist_ok=True)
   workdirs.write(path, buffer.getvalue())

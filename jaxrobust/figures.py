@@ -82,14 +82,15 @@ def draw_fractions(plt, table, lines: list):
     own = [x for x in lines if x.row.curve == curve] + common
     own = sorted(own, key=lambda line: line.row.fraction)
     ours = [x for x in own if x.cells['robust'].values]
-    axis.errorbar(
-      [100 * x.row.fraction for x in ours],
-      [x.cells['robust'].mean for x in ours],
-      [x.cells['robust'].deviation or 0 for x in ours],
-      color=f'C{number}',
-      marker='o',
-      label=curve,
-    )
+    if ours:
+      axis.errorbar(
+        [100 * x.row.fraction for x in ours],
+        [x.cells['robust'].mean for x in ours],
+        [_bar(x.cells['robust']) for x in ours],
+        color=f'C{number}',
+        marker='o',
+        label=curve,
+      )
     known = [x for x in own if x.cells['robust'].published is not None]
     if known:
       axis.plot(
@@ -104,8 +105,21 @@ def draw_fractions(plt, table, lines: list):
       axis.axhline(line.cells['robust'].mean, ls=':', color='0.3', label=line.row.name)
   axis.set(title=table.title, xlabel='real images in a batch, %', xlim=(-3, 103))
   axis.set_ylabel(f'robust accuracy ({table.suite}), %')
-  axis.legend()
+  if axis.get_legend_handles_labels()[0]:
+    axis.legend()
   return figure
+
+
+def _bar(cell) -> float:
+  """Length of an error bar; none is drawn for one seed."""
+  return np.nan if cell.deviation is None else cell.deviation
+
+
+def _name(line) -> str:
+  """A row's name, and its state if it has no result."""
+  if line.points and not any(cell.values for cell in line.cells.values()):
+    return f'{line.row.name} ({line.word()})'
+  return line.row.name
 
 
 def draw_bars(plt, table, lines: list):
@@ -121,9 +135,9 @@ def draw_bars(plt, table, lines: list):
       ours,
       [cells[i].mean for i in ours],
       height=0.6,
-      xerr=[cells[i].deviation or 0 for i in ours],
+      xerr=[_bar(cells[i]) for i in ours],
       color='C0' if name == 'robust' else '0.7',
-      label='ours',
+      label='ours' if ours else None,
     )
     known = [i for i in places if cells[i].published is not None]
     axis.plot(
@@ -137,7 +151,7 @@ def draw_bars(plt, table, lines: list):
     judged = f' ({table.suite})' if name == 'robust' else ''
     axis.set(xlabel=f'{name} accuracy{judged}, %; from {axis.get_xlim()[0]:.0f}')
     axis.grid(axis='y', visible=False)
-  axes[0].set_yticks(places, [line.row.name for line in lines])
+  axes[0].set_yticks(places, [_name(line) for line in lines])
   axes[0].invert_yaxis()
   figure.suptitle(table.title, fontsize='medium')
   if any(cell.published is not None for line in lines for cell in line.cells.values()):
@@ -150,7 +164,7 @@ def _zoom(axis, values: list[float]):
   if values:
     low, high = min(values), max(values)
     room = max(high - low, 2)
-    axis.set_xlim(max(low - room, 0), min(high + room / 4, 100))
+    axis.set_xlim(max(np.floor(low - room), 0), min(np.ceil(high + room / 4), 100))
 
 
 def draw_shares(plt, table, lines: list):
@@ -185,7 +199,7 @@ def draw_shares(plt, table, lines: list):
   coverage.axvline(50, ls=':', color='k')
   shares.set(xlim=(0, 100), xlabel='nearest neighbour of generated images, %')
   coverage.set(xlim=(0, 100), xlabel='coverage, %')
-  shares.set_yticks(range(len(lines)), [line.row.name for line in lines])
+  shares.set_yticks(range(len(lines)), [_name(line) for line in lines])
   shares.invert_yaxis()
   for axis in (shares, coverage):
     axis.grid(axis='y', visible=False)
@@ -193,7 +207,9 @@ def draw_shares(plt, table, lines: list):
     plt.Rectangle((0, 0), 1, 1, color=f'C{number}', label=label)
     for number, label in enumerate(('in train', 'in test', 'generated'))
   ]
-  published = any(x.cells[nearest[1]].published is not None for x in lines)
+  published = any(
+    all(x.cells[name].published is not None for name in nearest) for x in lines
+  )
   upper = 'upper bar: ours, pale: published; ' if published else ''
   figure.legend(handles=patches, loc='outside lower center', ncols=3)
   figure.suptitle(f'{table.title}\n({upper}dotted: ideal)', fontsize='medium')
@@ -298,7 +314,10 @@ def image_rows(groups: dict) -> list[tuple[str, np.ndarray]]:
       with np.load(io.BytesIO(path.read_bytes())) as file:
         if not rows:
           rows.append(('test images', file['images'][:_SHOWN] / 255))
-        rows.append((f'adversarial for\n{name}', file['adversarial'][:_SHOWN]))
+        stand = (file['predictions'] == file['labels'])[:_SHOWN].sum()
+        suite = f', {file["suite"]}' if 'suite' in file else ''  # Older ones lack it.
+        title = f'adversarial for\n{name}\n({stand} of {_SHOWN} stand{suite})'
+        rows.append((title, file['adversarial'][:_SHOWN]))
   sources = {c.data.samples for _, c in first.values() if c.data.samples}
   for source in sorted(sources):
     if epath.Path(source).exists():

@@ -294,7 +294,11 @@ def test_files_of_a_table(maker, tmp_path, capsys, monkeypatch):
   )
   (done / 'figures').mkdir()
   images = np.zeros((10, 8, 8, 1))
-  np.savez(done / 'figures' / 'examples.npz', images=images, adversarial=images)
+  stand = {'labels': np.arange(10), 'predictions': np.arange(10) % 4, 'suite': 'pgd-40'}
+  path = done / 'figures' / 'examples.npz'
+  np.savez(path, images=images, adversarial=images, **stand)
+  (title, _) = figures.image_rows({'a': [(done, digits.get_config())]})[-1]
+  assert title == 'adversarial for\na\n(4 of 10 stand, pgd-40)'
   report.main(None, str(tmp_path), table='curves', tables=str(file))
   made = {x.name for x in (tmp_path / 'report').iterdir()}
   assert made == {'curves.md', 'curves.csv', 'curves.tex'} | {
