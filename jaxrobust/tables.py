@@ -162,8 +162,8 @@ def grid(table, lines: list[Line]) -> tuple[list[list[str]], list[str]]:
   """The cells as text, header first, and footnotes by number.
 
   Of a figure there are three columns if any row has published it, else one; the
-  difference is left out where features differ. Ours has no more decimals than its
-  number of images allows.
+  difference is left out where features differ. Shares of ours have no more decimals
+  than their number of images allows.
   """
   columns = COLUMNS[table.kind]
   parts = 2 if table.kind == 'neighbours' else 3
@@ -183,7 +183,8 @@ def grid(table, lines: list[Line]) -> tuple[list[list[str]], list[str]]:
       marks.append(f'[{notes.index(note) + 1}]')
     cells = [' '.join([line.row.name, *marks])]
     for name, cell in line.cells.items():
-      ours = _ours(cell, line.num_images) or line.word()
+      share = columns[name][2] == 100
+      ours = _ours(cell, line.num_images if share else None) or line.word()
       if name in published:
         difference = _number(cell.difference, '+')
         cells += [_number(cell.published), ours, difference][:parts]
@@ -198,7 +199,7 @@ def _number(value: float | None, sign: str = '') -> str:
 
 
 def _ours(cell: Cell, num_images: int | None) -> str:
-  """Mean with its deviation if it has one; 100 images resolve whole percents."""
+  """Mean with its deviation if it has one; shares of 100 images in whole percents."""
   decimals = min(max(int(math.log10(num_images or 10_000)) - 2, 0), 2)
   deviation = '' if cell.deviation is None else f' ± {cell.deviation:.{decimals}f}'
   return f'{cell.mean:.{decimals}f}{deviation}' if cell.values else ''
