@@ -50,7 +50,7 @@ process() {
   # shellcheck disable=SC2016
   sh -c 'echo $$ > "$0" && exec "$@"' "$records/pid-$1" "$PYTHON" -m "jaxrobust.$2" \
     "${@:3}" --coordinator="127.0.0.1:$port" --num_processes="$processes" \
-    --process_id="$1" 2>&1 | number "$1" || code=$?
+    --process_id="$1" 2>&1 | number "$1" || code=${PIPESTATUS[0]}
   echo "$code" > "$records/exit-$1"
 }
 

@@ -37,7 +37,7 @@ stop() {
   local deadline=$((SECONDS + ${JAXROBUST_GRACE:-120}))
   if ! alive || [ "$pid" = $$ ]; then return; fi
   echo "stopping process $pid" >&2
-  kill -TERM "$pid"
+  kill -TERM "$pid" 2> /dev/null || true  # It may just have ended.
   while alive && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.1; done
   # A sweep cannot pass KILL on to the run that it waits for.
   # shellcheck disable=SC2046
@@ -94,8 +94,10 @@ program() {
   # The number of `sh` is that of the program after `exec`; its $0 is the record.
   # shellcheck disable=SC2016
   sh -c 'echo $$ > "$0" && exec "$@"' "$state/pid" "$PYTHON" -m "jaxrobust.$1" \
-    "${@:2}" 2>&1 | tee -a "$state/log" || code=$?
-  echo "$code" > "$state/exit.tmp" && mv "$state/exit.tmp" "$state/exit"
+    "${@:2}" 2>&1 | tee -a "$state/log" || code=${PIPESTATUS[0]}
+  # Neither the log nor the record changes the code, such as on a full disk.
+  { echo "$code" > "$state/exit.tmp" && mv "$state/exit.tmp" "$state/exit"; } || true
+  return "$code"
 }
 
 run() {
@@ -105,7 +107,7 @@ run() {
   rm -f "$state/exit"
   echo $$ > "$state/pid"
   flag=$(coordinator "$@")
-  if [ -n "$on_tpu" ]; then rm -f /tmp/libtpu_lockfile; fi
+  if [ -n "$on_tpu" ]; then rm -f /tmp/libtpu_lockfile || true; fi
   setup
   echo "== $(date -u '+%Y-%m-%d %H:%M:%S') $*" >> "$state/log"
   # In a group of its own, so that a Ctrl-C reaches it once, from here.
@@ -116,7 +118,7 @@ run() {
   trap 'forward TERM' TERM
   trap 'forward INT' INT
   while kill -0 "$job" 2> /dev/null; do wait "$job" || true; done
-  exit "$(cat "$state/exit" || echo 137)"
+  wait "$job"
 }
 
 start=''

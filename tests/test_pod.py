@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -68,11 +69,12 @@ def environment(tmp_path):
 def call(environment):
   """Runs a script to its end."""
 
-  def run(script, *args, **variables):
+  def run(script, *args, stdout=subprocess.PIPE, **variables):
     return subprocess.run(
       ['bash', str(ROOT / 'launch' / script), *args],
       env={**environment, **variables},
-      capture_output=True,
+      stdout=stdout,
+      stderr=subprocess.PIPE,
       text=True,
       timeout=60,
     )
@@ -108,6 +110,13 @@ def start(environment):
     process.stderr.close()
 
 
+def until(condition):
+  """Looks again and again; fails after a minute."""
+  deadline = time.monotonic() + 60
+  while not condition():
+    assert time.monotonic() < deadline, 'it did not happen'
+
+
 @pytest.fixture
 def record(tmp_path):
   return lambda: (tmp_path / 'record').read_text().splitlines()
@@ -135,6 +144,7 @@ def test_scripts_are_clean(script):
 
 
 needs_ps = pytest.mark.skipif(not shutil.which('ps'), reason='ps is not installed')
+needs_full = pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
 
 
 @needs_ps
@@ -169,6 +179,13 @@ class TestPod:
   )
   def test_the_codes_of_all_give_one(self, call, codes, together):
     assert call('pod.sh', '2', 'train', CODES=codes).returncode == together
+
+  @needs_full
+  def test_output_that_cannot_be_written_changes_no_code(self, call):
+    with open('/dev/full', 'w') as full:
+      done = call('pod.sh', '2', 'train', CODES='0 42', stdout=full)
+    assert done.returncode == 42
+    assert 'No space left' in done.stderr
 
   def test_a_signal_reaches_every_process(self, start):
     for number, code in ((signal.SIGTERM, 42), (signal.SIGINT, 130)):
@@ -236,6 +253,19 @@ class TestWorker:
     assert status[0] == f'== {os.uname().nodename}: exit 42'
     assert status[1:] == [header, line]
 
+  @needs_full
+  @pytest.mark.parametrize('code', [0, 42, 134])
+  def test_output_that_cannot_be_written_changes_no_code(self, call, tmp_path, code):
+    with open('/dev/full', 'w') as full:
+      done = call('worker.sh', 'train', CODES=str(code), stdout=full)
+    assert done.returncode == code
+    assert 'No space left' in done.stderr
+    assert (tmp_path / 'state' / 'exit').read_text() == f'{code}\n'
+
+  def test_a_record_that_cannot_be_written_changes_no_code(self, call, tmp_path):
+    (tmp_path / 'state' / 'exit.tmp').mkdir(parents=True)
+    assert call('worker.sh', 'train', CODES='42').returncode == 42
+
   def test_a_line_of_a_sweep_is_a_program(self, call, record):
     assert call('worker.sh', 'python', '-m', 'jaxrobust.train', '-x').returncode == 0
     assert record() == ['-m jaxrobust.train -x']
@@ -280,13 +310,10 @@ class TestWorker:
     assert ': running\n' in call('worker.sh', '--status').stdout
     # Until the program has begun, a stop ends the script that would start it.
     log = tmp_path / 'state' / 'log'
-    while 'ready' not in (log.read_text() if log.exists() else ''):
-      pass
+    until(lambda: log.exists() and 'ready' in log.read_text())
     assert call('worker.sh', '--stop').returncode == 0
     # The script writes the code as soon as the program has ended.
-    while ': stopped' in (status := call('worker.sh', '--status').stdout):
-      pass
-    assert ': exit 42\n' in status
+    until(lambda: ': exit 42\n' in call('worker.sh', '--status').stdout)
 
   def test_refusals(self, call):
     for args, given in (((), 'no argument'), (('--fast',), '--fast')):
@@ -319,6 +346,14 @@ class TestWorkerOnTPU:
     call('worker.sh', 'train', JAXROBUST_TPU='1', TPU_WORKER_HOSTNAMES='a,b')
     assert record()[-1].split() == ['-m', 'jaxrobust.train', flag]
     assert 'rm -f /tmp/libtpu_lockfile' in record()
+
+  def test_the_lock_of_another_user_ends_nothing(self, environment, call, record):
+    self.tool(
+      environment, 'rm', 'case $* in *libtpu*) exit 1 ;; *) exec /bin/rm "$@" ;; esac'
+    )
+    done = call('worker.sh', 'train', JAXROBUST_TPU='1', TPU_WORKER_HOSTNAMES='a')
+    assert done.returncode == 0, done.stderr
+    assert '-m jaxrobust.train' in record()
 
   def test_a_host_that_does_not_know_the_others_runs_nothing(
     self, environment, call, record
