@@ -8,7 +8,6 @@ devices: `replicate` and `shard` add it, `unreplicate` and `gather` remove it.
 
 import ctypes
 import functools
-import importlib.util
 import os
 import signal
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import distributed  # Has no public name.
-from jax.experimental import multihost_utils, topologies
+from jax.experimental import multihost_utils
 
 from jaxrobust.errors import UserError
 
@@ -25,25 +24,6 @@ AXIS = 'devices'
 
 # Of `mallopt` in the C library's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-
-# TPU slices known to compile, as generation:chips; other sizes of them may, too.
-TOPOLOGIES = (
-  'v2:2x2',
-  'v3:2x2',
-  'v3:4x4',
-  'v4:2x2x1',
-  'v4:2x2x2',
-  'v4:2x2x4',
-  'v5e:1x1',
-  'v5e:2x2',
-  'v5e:2x4',
-  'v5e:4x4',
-  'v5p:2x2x1',
-  'v5p:2x2x2',
-  'v6e:2x2',
-  'v6e:2x4',
-  'v6e:4x4',
-)
 
 
 def initialize(coordinator: str = '', num_processes: int = 0, process_id: int = 0):
@@ -192,48 +172,11 @@ def _keep_memory():
       library.mallopt(option, size)
 
 
-def topology_devices(topology: str) -> list:
-  """Devices of a TPU slice that is not here, for `lower_for`; jax runs on the CPU.
-
-  Args:
-    topology: generation:chips, such as 'v3:4x4'; a v3 chip has two devices.
-
-  Raises:
-    UserError: if libtpu is not installed, or knows no such slice.
-  """
-  if importlib.util.find_spec('libtpu') is None:
-    raise UserError(
-      "libtpu is not installed, which has the TPU's compiler: "
-      "pip install 'jaxrobust[plan]' (from a clone: pip install -e '.[plan]')"
-    )
-  # Without these libtpu looks for a TPU, and waits for it.
-  for name, value in (
-    ('TPU_SKIP_MDS_QUERY', '1'),
-    ('TPU_ACCELERATOR_TYPE', 'v4-8'),
-    ('TPU_WORKER_HOSTNAMES', 'localhost'),
-    ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
-    ('TPU_LOG_DIR', 'disabled'),
-  ):
-    os.environ.setdefault(name, value)
-  jax.config.update('jax_platforms', 'cpu')
-  # The two cores of a v4 chip are one device, as on its virtual machines.
-  options = {'chip_config_name': 'megacore'} if topology.startswith('v4:') else {}
-  try:
-    return list(
-      topologies.get_topology_desc(topology, platform='tpu', **options).devices
-    )
-  except Exception as e:  # Whatever libtpu may raise.
-    raise UserError(
-      f'--topology={topology}: the compiler knows no such slice; use one of '
-      f'{", ".join(TOPOLOGIES)}, or a larger one of these'
-    ) from e
-
-
 def lower_for(devices: list, fn, arguments, donate_argnums=()):
   """`pmap(fn)` for devices that need not be here, lowered to be compiled.
 
   Args:
-    devices: of `topology_devices`.
+    devices: of `slices.devices`.
     fn: for one device, as in `pmap`.
     arguments: trees of a device's shapes, as jax.ShapeDtypeStruct.
     donate_argnums: as in `pmap`.

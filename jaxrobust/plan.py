@@ -59,7 +59,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from jaxrobust import cli, costs, experiment, parallel, points, programs
+from jaxrobust import cli, costs, experiment, parallel, points, programs, slices
 from jaxrobust import config as configs
 from jaxrobust.errors import UserError
 
@@ -83,11 +83,10 @@ def main(
   generation = topology.partition(':')[0]
   if generation not in costs.CHIPS:
     raise UserError(
-      f'--topology={topology}: use generation:chips, one of '
-      f'{", ".join(parallel.TOPOLOGIES)}'
+      f'--topology={topology}: use generation:chips, one of {", ".join(slices.SLICES)}'
     )
   chip = costs.CHIPS[generation]
-  devices = parallel.topology_devices(topology)
+  devices = slices.devices(topology)
   chips = len(devices) // chip.devices
   if table:
     print_total(f'table {table}', of_table, devices, chip, share)

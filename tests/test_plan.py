@@ -13,7 +13,7 @@ import pytest
 
 from experiments import cifar10_ddpm, cifar10_linf, digits, digits_ddpm, digits_gaussian
 from jaxrobust import config as configs
-from jaxrobust import costs, models, parallel, plan, programs
+from jaxrobust import costs, models, parallel, plan, programs, slices
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.models.convolution import conv2d
@@ -292,7 +292,7 @@ def test_the_total_of_a_table(capsys, monkeypatch):
 def test_libtpu_is_optional_and_its_absence_told(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match=r"pip install 'jaxrobust\[plan\]'"):
-    parallel.topology_devices('v3:2x2')
+    slices.devices('v3:2x2')
 
 
 @pytest.mark.parametrize(
