@@ -80,9 +80,10 @@ def main(config, workdir, stage=''):
       _draws(config, folder).remove()  # A run killed before it did so.
     logging.info('%s is finished: %d samples', folder / 'samples', len(found))
     return
-  generators.get(config.generator.name).check(config.generator, info)
   if config.fitted:
     check_fitted(config)
+  elif stage in ('', 'fit') and not (epath.Path(workdir) / 'generator.npz').exists():
+    generators.get(config.generator.name).check(config.generator, info, fits=True)
   labeller = None
   if stage not in ('fit', 'sample'):
     labeller = load_labeller(config.labeller, info, config.samples.batch_size)
@@ -129,6 +130,9 @@ def check(config):
       f'config.dataset.name = {config.dataset.name!r}: use one of '
       f'{", ".join(datasets.INFO)}'
     )
+  generators.get(config.generator.name).check(
+    config.generator, datasets.INFO[config.dataset.name]
+  )
   settings = config.samples
   for name in ('count', 'max_draws_factor', 'shard_size', 'draw_size', 'batch_size'):
     if settings[name] <= 0:
@@ -157,7 +161,9 @@ def check(config):
     if not generators.get(config.generator.name).conditional(config.generator):
       raise UserError(
         "config.labeller = 'condition' for a generator without classes: give a "
-        'classifier, or set config.generator.network.conditional=True'
+        'classifier'
+        + (config.generator.name == 'ddpm')
+        * ', or set config.generator.network.conditional=True'
       )
 
 

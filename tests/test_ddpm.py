@@ -30,8 +30,10 @@ INFO = datasets.INFO['digits']
 TINY = {
   'generator.network.channels': 4,
   'generator.network.multipliers': (1,),
+  'generator.network.attention_sizes': (),
   'generator.network.conditional': True,
   'generator.process.num_steps': 50,
+  'generator.process.last_beta': 0.3,
   'generator.training.num_steps': 4,
   'generator.training.batch_size': 8,
   'generator.training.warmup_steps': 0,
@@ -323,12 +325,16 @@ def test_one_device_computes_the_same_fit(finished):
     ({'generator.network.multipliers': (1,) * 5}, 'halve images 4 times'),
     ({'generator.network.channels': 6}, 'channels = 6: use a multiple of 4'),
     ({'generator.network.dropout': 1.0}, 'dropout = 1.0: use 0 to below 1'),
-    ({'generator.training.batch_size': 6}, 'batch of 6 does not divide over 4'),
     ({'generator.training.learning_rate': 0.0}, 'use a number above 0'),
     ({'generator.sampling.sampler': 'euler'}, "'euler': use one of ancestral"),
     ({'generator.sampling.sampler': 'ancestral'}, "all of the process's 50 steps"),
     ({'generator.sampling.guidance': -1.0}, 'guidance = -1.0: use 0 or more'),
     ({'generator.network.conditional': False}, 'network without classes'),
+    ({'generator.training.condition_dropout': 0.0}, 'never learns to do without'),
+    ({'generator.network.attention_sizes': (4,)}, r'\(4,\): the maps have heights 8;'),
+    # The product of 1 - beta is about exp(-sum of beta): 0.60 of 50 steps of 0.01.
+    ({'generator.process.last_beta': 0.02}, 'process leaves 0.603 of'),
+    ({'generator.process.num_steps': 20_000}, 'noise alone: leave 1e-38 to 0.01'),
   ],
   ids=str,
 )
@@ -337,11 +343,23 @@ def test_refusals(fields, words):
     ddpm.DDPM.check(make_config(**fields).generator, INFO)
 
 
-def test_the_fields_of_another_generator_are_refused():
-  settings = base_generator.get_config('gaussian').generator
-  settings.name = 'ddpm'
-  with pytest.raises(UserError, match="get_config\\('ddpm'\\)"):
-    generators.get('ddpm').check(settings, INFO)
+def test_only_a_fit_needs_a_batch_that_devices_share(labeller, tmp_path):
+  config = make_config(labeller=labeller, **{'generator.training.batch_size': 6})
+  ddpm.DDPM.check(config.generator, INFO)
+  for stage in ('', 'fit'):
+    with pytest.raises(UserError, match='batch of 6 does not divide over 4'):
+      generate.main(config, tmp_path / 'x', stage=stage)
+  assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('name', generators.GENERATORS)
+@pytest.mark.parametrize('other', generators.GENERATORS)
+def test_the_fields_of_another_generator_are_refused(name, other):
+  config = base_generator.get_config(other).unlock()
+  config.labeller, config.generator.name = 'condition', name
+  if name != other:
+    with pytest.raises(UserError, match=f"get_config\\('{name}'\\)"):
+      generate.check(config)
 
 
 def test_a_fit_of_another_config_is_refused(finished, labeller, tmp_path):

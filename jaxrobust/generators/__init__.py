@@ -1,9 +1,11 @@
 """Generators, fitted to the training images only.
 
 A generator is an object with
-  `check(settings, info)` (a static method): raises UserError for settings that cannot
-    be meant for this data set, before anything is written;
-  `conditional(settings)` (static too): whether its samples are drawn for classes;
+  `check(settings, info, fits=)` (a static method): raises UserError for settings that
+    cannot be meant for this data set, of another generator too, and where the run fits
+    for what these devices cannot fit, before anything is written;
+  `conditional(settings)` (static too): whether its samples are drawn for classes, by
+    settings that were checked;
   `fit(real, info, settings, folder=, seed=)` (a class method): fits and returns it; one
     that trains keeps its checkpoints in `folder` and goes on from there; every
     process of a run calls it;

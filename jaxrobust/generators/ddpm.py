@@ -23,6 +23,7 @@ from jaxrobust.errors import UserError
 from jaxrobust.generators import diffusion, samplers, unet
 
 _SETTINGS = 'settings'  # their name in the saved file, which no Haiku module has
+_MOST_LEFT = 0.01  # of an image's variance, at the end of the process; Ho et al.: 4e-5
 
 
 class DDPM:
@@ -40,7 +41,7 @@ class DDPM:
     self._replicated = parallel.replicate(params)
 
   @staticmethod
-  def check(settings, info: datasets.DatasetInfo):
+  def check(settings, info: datasets.DatasetInfo, fits: bool = False):
     """Raises UserError for settings that cannot be meant for images of `info`."""
     if 'network' not in settings:
       raise UserError(
@@ -48,14 +49,23 @@ class DDPM:
         "experiments/digits_ddpm.py or base_generator.get_config('ddpm')"
       )
     _check_numbers(settings)
-    factor = 2 ** (len(settings.network.multipliers) - 1)
-    if any(size % factor for size in info.image_shape[:2]):
+    network = settings.network
+    halvings = len(network.multipliers) - 1
+    if any(size % 2**halvings for size in info.image_shape[:2]):
       raise UserError(
-        f'config.generator.network.multipliers = {settings.network.multipliers} halve '
-        f'images {len(settings.network.multipliers) - 1} times, which '
+        f'config.generator.network.multipliers = {network.multipliers} halve '
+        f'images {halvings} times, which '
         f'{info.image_shape[0]}x{info.image_shape[1]} do not: give fewer'
       )
-    parallel.process_slots(settings.training.batch_size)
+    sizes = [info.image_shape[0] // 2**i for i in range(len(network.multipliers))]
+    if not set(network.attention_sizes) <= set(sizes):
+      raise UserError(
+        f'config.generator.network.attention_sizes = {network.attention_sizes}: the '
+        f'maps have heights {", ".join(map(str, sizes))}; use some of them, or ()'
+      )
+    _check_process(settings.process)
+    if fits:  # Sampling takes batches of its own.
+      parallel.process_slots(settings.training.batch_size)
     sampling = settings.sampling
     if sampling.sampler not in samplers.SAMPLERS:
       raise UserError(
@@ -65,10 +75,16 @@ class DDPM:
     samplers.SAMPLERS[sampling.sampler](
       diffusion.linear(**settings.process), sampling.num_steps
     )
-    if sampling.guidance and not settings.network.conditional:
+    if sampling.guidance and not network.conditional:
       raise UserError(
         f'config.generator.sampling.guidance = {sampling.guidance} for a network '
         'without classes: set config.generator.network.conditional=True, or 0'
+      )
+    if sampling.guidance and not settings.training.condition_dropout:
+      raise UserError(
+        f'config.generator.sampling.guidance = {sampling.guidance} for a network that '
+        'never learns to do without a class: use 0, or fit with '
+        'config.generator.training.condition_dropout above 0'
       )
 
   @staticmethod
@@ -99,7 +115,7 @@ class DDPM:
       PreemptedError: after a checkpoint, because the process was asked to stop.
       UserError: as `check`, or if training diverges.
     """
-    cls.check(settings, info)
+    cls.check(settings, info, fits=True)
     training = settings.training
     adam, learning_rate_fn = make_optimizer(training)
     fresh = jax.jit(lambda: init_state(settings, info, adam, seed))()
@@ -331,6 +347,7 @@ def _check_numbers(settings):
       raise UserError(f'config.generator.{field} = {value}: use 0 or more')
   for field, value in {
     'network.dropout': network.dropout,
+    'process.first_beta': process.first_beta,
     'process.last_beta': process.last_beta,
     'training.ema_decay': training.ema_decay,
     'training.condition_dropout': training.condition_dropout,
@@ -340,6 +357,18 @@ def _check_numbers(settings):
   if network.channels < 4 or network.channels % 4:
     raise UserError(
       f'config.generator.network.channels = {network.channels}: use a multiple of 4'
+    )
+
+
+def _check_process(settings):
+  """Raises UserError unless the process ends in noise, by numbers that float32 has."""
+  left = diffusion.linear(**settings).alpha_bars[-1]
+  least = np.finfo(np.float32).tiny
+  if not least <= left <= _MOST_LEFT:
+    raise UserError(
+      f'config.generator.process leaves {left:.3g} of the variance of an image after '
+      f'{settings.num_steps} steps, and sampling starts from noise alone: leave '
+      f'{least:.0e} to {_MOST_LEFT} (more steps or greater betas leave less)'
     )
 
 

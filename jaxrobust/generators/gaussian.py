@@ -51,8 +51,14 @@ class Gaussian:
     self._replicated = parallel.replicate((means, factors, residuals))
 
   @staticmethod
-  def check(settings, info: datasets.DatasetInfo):
+  def check(settings, info: datasets.DatasetInfo, fits: bool = False):
     """Raises UserError for an unknown estimator, or a rank that images cannot have."""
+    del fits
+    if not hasattr(settings, 'covariance'):
+      raise UserError(
+        "config.generator.name = 'gaussian' in another generator's config: start from "
+        "experiments/digits_gaussian.py or base_generator.get_config('gaussian')"
+      )
     known = (*ESTIMATORS, 'low-rank')
     if settings.covariance not in known:
       raise UserError(
@@ -179,7 +185,7 @@ def _draw(variables, indices):
     # One product for each class: gathering a factor for each sample would not fit in
     # memory for images of CIFAR's size.
     label, factor = label_and_factor
-    drawn = noise @ factor
+    drawn = jnp.dot(noise, factor, precision=jax.lax.Precision.HIGHEST)
     return jnp.where((classes == label)[:, None], drawn, deviations), None
 
   deviations, _ = jax.lax.scan(

@@ -38,9 +38,14 @@ class Mixup:
     return False
 
   @staticmethod
-  def check(settings, info: datasets.DatasetInfo):
+  def check(settings, info: datasets.DatasetInfo, fits: bool = False):
     """Raises UserError for an alpha that is no parameter of a Beta distribution."""
-    del info
+    del info, fits
+    if not hasattr(settings, 'alpha'):
+      raise UserError(
+        "config.generator.name = 'mixup' in another generator's config: start from "
+        "experiments/digits_mixup.py or base_generator.get_config('mixup')"
+      )
     if not 0 < settings.alpha < np.inf:
       raise UserError(
         f'config.generator.alpha = {settings.alpha}: use a number above 0'
