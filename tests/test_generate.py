@@ -68,8 +68,9 @@ def test_balanced_takes_the_first_of_each_class(tmp_path):
       == [i for i in range(100) if common(np.array(i)) == label][:4]
     )
   assert run.drawn == list(range(32)) and described['drawn'] == 32
-  agreed = np.mean([common(np.array(i)) == i % 3 for i in range(32)])
-  assert described['agreement_with_condition'] == agreed
+  assert described['agreement_with_condition'] == np.mean(images % 3 == labels)
+  drawn = np.bincount([common(np.array(i)) for i in range(32)]).tolist()
+  assert described['drawn_per_class'] == drawn
   run.files.remove()
   assert not list(tmp_path.iterdir())
 

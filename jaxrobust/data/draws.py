@@ -126,7 +126,7 @@ class Draws:
 
     Returns:
       Batches for `samples.write`, and the selection's description for its metadata,
-      with the share of samples whose label is the class they were drawn for.
+      with the share of the chosen whose label is the class they were drawn for.
     """
     parts = [dict(self._read(_LABELLED, number)) for number in range(num_files)]
     column = lambda name: np.concatenate([part[name] for part in parts])
@@ -134,7 +134,8 @@ class Draws:
     confidence = column('confidence') if 'confidence' in parts[0] else None
     kept, described = self._rule.choose(labels, confidence, num_classes)
     if confidence is not None and (classes >= 0).all():
-      described['agreement_with_condition'] = float((labels == classes).mean())
+      agrees = labels[kept] == classes[kept]
+      described['agreement_with_condition'] = float(agrees.mean())
 
     def batches():
       for number in range(num_files):

@@ -72,8 +72,13 @@ class Rule(NamedTuple):
     if self.top_fraction < 1:
       quotas = class_quotas(per_class, self.count, self.balanced)
       kept = pool[choose(labels[pool], quotas, confidence[pool])]
-    said = {**self._asdict(), 'drawn': len(labels), 'pool': _counts(per_class)}
-    return kept, said
+    return kept, {
+      **self._asdict(),
+      'drawn': len(labels),
+      # As the generator gives them; in a balanced pool the classes are as many.
+      'drawn_per_class': np.bincount(labels, minlength=num_classes).tolist(),
+      'pool': _counts(per_class),
+    }
 
   def _candidates(self, num_classes: int) -> np.ndarray:
     """Candidates needed, int [K] of each class, or [1] of all."""
