@@ -57,6 +57,7 @@ from jaxrobust.errors import PreemptedError, UserError
 from jaxrobust.models import zoo
 
 STAGES = ('fit', 'sample', 'label', 'select')
+_WITHOUT_LABELLER = STAGES[:2]
 _CONDITION = 'condition'  # in the place of a labeller
 
 
@@ -69,7 +70,7 @@ def main(config, workdir, stage=''):
     )
   if stage and stage not in STAGES:
     raise UserError(f'--stage={stage}: use one of {", ".join(STAGES)}, or none for all')
-  check(config)
+  check(config, stage)
   if stage != 'fit':
     shards.local_path(workdir)  # Refuses a remote folder: samples are read at random.
   info = datasets.INFO[config.dataset.name]
@@ -85,9 +86,12 @@ def main(config, workdir, stage=''):
   elif stage in ('', 'fit') and not (epath.Path(workdir) / 'generator.npz').exists():
     generators.get(config.generator.name).check(config.generator, info, fits=True)
   labeller = None
-  if stage not in ('fit', 'sample'):
+  if stage not in _WITHOUT_LABELLER:
     labeller = load_labeller(config.labeller, info, config.samples.batch_size)
-  folder = workdirs.claim(workdir, config)
+  elif config.labeller not in ('', _CONDITION):
+    find_labeller(config.labeller, info)  # A mistake should not wait for days.
+  labelled = _draws(config, epath.Path(workdir)).has_labels()
+  folder = workdirs.claim(workdir, config, free=() if labelled else ('labeller',))
   if stage in ('', 'fit', 'sample'):
     generator = fitted_generator(config, folder, info, may_fit=stage != 'sample')
   if stage == 'fit':
@@ -118,8 +122,8 @@ def main(config, workdir, stage=''):
     parallel.barrier('selected')
 
 
-def check(config):
-  """Raises UserError for a value that cannot be meant."""
+def check(config, stage=''):
+  """Raises UserError for a value that cannot be meant, or one that the stage lacks."""
   if 'generator' not in config:
     raise UserError(
       "this is not a generator's config: give an experiment such as "
@@ -146,7 +150,7 @@ def check(config):
       f'config.samples.top_fraction = {settings.top_fraction}: use a number above 0 '
       'and up to 1'
     )
-  if not config.labeller:
+  if not config.labeller and stage not in _WITHOUT_LABELLER:
     raise UserError(
       'config.labeller is not set: give the workdir of a non-robust '
       'classifier (train with config.loss.name=standard)'
@@ -175,11 +179,14 @@ def check_fitted(config):
     'dataset': c.dataset.to_dict() | {'data_dir': ''},
     'generator': c.generator.to_dict() | {'sampling': None},
   }
-  changed = []
-  if 'generator' in theirs:
-    changed = configs.differences(
-      *map(config_dict.ConfigDict, map(same, (theirs, config)))
+  if 'generator' not in theirs:
+    raise UserError(
+      f"config.fitted = {folder} is no generator's run: give one that was fitted, or "
+      'leave it out'
     )
+  changed = configs.differences(
+    *map(config_dict.ConfigDict, map(same, (theirs, config)))
+  )
   if changed:
     raise UserError(
       f'config.fitted = {folder} was fitted by another config ({"; ".join(changed)}): '
@@ -236,6 +243,24 @@ class Labeller(NamedTuple):
   label_fn: Callable
 
 
+def find_labeller(path: str, info: datasets.DatasetInfo) -> zoo.Found:
+  """What is known of a classifier that labels samples; raises as `load_labeller`."""
+  found = zoo.find(path)
+  if found is None:
+    raise UserError(
+      f'config.labeller = {path}: nothing says what network that is; give a workdir '
+      'that finished training, a file with its card, or the name of a released '
+      'checkpoint'
+    )
+  theirs = datasets.INFO[found.card.dataset]
+  if (theirs.image_shape, theirs.num_classes) != (info.image_shape, info.num_classes):
+    raise UserError(
+      f'config.labeller = {path} was trained on {theirs.name}, which has '
+      f'other images or classes than {info.name}'
+    )
+  return found
+
+
 def load_labeller(path: str, info: datasets.DatasetInfo, batch_size: int) -> Labeller:
   """A classifier that labels samples, or none.
 
@@ -251,19 +276,7 @@ def load_labeller(path: str, info: datasets.DatasetInfo, batch_size: int) -> Lab
   """
   if path == _CONDITION:
     return Labeller(_CONDITION, lambda images, classes: {'labels': classes})
-  found = zoo.find(path)
-  if found is None:
-    raise UserError(
-      f'config.labeller = {path}: nothing says what network that is; give a workdir '
-      'that finished training, a file with its card, or the name of a released '
-      'checkpoint'
-    )
-  theirs = datasets.INFO[found.card.dataset]
-  if (theirs.image_shape, theirs.num_classes) != (info.image_shape, info.num_classes):
-    raise UserError(
-      f'config.labeller = {path} was trained on {theirs.name}, which has '
-      f'other images or classes than {info.name}'
-    )
+  found = find_labeller(path, info)
   model = found.card.build()
   variables = parallel.replicate(checkpoint.load(found.path, model))
 

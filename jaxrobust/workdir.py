@@ -33,12 +33,13 @@ _DISK_ERRORS = (
 )
 
 
-def claim(workdir: str, config) -> epath.Path:
+def claim(workdir: str, config, free: tuple[str, ...] = ()) -> epath.Path:
   """Makes `workdir` the home of `config`, or checks that it is already.
 
   Args:
     workdir: a folder, made if absent.
     config: the resolved config.
+    free: fields on which nothing there depends yet: they may differ, and are replaced.
 
   Returns:
     The folder.
@@ -49,11 +50,14 @@ def claim(workdir: str, config) -> epath.Path:
   folder = epath.Path(workdir)
   path = folder / 'config.json'
   if path.exists():
-    if changed := configs.differences(read_config(folder), config):
+    found = configs.differences(read_config(folder), config)
+    if changed := [x for x in found if x.partition(':')[0] not in free]:
       raise UserError(
         f'{folder} holds a run with another config ({"; ".join(changed)}): use '
         'another --workdir, or the same config'
       )
+    if found and parallel.is_writer():
+      write(path, configs.to_json(config))
   elif parallel.is_writer():
     try:
       folder.mkdir(parents=True, exist_ok=True)

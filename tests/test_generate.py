@@ -156,6 +156,24 @@ def test_refuses_an_unknown_stage_and_a_remote_folder(tmp_path):
   assert not (tmp_path / 'x').exists()
 
 
+def test_stages_before_the_labels_need_no_labeller(tmp_path):
+  """One that is given is looked for, and may change until it has labelled."""
+  config = make_config()
+  with pytest.raises(UserError, match='somewhere: nothing says what network'):
+    generate.main(config, tmp_path / 'x', stage='fit')
+  config.labeller = ''
+  generate.main(config, tmp_path / 'x', stage='fit')
+  config.labeller = 'condition'
+  generate.main(config, tmp_path / 'x', stage='fit')
+  (tmp_path / 'x/labelled').mkdir()
+  (tmp_path / 'x/labelled/000001.npz').touch()
+  config.labeller = ''
+  with pytest.raises(UserError, match='labeller: condition → '):
+    generate.main(config, tmp_path / 'x', stage='fit')
+  with pytest.raises(UserError, match='config.labeller is not set'):
+    generate.main(config, tmp_path / 'x', stage='label')
+
+
 def test_configs_on_disk_without_the_younger_field_mean_what_they_did():
   config = make_config()
   del config.samples.top_fraction

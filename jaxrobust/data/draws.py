@@ -74,6 +74,10 @@ class Draws:
       num_files = min(math.ceil(num_files * min(times, 2)), most)
     return num_files, False
 
+  def has_labels(self) -> bool:
+    """Whether a file is labelled."""
+    return any((self._folder / _LABELLED).glob('*.npz'))
+
   def draw(self, num_files: int, sample_fn: Callable, at_once: int, stop: Callable):
     """Draws the files that are missing, this process its share of them.
 
