@@ -222,7 +222,7 @@ class _Watch:
   """Stops the evaluation after a batch when the program is asked to stop."""
 
   def __enter__(self):
-    self._preemption, self._batches = parallel.Preemption(), 0
+    self._preemption = parallel.Preemption()
     return self
 
   def __exit__(self, *exception):
@@ -235,8 +235,7 @@ class _Watch:
 
     def watched(count, note=''):
       advance(count, note)
-      self._batches += 1
-      if self._preemption.reached(self._batches):
+      if self._preemption.reached():
         raise cli.PreemptedError(
           f'stopped during {name}, the state is saved: run the same command again'
         )

@@ -40,7 +40,6 @@ sets are read at random, so the workdir is a local folder; it may be gs:// for
 """
 
 import hashlib
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -346,16 +345,13 @@ class _Stop:
 
   def __enter__(self):
     self._preemption = parallel.Preemption()
-    # Beyond the steps of the fit: processes stop at the next number that none of them
-    # has asked about.
-    self._batches = itertools.count(2**30)
     return self
 
   def __exit__(self, *exception):
     self._preemption.close()
 
   def __call__(self):
-    if self._preemption.reached(next(self._batches)):
+    if self._preemption.reached():
       raise PreemptedError(
         'stopped while sampling, whole files are kept: run the same command again'
       )

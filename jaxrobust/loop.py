@@ -106,7 +106,7 @@ class Loop:
         window.add(step - 1, pending)
         pending = current
         last = step == intervals.num_steps
-        stop = preemption.reached(step) and not last
+        stop = not last and preemption.reached()
         due = lambda interval, step=step, last=last: step % interval == 0 or last
         evaluate = evaluate_fn is not None and due(intervals.evaluation)
         save = due(intervals.checkpoint) or evaluate or stop

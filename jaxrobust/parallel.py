@@ -8,6 +8,7 @@ devices: `replicate` and `shard` add it, `unreplicate` and `gather` remove it.
 
 import ctypes
 import functools
+import itertools
 import os
 import signal
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ from jax.experimental import multihost_utils
 from jaxrobust.errors import UserError
 
 AXIS = 'devices'
+
+# Of the questions whether to stop: every process asks equally often.
+_questions = itertools.count(1)
 
 # Of `mallopt` in the C library's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -310,12 +314,19 @@ def process_slots(batch_size: int) -> tuple[int, int]:
 
 
 class Preemption:
-  """Tells all processes at the same step that one of them was asked to stop."""
+  """Tells all processes at the same question that one of them was asked to stop.
+
+  Who comes too late for the last question of one is told by the next: a signal in the
+  last step of a fit stops the sampling.
+  """
+
+  _unanswered = False
 
   def __init__(self):
-    self._asked = False
+    self._asked, Preemption._unanswered = Preemption._unanswered, False
+    self._answered = False
     # With several processes jax's own service listens for SIGTERM and agrees on
-    # the step; a handler of ours would hide the signal from it.
+    # the question; a handler of ours would hide the signal from it.
     signals = []
     if jax.process_count() == 1:
       signals = [signal.SIGINT, signal.SIGTERM]
@@ -327,14 +338,18 @@ class Preemption:
       raise KeyboardInterrupt(f'signal {signum}')
     self._asked = True
 
-  def reached(self, step: int) -> bool:
-    """Whether to save and stop after `step`; every process asks at every step."""
+  def reached(self) -> bool:
+    """Whether to save and stop now; every process asks after every step."""
     if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
+      # They stop at the question after the last that any has asked: 1 before the first,
+      # wherever the run resumed. That one must come, so numbers have no gap.
+      return multihost_utils.reached_preemption_sync_point(next(_questions))
+    self._answered = self._asked
     return self._asked
 
   def close(self):
     """Gives the signals back."""
+    Preemption._unanswered = self._asked and not self._answered
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 

@@ -160,6 +160,62 @@ def test_a_host_that_freezes_ends_the_others():
       process.communicate()
 
 
+TOLD_EARLY = """
+import os, signal, sys
+from jaxrobust import parallel
+
+parallel.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
+if sys.argv[2] == '1':
+  os.kill(os.getpid(), signal.SIGTERM)
+for _ in range(50):  # Starts up.
+  parallel.everywhere(True)
+preemption, asked = parallel.Preemption(), 1
+while not preemption.reached():
+  parallel.everywhere(True)
+  asked += 1
+print(asked)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_is_not_lost():
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', TOLD_EARLY, str(port), str(i)],
+      cwd=ROOT,
+      env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1'},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    told = [process.communicate(timeout=120) for process in processes]
+    [last] = {out.splitlines()[-1] for out, _ in told}
+    assert int(last) > 0, told
+  finally:
+    for process in processes:
+      process.kill()
+      process.communicate()
+
+
+def test_a_signal_after_the_last_question_waits_for_the_next():
+  first = parallel.Preemption()
+  assert not first.reached()
+  signal.raise_signal(signal.SIGTERM)
+  first.close()
+  second = parallel.Preemption()
+  assert second.reached()
+  second.close()
+  third = parallel.Preemption()
+  assert not third.reached()
+  third.close()
+
+
 def test_the_heartbeat_is_checked(monkeypatch):
   for text in ('0', 'soon'):
     monkeypatch.setenv('JAXROBUST_HEARTBEAT', text)
