@@ -124,7 +124,8 @@ YAML
   fi
 }
 
-# SkyPilot runs setup and run on every host. It uses 137 itself, so that is not listed.
+# SkyPilot runs setup and run on every host. It uses 137 itself and takes it for no code
+# to recover from, so that a killed program ends as an aborted one. 128 + N is signal N.
 skypilot() {
   cat << YAML
 name: $name
@@ -137,7 +138,7 @@ resources:
   use_spot: $([ -n "$spot" ] && echo true || echo false)
   job_recovery:
     max_restarts_on_errors: 0
-    recover_on_exit_codes: [42, 129, 130, 132, 134, 135, 136, 139, 143]
+    recover_on_exit_codes: [42$(printf ', %s' {128..136} {138..159})]
 ${data:+file_mounts:
   ~/data:
     source: $data
@@ -146,6 +147,8 @@ ${data:+file_mounts:
   bash launch/worker.sh --setup
 ${data:+  ln -sfn ~/data data
 }run: |
-  bash launch/worker.sh$(printf ' %q' "$@")
+  code=0
+  bash launch/worker.sh$(printf ' %q' "$@") || code=\$?
+  exit \$((code == 137 ? 134 : code))
 YAML
 }

@@ -21,10 +21,12 @@
 # bucket, gs://…: the workers share it, and disks end with their machine.
 #
 # babysit creates, sets up, runs and watches, until the program is done (exit code 0) or
-# ends with an error (1). What is preempted, failed or crashed it makes anew and resumes,
-# at most --attempts=N times (100). runs/launch/NAME.log keeps the last lines of the
-# logs. It may be stopped and started again: the same command takes over. It deletes
-# nothing that still runs, so delete the TPU afterwards.
+# ends with an error (1). What is preempted, failed or crashed it makes anew and resumes;
+# after --attempts=N (100) in a row it gives up. Code 42, or 40 looks in a row at which
+# all workers run (20 minutes), give all attempts back; a gcloud that does not answer
+# costs none. runs/launch/NAME.log keeps the last lines of the logs. It may be stopped
+# and started again: the same command takes over. It deletes nothing that still runs,
+# so delete the TPU afterwards.
 #
 # jobset prints a GKE JobSet (| kubectl apply -f -), skypilot a SkyPilot task
 # (sky jobs launch FILE); both restart by the same exit codes.
@@ -122,13 +124,16 @@ delete() {
 archive=''
 setup() {
   if [ -z "$archive" ]; then
-    archive=$(mktemp -d)/jaxrobust.tar.gz
+    archive=$(mktemp -d)/jaxrobust.tar.gz || fail 'no folder for the archive, see above'
     trap 'rm -rf "$(dirname "$archive")"' EXIT
     git diff --quiet HEAD || echo 'uncommitted changes are not sent' >&2
-    call git archive --format=tar.gz --output="$archive" HEAD
+    call git archive --format=tar.gz --output="$archive" HEAD ||
+      fail 'git archive failed: the code is sent from a clone with a commit'
   fi
+  # Processes compare their packages, so that what is no longer in one must go.
   call gcloud compute tpus tpu-vm scp "$archive" "$name:" --worker=all "${where[@]}" &&
-    on_workers "mkdir -p jaxrobust && tar -xzf jaxrobust.tar.gz -C jaxrobust && \
+    on_workers "mkdir -p jaxrobust && rm -rf jaxrobust/jaxrobust && \
+tar -xzf jaxrobust.tar.gz -C jaxrobust && \
 bash jaxrobust/launch/worker.sh --setup${data:+ && gcloud storage rsync --recursive \
 $data jaxrobust/data}"
 }
@@ -137,19 +142,20 @@ start() { on_workers "bash jaxrobust/launch/worker.sh --start$(printf ' %q' "$@"
 
 # One field of what gcloud describes: ABSENT if it is not there, UNKNOWN if gcloud fails.
 described() {
-  local text
+  local errors
   show gcloud compute tpus "$@"
-  if text=$(gcloud compute tpus "$@" 2>&1); then
-    echo "${text##*$'\n'}"
-  elif [[ $text == *NOT_FOUND* ]]; then
+  # Apart from its warnings, which it may print with success.
+  if { errors=$(gcloud compute tpus "$@" 2>&1 >&3); } 3>&1; then
+    return
+  elif [[ $errors == *NOT_FOUND* ]]; then
     echo ABSENT
   else
-    echo "$text" >&2
+    echo "$errors" >&2
     echo UNKNOWN
   fi
 }
 
-# State of the resource or, once that is active, of its machines.
+# State of the resource or, once that is active, of its machines; UNKNOWN if it is none.
 state() {
   local found
   found=$(described queued-resources describe "$name" --format='value(state.state)' \
@@ -158,6 +164,15 @@ state() {
     found=$(described tpu-vm describe "$name" --format='value(state)' "${where[@]}")
     if [ "$found" = ABSENT ]; then found=TERMINATED; fi
   fi
+  case $found in
+    ABSENT | UNKNOWN | FAILED | SUSPENDED | PREEMPTED | TERMINATED | STOPPED | READY | \
+      ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING | CREATING | STARTING | \
+      RESTARTING | REIMAGING | REPAIRING | SUSPENDING | STOPPING | DELETING) ;;
+    *)
+      echo "gcloud says '$found', which is no state" >&2
+      found=UNKNOWN
+      ;;
+  esac
   echo "$found"
 }
 
@@ -166,21 +181,33 @@ status() { on_workers 'bash jaxrobust/launch/worker.sh --status'; }
 # $JAXROBUST_WAIT is the time between two looks, in seconds, and the first back-off.
 look=${JAXROBUST_WAIT:-30}
 delay=$look
-again() {
-  attempts=$((attempts - 1))
-  [ "$attempts" -gt 0 ] || fail "$1, and no attempt is left; $record has the last lines"
-  echo "$1: again in $delay s, $attempts attempts left" >&2
+left=$attempts
+pause() {
+  echo "$1: again in $delay s" >&2
   sleep "$delay"
   delay=$((delay < 16 * look ? 2 * delay : delay))
 }
 
+again() {
+  left=$((left - 1))
+  [ "$left" -gt 0 ] || fail "$1, and no attempt is left; $record has the last lines"
+  pause "$1, $left attempts left"
+}
+
 babysit() {
-  local now codes started='' silent=0 ragged=0
+  local now codes answered='' started='' silent=0 ragged=0 steady=0
   record=runs/launch/$name.log
   mkdir -p runs/launch
   while :; do
     now=$(state)
     echo "$name: $now" >&2
+    if [ "$now" = UNKNOWN ]; then
+      silent=0
+      # Where gcloud has answered before, the connection is gone, and will be back.
+      if [ -n "$answered" ]; then pause 'gcloud failed'; else again 'gcloud failed'; fi
+      continue
+    fi
+    answered=1
     case $now in
       READY) ;;
       ABSENT)
@@ -194,13 +221,12 @@ babysit() {
         again "$now"
         continue
         ;;
-      UNKNOWN) again 'gcloud failed'; continue ;;
       *) sleep "$look"; continue ;;
     esac
     if [ -z "$started" ]; then
       # The same command resumes, so what may still run from before is started again.
       if setup && start "$@"; then
-        started=1 silent=0 ragged=0
+        started=1 silent=0 ragged=0 steady=0
       else
         again 'the start failed'
         continue
@@ -224,7 +250,12 @@ babysit() {
     codes=$(worst $codes)
     if [ "$codes" != 1 ] && grep -q '^== .*: running$' "$record"; then
       # Where some have ended, the others should soon, by agreement or by time-out.
-      if grep -qE '^== .*: (exit|stopped)' "$record"; then ragged=$((ragged + 1)); fi
+      if grep -qE '^== .*: (exit|stopped)' "$record"; then
+        ragged=$((ragged + 1)) steady=0
+      else
+        ragged=0 steady=$((steady + 1))
+      fi
+      if [ "$steady" -ge 40 ]; then left=$attempts delay=$look; fi
       if [ "$ragged" -lt 10 ]; then continue; fi
       if [ "$codes" = 0 ]; then codes=137; fi
     fi
@@ -235,7 +266,11 @@ babysit() {
         on_workers 'bash jaxrobust/launch/worker.sh --stop' || true
         fail "the program ended with an error: $record has the last lines"
         ;;
-      42) delay=$look ;;
+      42)
+        started='' left=$attempts delay=$look
+        pause 'exit code 42'
+        continue
+        ;;
     esac
     started=''
     again "exit code $codes"

@@ -3,7 +3,6 @@
 import os
 import pathlib
 import re
-import shlex
 import shutil
 import subprocess
 
@@ -14,7 +13,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not shutil.which('git'), reason='git is not installed')
 
 # Answers each kind of call with the next line of the file of that name in $PLAY (the
-# last one again and again): exit code, then output. Without one: success.
+# last one again and again): exit code, then output, which failures print as errors.
+# Without one: success.
 GCLOUD = """#!/bin/bash
 case $* in
   *'queued-resources create '*) kind=create ;;
@@ -34,6 +34,8 @@ printf '\\n' >> "$PLAY/calls"
 [ -f "$PLAY/$kind" ] || exit 0
 IFS= read -r line < "$PLAY/$kind"
 [ "$(wc -l < "$PLAY/$kind")" = 1 ] || sed -i 1d "$PLAY/$kind"
+[ "${line%% *}" = 0 ] || exec >&2
+echo 'WARNING: gcloud is old' >&2
 [ "${line#* }" = "$line" ] || printf '%b\\n' "${line#* }"
 exit "${line%% *}"
 """
@@ -89,7 +91,7 @@ def tpu(tmp_path):
       },
       capture_output=True,
       text=True,
-      timeout=60,
+      timeout=300,
     )
     return Run(done, play)
 
@@ -144,6 +146,37 @@ class TestVerbs:
       'bash jaxrobust/launch/worker.sh --setup && '
       'gcloud storage rsync --recursive gs://b/data jaxrobust/data'
     )
+
+  def test_setup_leaves_nothing_of_an_older_package(self, tpu, tmp_path):
+    run = tpu('setup', 'x')
+    command = run.calls[1][-2].removeprefix('--command=')
+    home = tmp_path / 'home'
+    for name in ('jaxrobust/old.py', 'data/kept', 'launch/worker.sh'):
+      (home / 'jaxrobust' / name).parent.mkdir(parents=True, exist_ok=True)
+      (home / 'jaxrobust' / name).write_text('')
+    archive = home / 'jaxrobust.tar.gz'
+    subprocess.run(
+      ['git', 'archive', '--format=tar.gz', f'--output={archive}', 'HEAD'],
+      cwd=tpu.root,
+      check=True,
+    )
+    subprocess.run(
+      ['bash', '-c', command],
+      cwd=home,
+      env={**os.environ, 'HOME': str(home), 'JAXROBUST_TPU': '0', 'PATH': '/bin'},
+      capture_output=True,
+    )
+    assert not (home / 'jaxrobust' / 'jaxrobust' / 'old.py').exists()
+    assert (home / 'jaxrobust' / 'data' / 'kept').exists()
+    assert (home / 'jaxrobust' / 'launch' / 'worker.sh').read_text()
+
+  def test_code_that_cannot_be_packed_is_not_sent(self, tpu):
+    shutil.rmtree(tpu.root / '.git')
+    for args in (('setup', 'x'), BABYSIT):
+      run = tpu(*args, state=['0 ACTIVE'], node=['0 READY'])
+      assert run.code == 1
+      assert 'error: git archive failed' in run.err
+      assert 'copy' not in run.kinds
 
   def test_a_command_keeps_its_words_on_the_way_to_the_workers(self, tpu):
     words = ['--workdir=gs://b/a b', '--x=\'"$HOME\\', '--y=ü;|&']
@@ -349,6 +382,18 @@ class TestBabysit:
     assert run.story.count('start') == 2
     assert run.story.count('status') == 11
 
+  def test_workers_that_end_one_after_the_other_now_and_then_are_left_alone(self, tpu):
+    """What a look saw half-way says nothing by the tenth time in all."""
+    between = ended('exit 0', 'running')
+    run = tpu(
+      *BABYSIT,
+      state=['0 ACTIVE'],
+      node=['0 READY'],
+      status=[*[between] * 6, RUNNING, *[between] * 6, ended('exit 0', 'exit 0')],
+    )
+    assert run.code == 0, run.err
+    assert run.story.count('start') == 1
+
   def test_attempts_and_pauses_are_bounded(self, tpu):
     run = tpu(*BABYSIT[:3], '--attempts=8', 'train', create=['1'], state=[ABSENT])
     assert run.code == 1
@@ -356,6 +401,54 @@ class TestBabysit:
       f'sleep {s}' for s in (30, 60, 120, 240, 480, 480, 480)
     ]
     assert 'error: create failed, and no attempt is left' in run.err
+
+  @pytest.mark.parametrize(
+    'end',
+    [[ended('exit 42', 'exit 42')], [*[RUNNING] * 40, ended('exit 134', 'exit 134')]],
+  )
+  def test_progress_gives_the_attempts_back(self, tpu, end):
+    crash = ended('exit 134', 'exit 134')
+    run = tpu(
+      *(*BABYSIT[:3], '--attempts=3', 'train'),
+      state=['0 ACTIVE'],
+      node=['0 READY'],
+      status=[crash, crash, *end, crash, ended('exit 0', 'exit 0')],
+    )
+    assert run.code == 0, run.err
+    assert run.story.count('start') == 5
+    # The third pause begins anew.
+    pauses = [
+      a
+      for a, b, c in zip(run.story, run.story[1:], run.story[2:], strict=False)
+      if (b, c) == ('setup', 'start')
+    ]
+    assert pauses == ['sleep 30', 'sleep 60', 'sleep 30', 'sleep 60']
+
+  def test_a_run_that_only_crashes_ends(self, tpu):
+    run = tpu(
+      *(*BABYSIT[:3], '--attempts=3', 'train'),
+      state=['0 ACTIVE'],
+      node=['0 READY'],
+      status=[x for _ in range(3) for x in (RUNNING, ended('exit 134', 'exit 134'))],
+    )
+    assert run.code == 1
+    assert run.story.count('start') == 3
+    assert 'exit code 134, and no attempt is left' in run.err
+
+  @pytest.mark.parametrize('look', ['1 ERROR: no network', '0 ', '0 NO_WORD_OF_OURS'])
+  def test_a_lost_connection_costs_no_attempt_and_starts_nothing(self, tpu, look):
+    run = tpu(
+      *(*BABYSIT[:3], '--attempts=1', 'train'),
+      state=['0 ACTIVE', *[look] * 7, '0 ACTIVE'],
+      node=['0 READY'],
+      status=[RUNNING, ended('exit 0', 'exit 0')],
+    )
+    assert run.code == 0, run.err
+    assert run.story == [
+      *('setup', 'start', 'sleep 30', 'status'),
+      *(f'sleep {s}' for s in (30, 60, 120, 240, 480, 480, 480)),
+      *('sleep 30', 'status'),
+    ]
 
   def test_a_gcloud_that_fails_creates_nothing(self, tpu):
     run = tpu(
@@ -454,7 +547,7 @@ class TestManifests:
       'mountOptions': 'implicit-dirs,only-dir=c/d',
     }
 
-  def test_skypilot(self, tpu):
+  def test_skypilot(self, tpu, tmp_path):
     run = tpu(
       *('skypilot', 'x', '--type=v5litepod-16', '--spot', '--zone=us-west4-a'),
       *('--data=gs://b/d', *self.WORDS),
@@ -471,12 +564,23 @@ class TestManifests:
     recovery = task['resources']['job_recovery']
     assert recovery['max_restarts_on_errors'] == 0
     codes = set(recovery['recover_on_exit_codes'])
-    assert {42, 134} <= codes
-    assert not {1, 137} & codes  # SkyPilot uses 137 itself
+    # Every signal's but 137, which SkyPilot uses itself; 1 is an error.
+    assert codes == {42, *range(128, 160)} - {137}
     assert task['file_mounts'] == {'~/data': {'source': 'gs://b/d', 'mode': 'COPY'}}
-    assert shlex.split(task['run'])[:2] == ['bash', 'launch/worker.sh']
-    assert shlex.split(task['run'])[2:] == list(self.WORDS)
     assert 'worker.sh --setup' in task['setup']
+    worker = tmp_path / 'launch' / 'worker.sh'
+    worker.parent.mkdir()
+    worker.write_text('printf "%s\\0" "$@"; exit "$CODE"\n')
+    for code, seen in ((0, 0), (1, 1), (42, 42), (137, 134), (143, 143)):
+      done = subprocess.run(
+        ['bash', '-c', task['run']],
+        cwd=tmp_path,
+        env={**os.environ, 'CODE': str(code)},
+        capture_output=True,
+        text=True,
+      )
+      assert done.returncode == seen
+      assert done.stdout.split('\0')[:-1] == list(self.WORDS)
 
   def test_on_demand_without_data(self, tpu):
     out = tpu('skypilot', 'x', '--type=v4-8', 'train').out
