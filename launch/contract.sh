@@ -1,5 +1,12 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: what the exit codes of several processes mean together.
+# Sourced by the other scripts: what a program of several processes is.
+
+# Whether it is one; `analyze` takes the flags too, to be refused where they are given.
+joins() {
+  case $1 in train | evaluate | generate | sweep | analyze) ;; *) return 1 ;; esac
+}
+
+# What their exit codes mean together:
 # 0 done, 42 preempted after a checkpoint, 1 error that a restart would repeat, 128 and
 # above crash; whatever else a shell may return is an error too.
 worst() {

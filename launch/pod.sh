@@ -27,10 +27,14 @@ fi
 case ${1:-} in
   '' | -*) echo "error: ${1:-nothing}: give a program here, such as train" >&2; exit 1 ;;
 esac
+# shellcheck source=launch/contract.sh
+. "$here/contract.sh"
+if ! joins "$1"; then
+  echo "error: $1 runs in one process: bash launch/worker.sh $1 …" >&2
+  exit 1
+fi
 # shellcheck source=launch/environment.sh
 . "$here/environment.sh"
-# shellcheck source=launch/contract.sh
-. launch/contract.sh
 grace=${JAXROBUST_GRACE:-120}
 records=$(mktemp -d)
 trap 'rm -rf "$records"' EXIT

@@ -11,11 +11,13 @@
 # PROGRAM may be written `python -m jaxrobust.PROGRAM`, as sweeps print it. A worker runs
 # one program: the one before is stopped first. $JAXROBUST_STATE (~/.jaxrobust) holds its
 # `pid`, its `log` and its `exit` code. On a TPU the environment gets jax's TPU
-# extra, and several hosts find each other (--coordinator=auto). $JAXROBUST_TPU=1 or 0
-# says whether this is a TPU, where /dev does not.
+# extra, and the programs of several hosts find each other (--coordinator=auto).
+# $JAXROBUST_TPU=1 or 0 says whether this is a TPU, where /dev does not.
 set -euo pipefail
 state=${JAXROBUST_STATE:-$HOME/.jaxrobust}
 here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=launch/contract.sh
+. "$here/contract.sh"
 
 on_tpu=''
 case ${JAXROBUST_TPU:-} in
@@ -71,7 +73,8 @@ setup() {
 # Adds what a pod needs: its workers' addresses are known to GKE, or to the VM's metadata.
 coordinator() {
   local hosts=${TPU_WORKER_HOSTNAMES:-}
-  case "$on_tpu $*" in ' '* | *' --coordinator='*) return ;; esac
+  case "$on_tpu $*" in ' '* | *' --coordinator'[\ =]*) return ;; esac
+  joins "$1" || return 0
   if [ -z "$hosts" ] && ! hosts=$(curl --silent --fail --retry 5 --max-time 10 \
     --header 'Metadata-Flavor: Google' "http://metadata.google.internal/\
 computeMetadata/v1/instance/attributes/worker-network-endpoints"); then

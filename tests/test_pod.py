@@ -231,6 +231,8 @@ class TestPod:
       (('x',), 'x: give the number of processes'),
       (('2',), 'nothing: give a program'),
       (('2', '--fast', 'train'), '--fast: give a program'),
+      (('2', 'report'), 'report runs in one process'),
+      (('2', 'python', '-m', 'jaxrobust.data', 'list'), 'data runs in one process'),
     ],
   )
   def test_refusals(self, call, args, message):
@@ -336,6 +338,7 @@ class TestWorkerOnTPU:
       ('uid:8470:10.0.0.1,uid:8470:10.0.0.2', [], [flag]),
       ('uid:8470:10.0.0.1', [], []),
       ('a,b', ['--coordinator=a:1'], ['--coordinator=a:1']),
+      ('a,b', ['--coordinator', 'a:1'], ['--coordinator', 'a:1']),
     ):
       done = call('worker.sh', 'train', *given, JAXROBUST_TPU='1', HOSTS=hosts)
       assert done.returncode == 0, done.stderr
@@ -346,6 +349,9 @@ class TestWorkerOnTPU:
     call('worker.sh', 'train', JAXROBUST_TPU='1', TPU_WORKER_HOSTNAMES='a,b')
     assert record()[-1].split() == ['-m', 'jaxrobust.train', flag]
     assert 'rm -f /tmp/libtpu_lockfile' in record()
+    for program in ('data', 'models.download', 'report'):  # They know no such flag.
+      call('worker.sh', program, JAXROBUST_TPU='1', TPU_WORKER_HOSTNAMES='a,b')
+      assert record()[-1].split() == ['-m', f'jaxrobust.{program}']
 
   def test_the_lock_of_another_user_ends_nothing(self, environment, call, record):
     self.tool(
