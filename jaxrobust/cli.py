@@ -23,7 +23,8 @@ Flags of every program:
   --config=FILE.py[:ARG]
                      an experiment, with its argument if it takes one.
   --config.a.b=VALUE overrides a field of it, or without --config of the workdir's.
-                     experiments/base.py says what each field is.
+                     experiments/base.py says what each field is, base_generator.py
+                     of generate's, base_analysis.py of analyze's.
   --coordinator=HOST:PORT --num_processes=N --process_id=I
                      joins a run of N processes; --coordinator=auto on a TPU pod.
 
@@ -158,8 +159,8 @@ def _parse(values, extra_flags, needs_workdir, default_config):
     raise
   except Exception as e:  # Whatever an experiment's file or an override may raise.
     raise UserError(
-      f'{_one_line(e)} (--help shows how to use this program, experiments/base.py '
-      'every field of a config)'
+      f'{_one_line(e)} (--help shows how to use this program, and which of '
+      'experiments/base*.py has every field of its config)'
     ) from e
   if rest:
     raise UserError(f'{rest[0]!r} is not a flag: write --name=value')

@@ -110,15 +110,13 @@ def main(config, workdir, stage=''):
         files.label(num_files, labeller.label_fn, at_once, stop)
       if stage:
         break
-  if stage in ('', 'select'):
-    if not complete:
-      raise UserError(
-        f'{folder} has too few samples that are drawn and labelled: run --stage=sample '
-        'and --stage=label (again), or leave out --stage'
-      )
-    if parallel.is_writer():
-      select(config, folder, files, num_files, labeller.described, info.num_classes)
-    parallel.barrier('selected')
+    if stage in ('', 'select'):
+      if not complete:
+        raise UserError(
+          f'{folder} has too few samples that are drawn and labelled: run '
+          '--stage=sample and --stage=label (again), or leave out --stage'
+        )
+      select(config, folder, files, num_files, labeller, info.num_classes, stop)
 
 
 def check(config, stage=''):
@@ -292,14 +290,29 @@ def load_labeller(path: str, info: datasets.DatasetInfo, batch_size: int) -> Lab
   )
 
 
-def select(config, folder: epath.Path, files: draws.Draws, num_files, labeller, k):
-  """Writes the sample set, then removes what it was selected from."""
+def select(config, folder, files: draws.Draws, num_files, labeller, k, stop):
+  """One process writes the sample set, then removes what it was selected from."""
+  finished = True
+  if parallel.is_writer():
+    try:
+      _write(config, folder, files, num_files, labeller.described, k, stop)
+    except PreemptedError:
+      finished = False
+  if not parallel.everywhere(finished):  # The others have waited here.
+    raise PreemptedError(
+      'stopped while selecting, which starts over: run the same command again'
+    )
+
+
+def _write(config, folder, files, num_files, labeller, k, stop):
+  """Writes the sample set, or nothing where `stop` raises."""
   batches, described = files.select(num_files, k)
   samples.write(
     str(folder / 'samples'),
-    _shown(batches, config.samples.count),
+    _shown(batches, config.samples.count, stop),
     metadata={
       'generator': config.generator.to_dict(),
+      'fit': _described_fit(config, folder),
       'dataset': config.dataset.to_dict(),
       'seed': config.seed,
       'labeller': labeller,
@@ -322,10 +335,21 @@ def select(config, folder: epath.Path, files: draws.Draws, num_files, labeller, 
   )
 
 
-def _shown(batches, count: int):
-  """Shows the samples of the set go by."""
+def _described_fit(config, folder: epath.Path) -> dict:
+  """Which generator made the samples, for metadata.json."""
+  home = epath.Path(config.fitted or folder)
+  content = (home / 'generator.npz').read_bytes()
+  return {
+    'seed': workdirs.read_config(home).seed,
+    'generator_sha256': hashlib.sha256(content).hexdigest(),
+  }
+
+
+def _shown(batches, count: int, stop: Callable):
+  """Shows the samples of the set go by; calls `stop` before each batch."""
   progress = metrics.Progress('select', count, 'samples')
   for batch in batches:
+    stop()
     yield batch
     progress.advance(len(batch[0]))
   progress.close()
@@ -353,7 +377,7 @@ class _Stop:
   def __call__(self):
     if self._preemption.reached():
       raise PreemptedError(
-        'stopped while sampling, whole files are kept: run the same command again'
+        'stopped; whole files of draws and labels are kept: run the same command again'
       )
 
 

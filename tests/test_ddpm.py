@@ -109,6 +109,8 @@ def test_the_program_writes_what_it_says(finished):
   assert abs(lines[0]['train/loss'] - 1) < 0.25
   assert [x['train/learning_rate'] for x in lines] == pytest.approx([1e-3] * 4)
   metadata = json.loads((finished / 'samples/metadata.json').read_text())
+  fitted = hashlib.sha256((finished / 'generator.npz').read_bytes()).hexdigest()
+  assert metadata['fit'] == {'seed': 0, 'generator_sha256': fitted}
   assert metadata['counts']['per_shard'] == [16, 4]
   assert metadata['generator']['network']['channels'] == 4
   assert not (finished / 'drawn').exists()
@@ -230,8 +232,19 @@ def test_stages_alone_and_the_surest_samples(finished, labeller, tmp_path):
   assert found.metadata['selection']['pool'] == {'total': 20, 'per_class': per_class}
 
 
-def test_the_class_drawn_for_may_be_the_label(finished, tmp_path):
+def test_the_class_drawn_for_may_be_the_label(finished, tmp_path, monkeypatch):
+  """Also where a signal comes while the set is written, which then starts over."""
   config = make_config(labeller='condition', fitted=str(finished))
+  with monkeypatch.context() as patch, pytest.raises(PreemptedError, match='selecting'):
+    write = samples.write
+
+    def interrupted(*args, **kwargs):
+      os.kill(os.getpid(), signal.SIGTERM)
+      return write(*args, **kwargs)
+
+    patch.setattr(samples, 'write', interrupted)
+    generate.main(config, tmp_path)
+  assert {x.name for x in tmp_path.iterdir()} == {'config.json', 'drawn', 'labelled'}
   generate.main(config, tmp_path)
   found = samples.SampleSet.open(tmp_path / 'samples')
   np.testing.assert_array_equal(found.gather_labels(slice(None)), np.arange(20) % 10)
