@@ -88,8 +88,14 @@ def _ddpm():
   c.training.batch_size = 128  # images in a global batch
   c.training.learning_rate = 2e-4  # of Adam, constant after the warm-up
   c.training.warmup_steps = 5_000  # updates, linear from 0
-  c.training.gradient_clip = 1.0  # greatest norm of the whole gradient
-  c.training.ema_decay = 0.9999  # an update; at update t at most (1 + t) / (10 + t)
+  c.training.b1 = 0.9  # decay of Adam's mean of gradients, an update
+  c.training.b2 = 0.999  # of their squares'
+  c.training.epsilon = 1e-8  # beside Adam's root of these
+  # Greatest norm of the whole gradient. Deviation: of the mean over all devices; their
+  # released code clips each device's before it takes the mean.
+  c.training.gradient_clip = 1.0
+  # An update. Deviation: at update t at most (1 + t) / (10 + t); theirs is constant.
+  c.training.ema_decay = 0.9999
   c.training.flip = True  # horizontal, with probability 1/2
   # Share of images whose class a conditional network does not see, for guidance.
   c.training.condition_dropout = 0.1

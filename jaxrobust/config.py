@@ -60,6 +60,7 @@ _YOUNGER = {
   'training': {'accumulation': 1},
 }
 _YOUNGER_OF_GENERATORS = {'samples': {'top_fraction': 1.0}}
+_YOUNGER_OF_TRAINED = {'b1': 0.9, 'b2': 0.999, 'epsilon': 1e-8}  # generator.training
 
 _CHOICES = {
   'dataset.name': tuple(datasets.INFO),
@@ -326,6 +327,8 @@ def from_json(text: str):
     younger = _YOUNGER
   elif 'generator' in tree:
     younger = _YOUNGER_OF_GENERATORS
+    if training := tree['generator'].get('training'):
+      tree['generator']['training'] = _YOUNGER_OF_TRAINED | training
   tree |= {part: fields | tree[part] for part, fields in younger.items()}
   return config_dict.ConfigDict(restore(tree)).lock()
 

@@ -210,6 +210,9 @@ def make_network(settings, info: datasets.DatasetInfo) -> hk.Transformed:
 def make_optimizer(training) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """Adam with a clipped gradient, and its learning rate by the step.
 
+  Deviation: it gets, and clips, the mean gradient over all devices; the released code
+  of Ho et al. clips that of each device before the mean.
+
   Args:
     training: `config.generator.training`.
   """
@@ -220,7 +223,10 @@ def make_optimizer(training) -> tuple[optax.GradientTransformation, optax.Schedu
     warmup_steps=training.warmup_steps,
   )
   clip = optax.clip_by_global_norm(training.gradient_clip)
-  return optax.chain(clip, optax.adam(learning_rate_fn)), learning_rate_fn
+  adam = optax.adam(
+    learning_rate_fn, b1=training.b1, b2=training.b2, eps=training.epsilon
+  )
+  return optax.chain(clip, adam), learning_rate_fn
 
 
 def init_state(settings, info, adam, seed: int) -> update.TrainState:
@@ -241,6 +247,9 @@ def init_state(settings, info, adam, seed: int) -> update.TrainState:
 
 def make_step(settings, info, adam: optax.GradientTransformation, seed: int):
   """Builds the training step (Ho et al., algorithm 1, with their released settings).
+
+  Deviation: the decay of the average grows to theirs, as `optimizer.ema_decay` says;
+  theirs is constant from the first update.
 
   Args:
     settings: `config.generator`.
@@ -329,6 +338,7 @@ def _check_numbers(settings):
         'num_steps',
         'batch_size',
         'learning_rate',
+        'epsilon',
         'gradient_clip',
         'checkpoint_interval_steps',
         'checkpoint_keep',
@@ -349,6 +359,8 @@ def _check_numbers(settings):
     'network.dropout': network.dropout,
     'process.first_beta': process.first_beta,
     'process.last_beta': process.last_beta,
+    'training.b1': training.b1,
+    'training.b2': training.b2,
     'training.ema_decay': training.ema_decay,
     'training.condition_dropout': training.condition_dropout,
   }.items():
