@@ -100,12 +100,14 @@ def _run(main, extra_flags=(), needs_workdir=True, default_config=None) -> int:
   except PreemptedError as e:
     logging.info('%s', e)
     code, state, line = PREEMPTED, 'preempted', str(e)
-  except KeyboardInterrupt:
+  except KeyboardInterrupt:  # One process alone saves first, several do not.
+    peers.take_last_word()
     code, state, line = INTERRUPTED, 'preempted', 'interrupted from the keyboard'
   except Exception as e:
     peers.take_last_word()
     state = 'failed'
-    if told := e if isinstance(e, UserError) else workdirs.disk_error(e):
+    known = workdirs.disk_error(e) or parallel.memory_error(e)
+    if told := e if isinstance(e, UserError) else known:
       print(f'error: {told}', file=sys.stderr)
       code, line = ERROR, str(told)
     else:  # A fault of the machine or of this code: start it again.
@@ -115,7 +117,7 @@ def _run(main, extra_flags=(), needs_workdir=True, default_config=None) -> int:
   if code in (DONE, PREEMPTED):
     peers.finish()
   else:  # Others may wait for this process, which will not come.
-    peers.end(code, line)
+    peers.end(code, state, line)
   return code
 
 

@@ -73,7 +73,9 @@ def main(config, workdir, stage=''):
   if stage != 'fit':
     shards.local_path(workdir)  # Refuses a remote folder: samples are read at random.
   info = datasets.INFO[config.dataset.name]
-  if (epath.Path(workdir) / 'samples').exists():
+  finished = (epath.Path(workdir) / 'samples').exists()
+  parallel.require_agreement(int(finished))
+  if finished:
     folder = workdirs.claim(workdir, config)
     found = samples.SampleSet.open(folder / 'samples')
     if parallel.is_writer():

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import itertools
 import os
+import re
 import signal
 from typing import Any, NamedTuple
 
@@ -301,8 +302,15 @@ def process_slots(batch_size: int) -> tuple[int, int]:
   """The global slots [start, stop) of a batch that this process feeds.
 
   Raises:
-    UserError: if the batch does not divide over the devices.
+    UserError: if the batch does not divide over the devices, or processes have
+      unequal numbers of them.
   """
+  found = jax.device_count(), jax.process_count(), jax.local_device_count()
+  if found[0] != found[1] * found[2]:
+    raise UserError(
+      f'{found[0]} devices in {found[1]} processes, and {found[2]} in this one: give '
+      'every process the same number of devices'
+    )
   if batch_size % jax.device_count():
     raise UserError(
       f'a batch of {batch_size} does not divide over {jax.device_count()} '
@@ -352,6 +360,21 @@ class Preemption:
     Preemption._unanswered = self._asked and not self._answered
     for number, handler in self._previous.items():
       signal.signal(number, handler)
+
+
+def memory_error(e: Exception) -> UserError | None:
+  """One line on a device whose memory is too small; None for another error."""
+  text = ' '.join(str(e).split())
+  if not isinstance(e, jax.errors.JaxRuntimeError) or not re.search(
+    'RESOURCE_EXHAUSTED.*memory', text, re.I
+  ):
+    return None
+  return UserError(
+    f'the memory of a device is too small ({text[:200]}): use more devices, '
+    'config.model.remat, or a higher config.training.accumulation, of which '
+    'python -m jaxrobust.plan --suggest says what fits; generators and evaluations: a '
+    'smaller batch_size'
+  )
 
 
 def barrier(name: str):

@@ -6,9 +6,11 @@ devices, so that a process is heard while others wait for it in a collective.
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
+import platform
 import sys
 import threading
 import time
@@ -26,6 +28,8 @@ _START_MS = 300_000  # As jax waits for processes that are late.
 _END_MS = 5_000
 _FOREVER_MS = 2**31 - 1
 _MAX_DIFFERENCES = 5
+# Besides those of the numbers: what makes batches, and reads checkpoints.
+_PACKAGES = ('tensorflow', 'tensorflow-cpu', 'orbax-checkpoint')
 
 # Held by whoever says why this process ends: its own program, or another process.
 _last_word = threading.Lock()
@@ -52,7 +56,9 @@ def start(command: dict, config):
     'command': command,
     'config': config and config.to_dict(),
     'code': source_digest(),
+    'python': platform.python_version(),
     **workdirs.package_versions(),
+    **{name: _version(name) for name in _PACKAGES},
   }
   if here.number:
     here.store.key_value_set(f'{_START}/{here.number}', json.dumps(facts))
@@ -89,6 +95,14 @@ def compare(facts: dict, others: dict[int, dict]) -> str:
   )
 
 
+def _version(package: str) -> str:
+  """Of one that may be absent."""
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return 'absent'
+
+
 def source_digest() -> str:
   """Of this package's source."""
   digest, folder = hashlib.sha256(), pathlib.Path(__file__).parent
@@ -112,11 +126,12 @@ def take_last_word():
     _last_word.acquire()
 
 
-def end(code: int, line: str):
+def end(code: int, state: str, line: str):
   """Ends all processes of the run, this one too; returns if there is but one.
 
   Args:
     code: exit code of all.
+    state: of all, as of `workdir.write_status`.
     line: what happened to this one, for the others to say.
   """
   here = parallel.membership()
@@ -124,7 +139,7 @@ def end(code: int, line: str):
     return
   line = f'process {here.number}: {" ".join(line.split())}'
   with contextlib.suppress(Exception):  # Another was first, or process 0 is gone.
-    here.store.key_value_set(_END, json.dumps([code, line]))
+    here.store.key_value_set(_END, json.dumps([code, state, line]))
   _leave(here, code)
 
 
@@ -136,10 +151,12 @@ def _listen(here: parallel.Membership):
     return
   if message is not None:
     take_last_word()
-    code, line = message
-    print(f'error: {line}', file=sys.stderr)
-    workdirs.write_status('failed', line)
-    _leave(here, code)
+    code, state, line = message
+    try:
+      print(f'error: {line}', file=sys.stderr)
+      workdirs.write_status(state, line)
+    finally:  # The program itself may wait for its last word, forever.
+      _leave(here, code)
 
 
 def _leave(here: parallel.Membership, code: int):

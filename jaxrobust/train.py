@@ -44,7 +44,9 @@ def main(config, workdir):
       '--config is missing: give an experiment, such as --config=experiments/digits.py'
     )
   derived = configs.resolve(config)
-  if (epath.Path(workdir) / 'checkpoint.npy').exists():
+  finished = (epath.Path(workdir) / 'checkpoint.npy').exists()
+  parallel.require_agreement(int(finished))
+  if finished:
     folder = workdirs.claim(workdir, config)
     logging.info(
       '%s is finished: %s', configs.experiment_name(config), folder / 'checkpoint.npy'

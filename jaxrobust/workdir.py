@@ -31,6 +31,14 @@ _DISK_ERRORS = (
   errno.EPERM,
   errno.EROFS,
 )
+# The same of buckets: names of tensorflow's errors, which are no OSError.
+_BUCKET_ERRORS = (
+  'FailedPreconditionError',
+  'InvalidArgumentError',
+  'NotFoundError',
+  'PermissionDeniedError',
+  'UnauthenticatedError',
+)
 
 
 def claim(workdir: str, config, free: tuple[str, ...] = ()) -> epath.Path:
@@ -98,7 +106,7 @@ def write_status(state: str, message: str = ''):
     'host': platform.node(),
     'pid': os.getpid(),
   }
-  with contextlib.suppress(OSError):  # A full disk must not hide a program's error.
+  with contextlib.suppress(Exception):  # A full disk must not hide a program's error.
     write(folder / 'status.json', json.dumps(status, indent=2) + '\n')
 
 
@@ -189,7 +197,14 @@ def add_result(folder: epath.Path, protocol: dict, figures: dict) -> dict:
 
 
 def disk_error(e: Exception) -> UserError | None:
-  """One line on a disk that is full or may not be written; None for another error."""
+  """One line on a disk or bucket that may not be used, or is full; else None."""
+  kind = type(e)
+  if kind.__module__.startswith('tensorflow.') and kind.__name__ in _BUCKET_ERRORS:
+    text = ' '.join(str(e).split())[:200]
+    return UserError(
+      f'cannot use a bucket: {kind.__name__}: {text}; what was saved before is whole: '
+      'give access, or correct its name, and run the same command again'
+    )
   # Orbax's say it in their text.
   found = re.search(r'local file "([^"]*)".*os_error_code=\'(\d+)\'', str(e), re.S)
   path, number = getattr(e, 'filename', None), getattr(e, 'errno', None)

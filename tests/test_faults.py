@@ -240,6 +240,11 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
   assert 'cannot write to a disk: No space left' in str(workdir.disk_error(e.value))
   assert workdir.disk_error(FileNotFoundError(2, 'No such file', 'x')) is None
   assert workdir.disk_error(ValueError('something else')) is None
+  denied = type('PermissionDeniedError', (Exception,), {})
+  assert workdir.disk_error(denied('of another kind')) is None
+  denied.__module__ = 'tensorflow.python.framework.errors_impl'
+  line = str(workdir.disk_error(denied('403\nno access')))
+  assert line.startswith('cannot use a bucket: PermissionDeniedError: 403 no access;')
   # As orbax tells it.
   manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
   like = {'x': np.arange(30_000, dtype=np.float32)}
@@ -310,3 +315,7 @@ def test_damaged_results_are_told(tmp_path):
   with pytest.raises(UserError, match='state is damaged .*remove it to start') as e:
     Record(4, epath.Path(tmp_path) / 'state', {})
   assert isinstance(e.value.__cause__, zipfile.BadZipFile)
+  for content in (b'', bytes(500)):
+    file.write_bytes(content)
+    with pytest.raises(UserError, match='state is damaged .*remove it to start'):
+      Record(4, epath.Path(tmp_path) / 'state', {})

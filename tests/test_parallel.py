@@ -84,6 +84,21 @@ def test_process_slots():
     parallel.process_slots(18)
 
 
+def test_unequal_processes_are_refused(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
+  with pytest.raises(UserError, match='4 devices in 2 processes, and 1 in this one'):
+    parallel.process_slots(16)
+
+
+def test_a_device_without_memory_is_told_in_one_line():
+  full = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory\nallocating 9')
+  line = str(parallel.memory_error(full))
+  assert 'Out of memory allocating 9' in line and '--suggest' in line
+  assert parallel.memory_error(jax.errors.JaxRuntimeError('INTERNAL: x')) is None
+  assert parallel.memory_error(ValueError('RESOURCE_EXHAUSTED: memory')) is None
+
+
 def test_keys_depend_on_the_slot_only():
   rng = jax.random.key(3)
   keys = lambda slots: jax.random.key_data(parallel.key_per_slot(rng, slots))

@@ -51,7 +51,9 @@ class Record:
     if self._folder and (self._folder / _STATE).exists():
       try:
         self._read()
-      except (zipfile.BadZipFile, KeyError, EOFError, OSError) as e:
+      except UserError:
+        raise
+      except (zipfile.BadZipFile, KeyError, EOFError, OSError, ValueError) as e:
         raise UserError(
           f'{self._folder} is damaged ({e}): remove it to start this evaluation anew'
         ) from e
