@@ -1,6 +1,7 @@
 """Checkpoints: those a run resumes from, and files of parameters in all formats."""
 
 import io
+import json
 
 import jax
 import numpy as np
@@ -31,12 +32,16 @@ class Checkpoints:
     Args:
       folder: the workdir.
       keep: how many of the last checkpoints to keep.
+
+    Raises:
+      UserError: if the score of every checkpoint is damaged.
     """
     policies = ocp.checkpoint_managers
     score = lambda metrics: metrics['score']
     folder = epath.Path(folder).absolute() / 'checkpoints'
     if parallel.is_writer():
       folder.mkdir(parents=True, exist_ok=True)
+      _set_aside_damaged(folder)
     parallel.barrier('checkpoints')
     here = parallel.number()
     self._manager = ocp.CheckpointManager(
@@ -101,16 +106,12 @@ class Checkpoints:
       parallel.require_agreement(max(steps, default=-1))
     damaged = []
     for candidate in steps:
-      state = None
-      try:
-        state = self._manager.restore(candidate, args=args).state
-      except (ValueError, OSError, KeyError) as e:
-        logging.warning(
-          'the checkpoint of step %d cannot be read: %s',
-          candidate,
-          (str(e) or repr(e)).splitlines()[0][:200],
-        )
+      state = self._read(candidate, args)
       if step is None and not parallel.everywhere(state is not None):
+        if parallel.everywhere(state is not None or not parallel.is_writer()):
+          raise RuntimeError(  # Which a start anew may mend: the file is whole.
+            f'only some processes can read the checkpoint of step {candidate}'
+          )
         damaged.append(candidate)
       elif state is None:
         break
@@ -133,6 +134,19 @@ class Checkpoints:
       )
     return None
 
+  def _read(self, step: int, args):
+    """The state of a step, None if it cannot be read twice."""
+    for _ in range(2):  # The first error may be of the network.
+      try:
+        return self._manager.restore(step, args=args).state
+      except (ValueError, OSError, KeyError) as e:
+        logging.warning(
+          'the checkpoint of step %d cannot be read: %s',
+          step,
+          (str(e) or repr(e)).splitlines()[0][:200],
+        )
+    return None
+
   def best_step(self) -> int | None:
     """Completed updates at the checkpoint of the highest score, None without one."""
     return self._manager.best_step()
@@ -144,6 +158,34 @@ class Checkpoints:
   def close(self):
     """Waits and releases the folder."""
     self._manager.close()
+
+
+def _set_aside_damaged(folder: epath.Path):
+  """Renames checkpoints whose score cannot be read, at which orbax would fail."""
+  steps = [path for path in folder.iterdir() if path.name.isdigit()]
+  damaged = [path for path in steps if not _has_whole_score(path)]
+  if damaged and len(damaged) == len(steps):
+    raise UserError(
+      f'the score of every checkpoint in {folder} is damaged: restore the files '
+      'metrics/metrics, or use another --workdir to start anew'
+    )
+  for path in damaged:
+    aside = path.with_name(f'damaged-{path.name}')
+    if aside.exists():
+      aside.rmtree()
+    path.rename(aside)
+    logging.warning('the score of %s is damaged: it is now %s', path, aside)
+
+
+def _has_whole_score(step: epath.Path) -> bool:
+  """Whether the file of a checkpoint's score, if there is one, can be read."""
+  try:
+    json.loads((step / 'metrics' / 'metrics').read_bytes())['score']
+  except FileNotFoundError:  # It was not evaluated.
+    return True
+  except (ValueError, KeyError, TypeError):
+    return False
+  return True
 
 
 def export_npy(path: epath.Path, params, net_state):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxrobust import checkpoint
+from jaxrobust import checkpoint, parallel
 from jaxrobust.errors import UserError
 
 
@@ -111,6 +111,51 @@ def test_keeps_the_last_ones_and_the_best(tmp_path):
 def test_nothing_to_restore(tmp_path):
   manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=1)
   assert manager.restore({'x': np.zeros(1)}) is None
+  manager.close()
+
+
+@pytest.mark.parametrize('content', [b'', b'{"sco', bytes(20)])
+def test_a_damaged_score_sets_its_checkpoint_aside(tmp_path, content):
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  for step in (1, 2):
+    manager.save(step, {'x': np.full(3, step, np.float32)}, step / 10)
+  manager.close()
+  score = lambda step: tmp_path / 'checkpoints' / step / 'metrics' / 'metrics'
+  score('2').write_bytes(content)
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  assert manager.best_step() == 1
+  like = {'x': np.zeros(3, np.float32)}
+  assert manager.restore(like)['x'][0] == 1
+  manager.save(2, {'x': np.full(3, 7, np.float32)}, 0.7)
+  manager.close()
+  assert score('damaged-2').read_bytes() == content
+  for step in ('1', '2'):
+    score(step).write_bytes(content)
+  with pytest.raises(UserError, match='score of every checkpoint in .* is damaged'):
+    checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  assert score('2').exists()
+
+
+def test_an_error_that_passes_loses_no_checkpoint(tmp_path, monkeypatch):
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  like = {'x': np.zeros(3, np.float32)}
+  manager.save(1, like)
+  manager.wait()
+  restore, errors = manager._manager.restore, [OSError('the network')]
+
+  def fails_once(*args, **kwargs):
+    if errors:
+      raise errors.pop()
+    return restore(*args, **kwargs)
+
+  monkeypatch.setattr(manager._manager, 'restore', fails_once)
+  assert manager.restore(like) is not None and not errors
+  # Another process may be as unlucky: whoever can read it keeps it.
+  answers = iter((False, True))
+  monkeypatch.setattr(parallel, 'everywhere', lambda condition: next(answers))
+  with pytest.raises(RuntimeError, match='only some processes can read .* step 1'):
+    manager.restore(like)
+  assert (tmp_path / 'checkpoints' / '1').exists()
   manager.close()
 
 
