@@ -3,8 +3,10 @@
 The fixtures run programs as processes of their own.
 """
 
+import contextlib
 import os
 import pathlib
+import random
 import socket
 import subprocess
 import sys
@@ -90,9 +92,7 @@ def pod(start):
   started = []
 
   def run(count, program, *args, different=None, roots=None, **kwargs):
-    with socket.socket() as s:
-      s.bind(('localhost', 0))
-      port = s.getsockname()[1]
+    port = free_port()
     flags = [f'--coordinator=localhost:{port}', f'--num_processes={count}']
     for i in range(count):
       more = [*flags, f'--process_id={i}', *(different or {}).get(i, ())]
@@ -125,6 +125,15 @@ def trained(call, tmp_path_factory):
   code, _, err = call('train', f'--workdir={workdir}', *TINY)
   assert code == 0, err
   return workdir
+
+
+def free_port():
+  """Of those that no other program is given by chance before it is used."""
+  while True:
+    port = random.randrange(20_000, 32_000)
+    with socket.socket() as s, contextlib.suppress(OSError):
+      s.bind(('localhost', port))
+      return port
 
 
 def ends(processes):
