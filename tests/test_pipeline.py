@@ -13,9 +13,9 @@ K = 3
 
 
 def numbered(n, offset=0):
-  """Images whose bytes hold their own number, [n, 2, 1, 2]."""
+  """Images whose bytes hold their own number, [n, 2, 2, 1]."""
   number = np.arange(offset, offset + n, dtype='<u4')
-  return number.view(np.uint8).reshape(n, 2, 1, 2)
+  return number.view(np.uint8).reshape(n, 2, 2, 1)
 
 
 def numbers(batch):
@@ -59,7 +59,7 @@ def test_counts_labels_and_interleaving(sources):
   real, sample_set = sources(50, 100)
   for batch in batches(real, sample_set, steps=5, real_fraction=0.5):
     number = numbers(batch)
-    assert batch.images.shape == (16, 2, 1, 2) and batch.images.dtype == np.uint8
+    assert batch.images.shape == (16, 2, 2, 1) and batch.images.dtype == np.uint8
     assert batch.labels.dtype == np.int32 and batch.is_generated.dtype == bool
     np.testing.assert_array_equal(batch.is_generated, number >= OFFSET)
     expected = np.where(number >= OFFSET, number - OFFSET + 1, number) % K
@@ -272,7 +272,7 @@ def test_train_batches_refuses(sources):
     batches(None, sample_set)
   with pytest.raises(UserError, match='4 real images a batch, but there are none'):
     batches(Split(real.images[:0], real.labels[:0]), sample_set)
-  with pytest.raises(UserError, match=r'set-25-33 holds images \[2, 1, 2\]'):
+  with pytest.raises(UserError, match=r'set-25-33 holds images \[2, 2, 1\]'):
     batches(Split(real.images[:, :1], real.labels), sample_set)
   with pytest.raises(UserError, match='set-25-33 has 3 classes, the dataset 4'):
     batches(Split(real.images, real.labels + 1), sample_set)
