@@ -107,8 +107,8 @@ def kind_of_device() -> str:
 
 
 def require_one_process(program: str):
-  """Raises UserError if the run has several processes."""
-  if jax.process_count() > 1:
+  """Raises UserError if the run has several processes; asks no device."""
+  if membership():
     raise UserError(
       f'{program} runs in one process: start it once, without --coordinator'
     )

@@ -76,6 +76,7 @@ def main(
       '--config is missing: give an experiment, such as '
       '--config=experiments/cifar10_linf.py'
     )
+  parallel.require_one_process('plan')
   what, share = what or 'train', _share(utilization)
   if what not in programs.KINDS:
     raise UserError(f'--what={what}: use {", ".join(programs.KINDS)}')

@@ -35,7 +35,7 @@ import sys
 
 from etils import epath
 
-from jaxrobust import cli, figures, points
+from jaxrobust import cli, figures, parallel, points
 from jaxrobust import config as configs
 from jaxrobust import tables as texts
 from jaxrobust import workdir as workdirs
@@ -46,6 +46,7 @@ def main(config, workdir, table='', tables='', status=''):
   """Writes tables and figures of the workdirs below `workdir`."""
   if config is not None:
     raise UserError('--config has no use here: a report shows runs as they were made')
+  parallel.require_one_process('report')
   if not epath.Path(workdir).is_dir():
     raise UserError(
       f'{workdir}: no such folder; give the one with the workdirs of runs'
