@@ -185,6 +185,7 @@ def _one_line(error: Exception) -> str:
 def _quiet_logs():
   """Our log lines on stderr, without the chatter of the libraries."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # It tells of it at any level.
   logging.use_absl_handler()
   logging._warn_preinit_stderr = False  # We parse flags ourselves.
   logging.get_absl_handler().setFormatter(

@@ -200,7 +200,7 @@ def test_generate_then_train_on_the_samples_then_report(call, tmp_path):
       ['generate', '--workdir=x', '--config=experiments/digits_gaussian.py'],
       'config.labeller is not set',
     ),
-    (['report', '--workdir=x'], 'holds no workdir'),
+    (['report', '--workdir=x'], 'no such folder'),
     (
       ['train', '--workdir=x', '--config=experiments/digits.py:a,b'],
       'names two data sources',

@@ -172,6 +172,8 @@ def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
 def import_tensorflow():
   """Imports and returns tensorflow, quiet and on the CPU alone."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  # It computes nothing here, and on some processors says that it would use oneDNN.
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   import tensorflow as tf
 
   # Else tensorflow would take the memory of the GPU that jax computes on.
