@@ -1,5 +1,6 @@
 """Checkpoints: those a run resumes from, and files of parameters in all formats."""
 
+import hashlib
 import io
 import json
 
@@ -80,7 +81,10 @@ class Checkpoints:
       return
     self._manager.save(
       step,
-      args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        digest=ocp.args.JsonSave({'sha256': _digest(state)}),
+      ),
       metrics=None if score is None else {'score': score},
     )
 
@@ -100,13 +104,12 @@ class Checkpoints:
         processes do not find the same ones.
     """
     template = jax.tree.map(np.asarray, like)
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
     steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
     if step is None:
       parallel.require_agreement(max(steps, default=-1))
     damaged = []
     for candidate in steps:
-      state = self._read(candidate, args)
+      state = self._read(candidate, template)
       if step is None and not parallel.everywhere(state is not None):
         if parallel.everywhere(state is not None or not parallel.is_writer()):
           raise RuntimeError(  # Which a start anew may mend: the file is whole.
@@ -134,11 +137,17 @@ class Checkpoints:
       )
     return None
 
-  def _read(self, step: int, args):
+  def _read(self, step: int, template):
     """The state of a step, None if it cannot be read twice."""
+    items = {'state': ocp.args.StandardRestore(template)}
+    if (self._manager.directory / str(step) / 'digest').exists():  # Older have none.
+      items['digest'] = ocp.args.JsonRestore()
     for _ in range(2):  # The first error may be of the network.
       try:
-        return self._manager.restore(step, args=args).state
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        if 'digest' in items and found.digest['sha256'] != _digest(found.state):
+          raise ValueError('it is not what was saved, by its sha256')
+        return found.state
       except (ValueError, OSError, KeyError) as e:
         logging.warning(
           'the checkpoint of step %d cannot be read: %s',
@@ -158,6 +167,14 @@ class Checkpoints:
   def close(self):
     """Waits and releases the folder."""
     self._manager.close()
+
+
+def _digest(tree) -> str:
+  """Of all arrays: tensorstore gives a flipped bit of a number back as it is."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(tree):
+    digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+  return digest.hexdigest()
 
 
 def _set_aside_damaged(folder: epath.Path):

@@ -1,6 +1,7 @@
 """The authors' file format, refusal of what is not it, and the run's checkpoints."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -174,4 +175,40 @@ def test_falls_back_to_the_checkpoint_before_a_damaged_one(tmp_path):
   manager.save(2, {'x': np.full(3, 7, np.float32)})
   manager.wait()
   assert manager.restore(like)['x'][0] == 7
+  manager.close()
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+  """In random numbers, which are stored as they are: no compression fails at it."""
+  like = {'x': np.zeros(500, np.uint32), 'count': np.int32(0)}
+  states = [
+    {
+      'x': np.frombuffer(np.random.RandomState(step).bytes(2000), np.uint32),
+      'count': np.int32(step),
+    }
+    for step in (1, 2)
+  ]
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  for step, state in enumerate(states, 1):
+    manager.save(step, state)
+  manager.close()
+  number = states[1]['x'][100:101].tobytes()
+  files = (tmp_path / 'checkpoints' / '2' / 'state').rglob('*')
+  [file] = [x for x in files if x.is_file() and number in x.read_bytes()]
+  content = bytearray(file.read_bytes())
+  content[content.index(number)] ^= 1
+  file.write_bytes(content)
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  np.testing.assert_array_equal(manager.restore(like)['x'], states[0]['x'])
+  manager.close()
+
+
+def test_a_checkpoint_without_a_digest_is_read(tmp_path):
+  """As runs that began before there were any have them."""
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  manager.save(1, {'x': np.ones(3, np.float32)})
+  manager.close()
+  shutil.rmtree(tmp_path / 'checkpoints' / '1' / 'digest')
+  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  assert manager.restore({'x': np.zeros(3, np.float32)})['x'][0] == 1
   manager.close()
