@@ -29,8 +29,12 @@ SHORT = [
   '--config.checkpoint.interval_epochs=0.25',
   '--config.checkpoint.export=last',
 ]
-# To optimise the programs takes longer than so few steps.
-FAST = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+# To optimise the programs takes longer than so few steps; and until the heartbeat's
+# time is over, the survivor of a killed process keeps a processor busy.
+FAST = {
+  'XLA_FLAGS': '--xla_backend_optimization_level=0',
+  'JAXROBUST_HEARTBEAT': '20',
+}
 
 
 def lines(workdir):
