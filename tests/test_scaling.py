@@ -7,19 +7,26 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import digits
 from jaxrobust import costs, parallel, programs
-from tests.conftest import ROOT
-
-DEVICES = (1, 2, 4, 8)
+from tests.conftest import ROOT, ends, free_port
 
 
-def measure():
-  """Prints the collectives and the exits to the host of the step on DEVICES."""
+def measure(counts, coordinator='', processes=1, process=0):
+  """Prints the collectives and the exits to the host of the step on so many devices.
+
+  Of several processes, all of which run the one program, the first compiles it; the
+  others end with it.
+  """
+  parallel.initialize(coordinator, processes, process)
+  assert jax.device_count() == max(counts)
+  if process:
+    return
   found = {}
-  for count in DEVICES:
+  for count in counts:
     config = digits.get_config('wrn-10-1').unlock()
     config.update_from_flattened_dict(
       {
@@ -30,13 +37,19 @@ def measure():
       }
     )
     program = programs.of(config, 'train', count)
-    text = (
-      parallel.lower_for(
-        jax.devices()[:count], program.fn, program.arguments, program.donated
+    if processes == 1:
+      devices = jax.devices()[:count]
+      lowered = parallel.lower_for(
+        devices, program.fn, program.arguments, program.donated
       )
-      .compile()
-      .as_text()
-    )
+    else:
+      # Where there are several, pmap is lowered for arrays only.
+      arrays = jax.tree.map(
+        lambda x: np.zeros((jax.local_device_count(), *x.shape), x.dtype),
+        program.arguments,
+      )
+      lowered = parallel.pmap(program.fn, program.donated).lower(*arrays)
+    text = lowered.compile().as_text()
     state, _ = jax.eval_shape(
       lambda *x, program=program: (x[0], x[1]), *program.arguments
     )
@@ -50,25 +63,36 @@ def measure():
   print(json.dumps(found))
 
 
-@pytest.mark.slow
-def test_collectives_are_constant_and_nothing_goes_to_the_host():
-  done = subprocess.run(
-    [sys.executable, '-c', 'from tests import test_scaling; test_scaling.measure()'],
+def start(devices, *arguments):
+  """Measures in a process with so many devices of its own."""
+  call = f'test_scaling.measure{arguments!r}'
+  return subprocess.Popen(
+    [sys.executable, '-c', f'from tests import test_scaling; {call}'],
     cwd=ROOT,
     env={
       **os.environ,
       'JAX_PLATFORMS': 'cpu',
-      'JAX_NUM_CPU_DEVICES': str(max(DEVICES)),
+      'JAX_NUM_CPU_DEVICES': str(devices),
       # The passes over the program as a whole, which place collectives, all run.
       'XLA_FLAGS': '--xla_backend_optimization_level=0',
     },
-    capture_output=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
     text=True,
-    timeout=500,
   )
-  assert done.returncode == 0, done.stderr
-  found = {int(k): v for k, v in json.loads(done.stdout).items()}
-  assert [v['host'] for v in found.values()] == [[]] * len(DEVICES)
+
+
+def read(process):
+  """What it has found, by the number of devices."""
+  out, err = process.communicate(timeout=500)
+  assert process.returncode == 0, err
+  return {int(k): v for k, v in json.loads(out).items()}
+
+
+@pytest.mark.slow
+def test_collectives_are_constant_and_nothing_goes_to_the_host():
+  found = read(start(8, (1, 2, 4, 8)))
+  assert [v['host'] for v in found.values()] == [[]] * 4
   assert found[2]['collectives'] == found[4]['collectives'] == found[8]['collectives']
   assert list(found[8]['collectives']) == ['all-reduce']
   for each in found.values():
@@ -77,3 +101,11 @@ def test_collectives_are_constant_and_nothing_goes_to_the_host():
   # The gradients and statistics, and the three metrics.
   _, size = found[8]['collectives']['all-reduce']
   assert size == found[8]['averaged'] + 3 * 4
+  for processes in (2, 4):
+    place = f'localhost:{free_port()}'
+    first, *others = (
+      start(2, (2 * processes,), place, processes, i) for i in range(processes)
+    )
+    devices = 2 * processes
+    assert read(first)[devices] == found[devices]
+    assert ends(others)[0] == [0] * (processes - 1)
