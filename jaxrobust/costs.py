@@ -12,12 +12,12 @@ class Chip(NamedTuple):
   Attributes:
     peak: multiplications and additions a second of the chip, in bfloat16.
     devices: that jax sees of it.
-    usable: GiB that a program may use on a device; None where it was not found out.
+    usable: GiB that a program may use on a device.
   """
 
   peak: float
   devices: int
-  usable: float | None
+  usable: float
 
 
 # Peaks are those of Google Cloud's pages on TPU versions; that of v2 is a quarter of
@@ -26,12 +26,12 @@ class Chip(NamedTuple):
 # Usable memory: what the compiler of libtpu 0.0.52 names as the limit when it refuses
 # a program.
 CHIPS = {
-  'v2': Chip(45e12, 2, None),
+  'v2': Chip(45e12, 2, 7.48),
   'v3': Chip(123e12, 2, 15.48),
   'v4': Chip(275e12, 1, 30.75),
   'v5e': Chip(197e12, 1, 15.75),
-  'v5p': Chip(459e12, 1, None),
-  'v5': Chip(459e12, 1, None),
+  'v5p': Chip(459e12, 1, 95.73),
+  'v5': Chip(459e12, 1, 95.73),
   'v6e': Chip(918e12, 1, 31.24),
 }
 

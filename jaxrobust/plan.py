@@ -186,22 +186,27 @@ def refusal(message: str) -> str:
   """One line from the compiler's refusal for want of memory; '' if it is of another."""
   if found := re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', message):
     return f'needs {found[1]}iB of {found[2]}iB'
+  # Before it has placed everything.
+  if found := re.search(
+    r'temporaries \(([\d.]+\w)\) exceeds .*?\(([\d.]+\w)\)', message
+  ):
+    return f'needs {found[1]}iB and more of {found[2]}iB'
   if 'CompileTimeHbmOom' in message or 'RESOURCE_EXHAUSTED' in message:
     return 'needs more memory than there is'
   return ''
 
 
-def fits(result: dict, usable: float | None) -> str:
+def fits(result: dict, usable: float) -> str:
   """One line on memory."""
   if 'refused' in result:
     return f'does NOT fit: {result["refused"]} on a device'
   gib = {k: result[k] / _GIB for k in ('arguments', 'outputs', 'aliased')}
   temporaries = result['temporaries'] / _GIB
   total = gib['arguments'] + gib['outputs'] - gib['aliased'] + temporaries
-  limit = f' of {usable} GiB usable' if usable else ''
   return (
-    f'fits: {total:.2f} GiB{limit} on a device: {gib["arguments"]:.2f} arguments, '
-    f'{temporaries:.2f} temporaries, {gib["outputs"]:.2f} outputs '
+    f'fits: {total:.2f} GiB of {usable} GiB usable on a device: '
+    f'{gib["arguments"]:.2f} arguments, {temporaries:.2f} temporaries, '
+    f'{gib["outputs"]:.2f} outputs '
     f'({gib["aliased"]:.2f} in place of arguments)'
   )
 

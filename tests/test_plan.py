@@ -164,6 +164,13 @@ def test_refusals_of_the_compiler_are_told_from_its_faults():
     'of memory in memory space hbm. Used 20.50G of 15.48G hbm. Exceeded hbm capacity'
   )
   assert plan.refusal(message) == 'needs 20.50GiB of 15.48GiB'
+  message = (
+    'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total '
+    'memory required for HLO temporaries (8.52G) exceeds available HBM (7.48G). HLO '
+    'module: jit__fun.'
+  )
+  assert plan.refusal(message) == 'needs 8.52GiB and more of 7.48GiB'
+  assert plan.refusal('CompileTimeHbmOom') == 'needs more memory than there is'
   assert plan.refusal('INTERNAL: something else') == ''
 
 
