@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -146,7 +147,7 @@ def _parse(values, extra_flags, needs_workdir, default_config):
   """The config, or None where none is given; UserError for what is wrong."""
   for argument in sys.argv:
     path = argument.removeprefix('--config=').split(':')[0]
-    if argument.startswith('--config=') and not os.path.exists(path):
+    if argument.startswith('--config=') and not os.path.isfile(path):
       raise UserError(
         f'--config={path}: no such file; run from the repository, or '
         'give the path of an experiment'
@@ -175,11 +176,14 @@ def _parse(values, extra_flags, needs_workdir, default_config):
 
 def _one_line(error: Exception) -> str:
   """What a library says of a command line, without the traceback it may contain."""
-  text = str(error).replace('\\n', '\n')
-  lines = [x.strip('\'"\\ ') for x in text.splitlines() if x.strip('\'"\\ ')]
+  text = str(error.args[0] if isinstance(error, KeyError) else error)
+  text = re.sub(r"\\(['\"])", r'\1', text.replace('\\n', '\n'))
+  lines = [x.strip() for x in text.splitlines() if x.strip('\'"\\ ')]
   if any('Traceback' in x for x in lines):
     lines = [lines[0], lines[-1]]
-  return ' '.join(lines)
+  line = ' '.join(lines)
+  # A message with quotes that was quoted once more.
+  return line[1:-1] if re.match('[\'"]{2}', line) else line
 
 
 def _quiet_logs():

@@ -185,6 +185,15 @@ def test_generate_then_train_on_the_samples_then_report(call, tmp_path):
       'confg',
     ),
     (['train', '--workdir=x', '--config=experiments/digits.py:wrn-11-1'], 'wrn-11-1'),
+    (['train', '--workdir=x', '--config=experiments'], 'experiments: no such file'),
+    (
+      ['train', '--workdir=x', '--config=experiments/digits.py', '--config.model.nam='],
+      """error: 'nam' Did you mean "name" instead of "nam"? (--help""",
+    ),
+    (
+      ['train', '--workdir=x', '--config=experiments/digits.py', '--config.seed=x'],
+      "base 10: 'x' (--help",
+    ),
     (
       [
         'train',
