@@ -100,6 +100,9 @@ def draw_fractions(plt, table, lines: list):
         label=f'{curve}, published',
         **_PUBLISHED,
       )
+  for line in lines:  # What is missing has no place but here.
+    if not line.cells['robust'].values and line.points:
+      axis.plot([], [], ' ', label=_name(line))
   for line in common:
     if line.cells['robust'].values:
       axis.axhline(line.cells['robust'].mean, ls=':', color='0.3', label=line.row.name)

@@ -99,6 +99,14 @@ class Point(NamedTuple):
       'checkpoint_sha256': _sha256(path, path.stat().mtime) if path.exists() else '',
     }
 
+  def absent_samples(self) -> str:
+    """The sample set that it needs, if it is not there and no point makes it."""
+    settings = self.config.to_dict()
+    source = settings.get('samples') or settings.get('data', {}).get('samples')
+    if not source or not isinstance(source, str) or epath.Path(source).exists():
+      return ''
+    return '' if any(f'/{name}/' in source for name in self.needs) else source
+
   def state(self) -> tuple[str, str]:
     """How far it is, and a line on it.
 

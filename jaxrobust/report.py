@@ -35,7 +35,7 @@ import sys
 
 from etils import epath
 
-from jaxrobust import cli, figures, parallel, points
+from jaxrobust import cli, figures, metrics, parallel, points
 from jaxrobust import config as configs
 from jaxrobust import tables as texts
 from jaxrobust import workdir as workdirs
@@ -62,22 +62,34 @@ def main(config, workdir, table='', tables='', status=''):
     if status:
       print('\n'.join(status_lines(found, maker)))
     else:
-      report_table(folder, table, found, texts.read(found, maker))
+      lines = texts.read(found, maker)
+      write_table(folder, table, found, lines)
+      draw_table(folder, table, found, lines)
     return
   runs = find_runs(folder)
   if runs:
-    report_runs(folder, runs)
+    text = table_of_runs(runs)
+    print(text, end='')
+    workdirs.write(folder / 'report.md', text)
   filled = {
     name: texts.read(x, maker) for name, x in known.items() if has_run(x, maker)
   }
-  for name, lines in filled.items():
-    print()
-    report_table(folder, name, known[name], lines)
   if not runs and not filled:
     raise UserError(
       f'{folder} holds no workdir of a training run: give the folder in '
       'which the workdirs are'
     )
+  for name, lines in filled.items():
+    print()
+    write_table(folder, name, known[name], lines)
+  # Figures take their time, which nobody should spend before the numbers.
+  if runs:
+    draw_runs(folder, runs)
+  progress = metrics.Progress('figures', len(filled), 'tables')
+  for name, lines in filled.items():
+    draw_table(folder, name, known[name], lines)
+    progress.advance()
+  progress.close()
 
 
 def refuse_config(workdir: str, **flags):
@@ -87,19 +99,16 @@ def refuse_config(workdir: str, **flags):
     raise UserError('--config.FIELD has no use here: a report shows runs as they were')
 
 
-def report_runs(folder: epath.Path, runs):
-  """All classifiers side by side: report.md and report.png."""
-  text = table_of_runs(runs)
-  print(text, end='')
-  workdirs.write(folder / 'report.md', text)
+def draw_runs(folder: epath.Path, runs):
+  """All classifiers side by side: report.png."""
   with figures.style() as plt:
     overview = figures.draw_overview(plt, figures.groups_by_experiment(runs))
     workdirs.write(folder / 'report.png', figures.render(overview))
   print(f'figure: {folder / "report.png"}')
 
 
-def report_table(folder: epath.Path, name: str, table, lines: list[texts.Line]):
-  """A table of the paper: its texts, and its figures as far as there are runs."""
+def write_table(folder: epath.Path, name: str, table, lines: list[texts.Line]):
+  """The texts of a table of the paper."""
   home = folder / 'report'
   home.mkdir(parents=True, exist_ok=True)
   text = texts.markdown(table, lines)
@@ -107,20 +116,25 @@ def report_table(folder: epath.Path, name: str, table, lines: list[texts.Line]):
   workdirs.write(home / f'{name}.md', text)
   workdirs.write(home / f'{name}.csv', texts.comma_separated(table, lines))
   workdirs.write(home / f'{name}.tex', texts.latex(name, table, lines))
+
+
+def draw_table(folder: epath.Path, name: str, table, lines: list[texts.Line]):
+  """The figures of a table of the paper, as far as there are runs."""
   groups, examples = {}, {}
   for line in lines:
     if found := trained(line):
       groups[line.row.name] = found
       examples.setdefault(line.row.curve or line.row.name, found)
+  home = folder / 'report' / name
   with figures.style() as plt:
-    drawn = {name: figures.draw_table(plt, table, lines)}
+    drawn = {'': figures.draw_table(plt, table, lines)}
     if groups:
-      drawn[f'{name}_training'] = figures.draw_training(plt, groups)
-      drawn[f'{name}_examples'] = figures.draw_examples(plt, examples)
-    for file, figure in drawn.items():
+      drawn['_training'] = figures.draw_training(plt, groups)
+      drawn['_examples'] = figures.draw_examples(plt, examples)
+    for ending, figure in drawn.items():
       if figure is not None:
-        figures.write(figure, home / file)
-  print(f'files: {home / name}*')
+        figures.write(figure, home.with_name(f'{name}{ending}'))
+  print(f'files: {home}*')
 
 
 def trained(line: texts.Line) -> list[tuple[epath.Path, object]]:
@@ -173,9 +187,7 @@ def remarks(point: points.Point, state: str, message: str):
     yield f'# running on {host}, do not start it twice:'
   if state == 'other':
     yield f'# {point.workdir} holds another config ({message}), move it away first:'
-  source = point.config.get('data', {}).get('samples') or point.config.get('samples')
-  made = any(f'/{name}/' in str(source) for name in point.needs)
-  if isinstance(source, str) and not made and not epath.Path(source).exists():
+  if source := point.absent_samples():
     yield f'# {source} is absent: python -m jaxrobust.data import FILES {source}'
 
 

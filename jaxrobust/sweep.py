@@ -167,7 +167,18 @@ def refuse_others(chosen: list[Point]):
 
 
 def run(chosen: list[Point]):
-  """Runs what is not finished; leaves with the code of the first that fails."""
+  """Runs what is not finished; leaves with the code of the first that fails.
+
+  Raises:
+    UserError: before the first run, if a sample set is absent that none of them makes.
+  """
+  for point in chosen:  # A set that is not there should not wait for its turn.
+    source = point.absent_samples()
+    if source and not point.is_finished(point.programs[0]):
+      raise UserError(
+        f'{point.name} needs {source}, which is absent: make it with generate, import '
+        f'it (python -m jaxrobust.data import FILES {source}), or leave it out (--only)'
+      )
   runner = _Runner()
   for point in chosen:
     for command, finished in point.commands():

@@ -239,6 +239,18 @@ def test_a_sweep_that_was_asked_to_stop_starts_nothing_more(digits, play):
   assert play(digits, 'late', AT.replace('train', 'evaluate')) == (42, [ALL[3]])
 
 
+def test_an_absent_sample_set_is_told_before_anything_runs(digits, play, tmp_path):
+  play(digits[1:2])
+  absent = {'data.samples': str(tmp_path / 'gaussian'), 'data.real_fraction': 0.5}
+  for point in digits[1:]:
+    point.config.update_from_flattened_dict(absent)
+  with pytest.raises(UserError, match=r'^seed-2 needs .*gaussian, which is absent: '):
+    play(digits)
+  assert not digits[0].workdir.exists()
+  (tmp_path / 'gaussian').mkdir()
+  assert digits[2].absent_samples() == ''
+
+
 @pytest.mark.slow
 def test_the_program_lists_and_passes_flags_on(tmp_path):
   done = subprocess.run(
