@@ -86,6 +86,11 @@ def main(config, workdir, stage=''):
     check_fitted(config)
   elif stage in ('', 'fit') and not (epath.Path(workdir) / 'generator.npz').exists():
     generators.get(config.generator.name).check(config.generator, info, fits=True)
+  elif stage == 'select' and not (epath.Path(workdir) / 'generator.npz').exists():
+    raise UserError(
+      f'{workdir} has no generator.npz, whose checksum the set names: restore it, or '
+      'begin with --stage=fit'
+    )
   labeller = None
   if stage not in _WITHOUT_LABELLER:
     labeller = load_labeller(config.labeller, info, config.samples.batch_size)

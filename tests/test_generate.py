@@ -151,6 +151,8 @@ def test_refuses_an_unknown_stage_and_a_remote_folder(tmp_path):
     generate.main(make_config(), tmp_path / 'x', stage='draw')
   with pytest.raises(UserError, match='gs://x is remote'):
     generate.main(make_config(), 'gs://x', stage='sample')
+  with pytest.raises(UserError, match='no generator.npz.*begin with --stage=fit'):
+    generate.main(make_config(), tmp_path / 'x', stage='select')
   with pytest.raises(UserError, match='somewhere: nothing says what network'):
     generate.main(make_config(), tmp_path / 'x')
   assert not (tmp_path / 'x').exists()
