@@ -81,6 +81,17 @@ def test_one_run_on_three_layouts_through_every_fault(pod, tmp_path):
   assert told[1][0] == told[0][0].replace('error: ', 'error: process 0: ')
   assert all(f'resuming after step {step}' in text for text in texts)
 
+  # Ctrl-C, to the one that does not write: all end, and say so.
+  before = len(lines(broken))
+  processes = pod(2, 'train', *command, devices=2, **FAST)
+  wait_for_step(processes[0], broken, before + 1)
+  processes[1].send_signal(signal.SIGINT)
+  codes, texts = ends(processes)
+  assert codes == [130, 130], texts
+  assert not any('Traceback' in text for text in texts), texts
+  status = workdir.read_status(epath.Path(broken))
+  assert status['state'] == 'preempted', status
+
   # KILL, to the one that does not write and to the one that does.
   for victim in (1, 0):
     before = len(lines(broken))
