@@ -51,7 +51,15 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from jaxrobust import cli, complementarity, conditions, metrics, parallel, quality
+from jaxrobust import (
+  cli,
+  complementarity,
+  conditions,
+  metrics,
+  parallel,
+  peers,
+  quality,
+)
 from jaxrobust import workdir as workdirs
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator
@@ -72,17 +80,20 @@ def main(config, workdir):
       '--config=experiments/digits_analysis.py'
     )
   check(config)
-  parallel.require_one_process('analyze')
   sample_set = open_samples(config)
   protocol = make_protocol(config, sample_set)
+  peers.require_alike(protocol)
   folder = workdirs.claim(workdir, config)
   entry = workdirs.find_result(folder, protocol)
+  parallel.require_agreement(int(entry is not None))
   if entry is not None:
     logging.info('%s is finished', folder)
   else:
     entry = analyze(config, folder, sample_set, protocol)
-  print(conditions.page(entry), end='')
-  print(f'figures: {folder / "figures"}')
+  parallel.barrier('analyzed')
+  if parallel.is_writer():
+    print(conditions.page(entry), end='')
+    print(f'figures: {folder / "figures"}')
 
 
 def check(config):
@@ -172,8 +183,8 @@ def sha256(path: epath.Path) -> str:
   return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def analyze(config, folder: epath.Path, sample_set, protocol: dict) -> dict:
-  """Measures, draws and writes; returns the entry of results.json."""
+def analyze(config, folder: epath.Path, sample_set, protocol: dict) -> dict | None:
+  """Measures, draws and writes; returns the entry of results.json if this writes it."""
   identity = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
   parts = folder / 'parts' / identity[:12]
   for path in (folder / 'figures', parts):
@@ -181,8 +192,12 @@ def analyze(config, folder: epath.Path, sample_set, protocol: dict) -> dict:
   sources = open_sources(config, sample_set)
   compared = {name: choose(config, sources, name, 'num_images') for name in SETS}
   judged = {name: choose(config, sources, name, 'num_attacked') for name in SETS[1:]}
-  network, features = find_features(config, folder, compared, parts)
-  figures, confidences = judge(config, judged, protocol, parts)
+  with metrics.Watch() as watch:
+    network, features = find_features(config, folder, compared, parts, watch)
+    figures, confidences = judge(config, judged, protocol, parts, watch)
+  parallel.barrier('measured')  # The parts are read.
+  if not parallel.is_writer():
+    return None
   more, neighbours = compare(config, features)
   entry = {
     'network': network,
@@ -252,36 +267,44 @@ def choose(config, sources: dict, name: str, field: str) -> datasets.Split:
   return gather(positions.one_of_each_part(total, count, config.seed))
 
 
-def find_features(config, folder: epath.Path, sets: dict, parts: epath.Path):
-  """(name of the network, features [n, F] of each of SETS), kept in `parts`."""
+def find_features(
+  config, folder: epath.Path, sets: dict, parts: epath.Path, watch: metrics.Watch
+):
+  """(name of the network, features [n, F] of each of SETS), kept in `parts`.
+
+  Every process computes all of them, which takes less than to compare them.
+  """
   if config.features.endswith('.npz'):
     return read_features(config, folder, sets)
   network = quality.network(config.features or config.labeller, config.batch_size)
   found = {}
   for name, split in sets.items():
     path = parts / f'features-{name}.npy'
-    if path.exists():
+    if parallel.everywhere(path.exists()):
       found[name] = np.load(io.BytesIO(path.read_bytes()))
       continue
-    progress = metrics.Progress(f'features of {name}', len(split.images), 'images')
+    progress = watch.progress(f'features of {name}', len(split.images), 'images')
     size, rows = config.batch_size * parallel.num_local_devices(), []
     for start in range(0, len(split.images), size):
       rows.append(network.features(split.images[start : start + size]))
       progress.advance(len(rows[-1]))
     progress.close()
     found[name] = np.concatenate(rows)
-    buffer = io.BytesIO()
-    np.save(buffer, found[name])
-    workdirs.write(path, buffer.getvalue())
+    if parallel.is_writer():
+      buffer = io.BytesIO()
+      np.save(buffer, found[name])
+      workdirs.write(path, buffer.getvalue())
   return network.name, found
 
 
 def read_features(config, folder: epath.Path, sets: dict):
   """The same of a file; where it is absent, UserError after writing what it is of."""
   if not epath.Path(config.features).exists():
-    buffer = io.BytesIO()
-    np.savez(buffer, **{name: split.images for name, split in sets.items()})
-    workdirs.write(folder / 'images.npz', buffer.getvalue())
+    if parallel.is_writer():
+      buffer = io.BytesIO()
+      np.savez(buffer, **{name: split.images for name, split in sets.items()})
+      workdirs.write(folder / 'images.npz', buffer.getvalue())
+    parallel.barrier('images')
     raise UserError(
       f'config.features = {config.features} is absent: compute features '
       f'[{config.num_images}, F] of train, test and generated in '
@@ -297,7 +320,7 @@ def read_features(config, folder: epath.Path, sets: dict):
   return network, dict(zip(SETS, rows, strict=True))
 
 
-def judge(config, sets: dict, protocol: dict, parts: epath.Path):
+def judge(config, sets: dict, protocol: dict, parts: epath.Path, watch: metrics.Watch):
   """What the labeller says of test and generated images, and what an attack changes.
 
   Returns:
@@ -306,13 +329,14 @@ def judge(config, sets: dict, protocol: dict, parts: epath.Path):
   _, model, variables = quality.load_classifier(config.labeller, 'config.labeller')
   logits_fn = lambda v, x: model.apply(*v, x, batch_stats=False)[0]
   mapped = parallel.pmap(
-    lambda v, x: jax.nn.softmax(logits_fn(v, jnp.asarray(x, jnp.float32) / 255))
+    lambda v, x: jax.nn.softmax(logits_fn(v, jnp.asarray(x, jnp.float32) / 255)),
+    local=True,
   )
   attack = make_attack(config)
   evaluator = Evaluator(
     logits_fn,
     [(f'pgd-{attack.num_steps}', attack)],
-    batch_size=config.batch_size * parallel.num_local_devices(),
+    batch_size=config.batch_size * parallel.num_devices(),
     seed=config.seed,
   )
   right, confidences, flips = {}, {}, {}
@@ -326,7 +350,7 @@ def judge(config, sets: dict, protocol: dict, parts: epath.Path):
       images,
       predictions,
       record=Record(len(images), parts / f'attack-{name}', protocol),
-      progress=lambda what, *rest, name=name: metrics.Progress(
+      progress=lambda what, *rest, name=name: watch.progress(
         f'{what} of {name}', *rest
       ),
     )

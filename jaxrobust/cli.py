@@ -27,7 +27,8 @@ Flags of every program:
                      experiments/base.py says what each field is, base_generator.py
                      of generate's, base_analysis.py of analyze's.
   --coordinator=HOST:PORT --num_processes=N --process_id=I
-                     joins a run of N processes; --coordinator=auto on a TPU pod.
+                     joins a run of N processes. On a TPU pod none of these is needed;
+                     --coordinator=auto under Slurm or Open MPI.
 
 Exit codes: 0 done; 42 preempted after a checkpoint, run it again; 1 error, told in
 one line; 128 and above a crash.
@@ -39,6 +40,7 @@ def run(
   extra_flags: Sequence[str] = (),
   needs_workdir: bool = True,
   default_config: Callable[..., Any] | None = None,
+  alone: bool = False,
 ):
   """Parses the command line, runs `main(config, workdir)` and exits with its code.
 
@@ -54,12 +56,14 @@ def run(
     default_config: makes the config that overrides apply to where --config is not
       given, from the workdir and the extra flags (all strings); else it is the one of
       the workdir.
+    alone: whether one process does all the work, on the CPU; in a run of several the
+      others wait for it.
   """
   page = inspect.getdoc(inspect.getmodule(main)).strip()
   if {'--help', '-h', '-help', '--helpfull'} & set(sys.argv[1:]):
     print(f'{page}\n{_COMMON_HELP}', end='')
     sys.exit(DONE)
-  sys.exit(_run(main, extra_flags, needs_workdir, default_config))
+  sys.exit(_run(main, extra_flags, needs_workdir, default_config, alone))
 
 
 def base_config():
@@ -71,7 +75,9 @@ def base_config():
   return module.get_config()
 
 
-def _run(main, extra_flags=(), needs_workdir=True, default_config=None) -> int:
+def _run(
+  main, extra_flags=(), needs_workdir=True, default_config=None, alone=False
+) -> int:
   values = flags.FlagValues()
   flags.DEFINE_string('workdir', None, "the run's folder", flag_values=values)
   flags.DEFINE_string('coordinator', '', 'host:port, or auto', flag_values=values)
@@ -92,11 +98,12 @@ def _run(main, extra_flags=(), needs_workdir=True, default_config=None) -> int:
   extra = {name: values[name.rstrip('_')].value for name in extra_flags}
   program = pathlib.Path(sys.argv[0]).stem
   try:
-    parallel.initialize(values.coordinator, values.num_processes, values.process_id)
+    peers.join(values.coordinator, values.num_processes, values.process_id, alone)
     command = {'program': program, 'workdir': values.workdir or '', **extra}
     peers.start(command, config)
     workdirs.begin([program, *sys.argv[1:]])
-    main(config, values.workdir, **extra)
+    if not (alone and peers.leave_to_first()):
+      main(config, values.workdir, **extra)
     code, state, line = DONE, 'done', ''
   except PreemptedError as e:
     logging.info('%s', e)
@@ -107,7 +114,7 @@ def _run(main, extra_flags=(), needs_workdir=True, default_config=None) -> int:
   except Exception as e:
     peers.take_last_word()
     state = 'failed'
-    known = workdirs.disk_error(e) or parallel.memory_error(e)
+    known = workdirs.disk_error(e, values.workdir) or parallel.memory_error(e)
     if told := e if isinstance(e, UserError) else known:
       print(f'error: {told}', file=sys.stderr)
       code, line = ERROR, str(told)
@@ -200,3 +207,9 @@ def _quiet_logs():
     logging.logging.getLogger(library).setLevel('ERROR')
   only_ours = lambda record: 'jaxrobust' in record.pathname
   logging.get_absl_handler().addFilter(only_ours)
+  # Once a write of a checkpoint has failed, tensorstore tells of all the others to an
+  # event loop that orbax has closed, which prints a traceback for each.
+  show = sys.unraisablehook
+  sys.unraisablehook = lambda told: (
+    None if str(told.exc_value) == 'Event loop is closed' else show(told)
+  )

@@ -32,7 +32,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from jaxrobust import checkpoint, cli, parallel
+from jaxrobust import checkpoint, cli
 from jaxrobust import workdir as workdirs
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
@@ -46,7 +46,6 @@ def main(config, workdir, from_: str, to: str):
   """Converts and prints one line."""
   if workdir:
     raise UserError(f'--workdir={workdir} is not for convert: write --from={workdir}')
-  parallel.require_one_process('convert')
   if not from_ or not to:
     raise UserError('give --from=PATH and --to=PATH (--help shows examples)')
   target = epath.Path(to)
@@ -167,4 +166,4 @@ def _difference(card: cards.Card, model, before, after) -> float:
 
 
 if __name__ == '__main__':
-  cli.run(main, extra_flags=('from_', 'to'), needs_workdir=False)
+  cli.run(main, extra_flags=('from_', 'to'), needs_workdir=False, alone=True)

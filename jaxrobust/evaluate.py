@@ -55,7 +55,7 @@ from absl import logging
 from etils import epath
 
 from jaxrobust import checkpoint as checkpoints
-from jaxrobust import cli, metrics, models, parallel
+from jaxrobust import cli, metrics, models, parallel, peers
 from jaxrobust import config as configs
 from jaxrobust import workdir as workdirs
 from jaxrobust.attacks import norms, suites
@@ -126,7 +126,6 @@ def main(config, workdir, suite='', checkpoint=''):
         f'{settings.split} split has {len(images)} images'
       )
     images, labels = images[: settings.num_images], labels[: settings.num_images]
-  folder = workdirs.claim(workdir, config)
   protocol = {
     'suite': suite,
     'dataset': config.dataset.name,
@@ -140,6 +139,9 @@ def main(config, workdir, suite='', checkpoint=''):
   }
   if settings.suite == 'pgd':
     protocol['attacks'] = [{'name': suite, **settings.attack.to_dict()}]
+  shown = datasets.Split(images, labels)
+  peers.require_alike(protocol | {'images': shown.checksum()})
+  folder = workdirs.claim(workdir, config)
   identity = json.dumps(protocol, sort_keys=True) + str(save_images)
   state = folder / 'evaluations' / hashlib.sha256(identity.encode()).hexdigest()[:12]
   entry = workdirs.find_result(folder, protocol)
@@ -154,7 +156,7 @@ def main(config, workdir, suite='', checkpoint=''):
       seed=config.seed,
       thorough=True,
     )
-    with _Watch() as watch:
+    with metrics.Watch() as watch:
       outcome = evaluator(
         parallel.replicate(variables),
         images,
@@ -216,32 +218,6 @@ def choose(config) -> tuple[str, list]:
       'jaxrobust.attacks.robustness.evaluate_robustness)'
     )
   return settings.suite, attacks
-
-
-class _Watch:
-  """Stops the evaluation after a batch when the program is asked to stop."""
-
-  def __enter__(self):
-    self._preemption = parallel.Preemption()
-    return self
-
-  def __exit__(self, *exception):
-    self._preemption.close()
-
-  def progress(self, name: str, total: int, unit: str):
-    """A Progress that looks for the signal."""
-    bar = metrics.Progress(name, total, unit)
-    advance = bar.advance
-
-    def watched(count, note=''):
-      advance(count, note)
-      if self._preemption.reached():
-        raise cli.PreemptedError(
-          f'stopped during {name}, the state is saved: run the same command again'
-        )
-
-    bar.advance = watched
-    return bar
 
 
 def _figures(outcome: Outcome) -> dict:

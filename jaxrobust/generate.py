@@ -48,7 +48,7 @@ from absl import logging
 from etils import epath
 from ml_collections import config_dict
 
-from jaxrobust import checkpoint, cli, generators, metrics, parallel
+from jaxrobust import checkpoint, cli, generators, metrics, parallel, peers
 from jaxrobust import config as configs
 from jaxrobust import workdir as workdirs
 from jaxrobust.data import datasets, draws, samples, selection, shards
@@ -96,6 +96,12 @@ def main(config, workdir, stage=''):
     labeller = load_labeller(config.labeller, info, config.samples.batch_size)
   elif config.labeller not in ('', _CONDITION):
     find_labeller(config.labeller, info)  # A mistake should not wait for days.
+  peers.require_alike(
+    {
+      'labeller': labeller and labeller.described,
+      'fit': _described_fit(config, config.fitted) if config.fitted else None,
+    }
+  )
   labelled = _draws(config, epath.Path(workdir)).has_labels()
   folder = workdirs.claim(workdir, config, free=() if labelled else ('labeller',))
   if stage in ('', 'fit', 'sample'):
@@ -216,6 +222,7 @@ def fitted_generator(config, folder: epath.Path, info, may_fit: bool):
       train_images=config.dataset.train_images,
       validation_images=config.dataset.validation_images,
     )
+    peers.require_alike({'training images': real.checksum()})
     logging.info(
       'fitting %s to %d training images', config.generator.name, len(real.images)
     )

@@ -14,6 +14,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from jaxrobust import parallel
 from jaxrobust import workdir as workdirs
+from jaxrobust.errors import PreemptedError
 
 
 class Writer:
@@ -126,6 +127,35 @@ class Progress:
     """Ends the bar's line."""
     if self._bar:
       self._bar.close()
+
+
+class Watch:
+  """Makes progress after which a program stops when it was asked to.
+
+  All processes of a run advance equally often: they agree on when to stop.
+  """
+
+  def __enter__(self):
+    self._preemption = parallel.Preemption()
+    return self
+
+  def __exit__(self, *exception):
+    self._preemption.close()
+
+  def progress(self, what: str, total: int, unit: str) -> Progress:
+    """A Progress that raises PreemptedError when it has advanced."""
+    bar = Progress(what, total, unit)
+    advance = bar.advance
+
+    def watched(count, note=''):
+      advance(count, note)
+      if self._preemption.reached():
+        raise PreemptedError(
+          f'stopped during {what}, the state is saved: run the same command again'
+        )
+
+    bar.advance = watched
+    return bar
 
 
 def duration(seconds: float) -> str:

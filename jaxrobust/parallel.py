@@ -9,15 +9,12 @@ devices: `replicate` and `shard` add it, `unreplicate` and `gather` remove it.
 import ctypes
 import functools
 import itertools
-import os
 import re
 import signal
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import distributed  # Has no public name.
 from jax.experimental import multihost_utils
 
 from jaxrobust.errors import UserError
@@ -31,39 +28,6 @@ _questions = itertools.count(1)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
-def initialize(coordinator: str = '', num_processes: int = 0, process_id: int = 0):
-  """Joins this process to a run of several; call before any other use of jax.
-
-  Args:
-    coordinator: `host:port` of process 0; `auto` where jax finds it by itself
-      (Cloud TPU, Slurm, Open MPI); empty for a run of a single process.
-    num_processes: number of processes of the run.
-    process_id: index of this process, from 0.
-
-  A process that is not heard of for $JAXROBUST_HEARTBEAT seconds (100) ends all others.
-  """
-  text = os.environ.get('JAXROBUST_HEARTBEAT') or '100'
-  if not text.isdecimal() or not int(text):
-    raise UserError(f'JAXROBUST_HEARTBEAT={text}: use a whole number of seconds')
-  join = functools.partial(
-    jax.distributed.initialize, heartbeat_timeout_seconds=int(text)
-  )
-  if coordinator == 'auto':
-    join()
-  elif num_processes > 1 and not coordinator:
-    raise UserError(
-      f'num_processes = {num_processes} without a coordinator: add '
-      '--coordinator=HOST:PORT of process 0'
-    )
-  elif coordinator:
-    if not 0 <= process_id < num_processes:
-      raise UserError(
-        f'process_id = {process_id} of num_processes = {num_processes}: '
-        'number the processes 0 .. num_processes - 1'
-      )
-    join(coordinator, num_processes, process_id)
-
-
 def number() -> int:
   """Of this process, from 0."""
   return jax.process_index()
@@ -74,28 +38,6 @@ def is_writer() -> bool:
   return jax.process_index() == 0
 
 
-class Membership(NamedTuple):
-  """In a run of several processes.
-
-  Attributes:
-    number: of this process, from 0.
-    count: of the processes.
-    store: jax's client of the key-value store that they share.
-  """
-
-  number: int
-  count: int
-  store: Any
-
-
-def membership() -> Membership | None:
-  """This process among the others, None if it is alone; asks no device."""
-  state = distributed.global_state
-  if state.client is None or state.num_processes == 1:
-    return None
-  return Membership(state.process_id, state.num_processes, state.client)
-
-
 def num_devices() -> int:
   """Devices of the whole run, over all processes."""
   return jax.device_count()
@@ -104,14 +46,6 @@ def num_devices() -> int:
 def kind_of_device() -> str:
   """What the devices are."""
   return jax.devices()[0].device_kind
-
-
-def require_one_process(program: str):
-  """Raises UserError if the run has several processes; asks no device."""
-  if membership():
-    raise UserError(
-      f'{program} runs in one process: start it once, without --coordinator'
-    )
 
 
 def require_agreement(step: int):
@@ -342,7 +276,9 @@ class Preemption:
 
   def _ask(self, signum, frame):
     del frame
-    if self._asked:  # A second Ctrl-C means now.
+    # A second Ctrl-C means now. SIGTERM often comes twice: when a machine shuts down,
+    # from the system and passed on by a launcher.
+    if self._asked and signum == signal.SIGINT:
       raise KeyboardInterrupt(f'signal {signum}')
     self._asked = True
 

@@ -1,12 +1,14 @@
-"""The processes of a run: they start alike, and end together.
+"""The processes of a run: they find each other, start alike, and end together.
 
 What they tell each other goes through the key-value store of process 0, which needs no
 devices, so that a process is heard while others wait for it in a collective.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -14,7 +16,10 @@ import platform
 import sys
 import threading
 import time
+from typing import Any, NamedTuple
 
+import jax
+from jax._src import cloud_tpu_init, distributed  # Have no public names.
 from ml_collections import config_dict
 
 from jaxrobust import config as configs
@@ -22,7 +27,7 @@ from jaxrobust import parallel
 from jaxrobust import workdir as workdirs
 from jaxrobust.errors import UserError
 
-_START, _VERDICT, _END = (f'jaxrobust/{x}' for x in ('start', 'verdict', 'end'))
+_ASK, _END = 'jaxrobust/alike', 'jaxrobust/end'
 _ALIKE = 'alike'
 _START_MS = 300_000  # As jax waits for processes that are late.
 _END_MS = 5_000
@@ -34,6 +39,99 @@ _PACKAGES = ('tensorflow', 'tensorflow-cpu', 'orbax-checkpoint')
 # Held by whoever says why this process ends: its own program, or another process.
 _last_word = threading.Lock()
 _listeners = []  # None in a process that is alone, or one.
+_questions = itertools.count()  # Every process asks equally often.
+
+
+def join(
+  coordinator: str = '',
+  num_processes: int = 0,
+  process_id: int = 0,
+  alone: bool = False,
+):
+  """Joins this process to a run of several; call before any other use of jax.
+
+  Args:
+    coordinator: `host:port` of process 0; `auto` where jax finds it by itself
+      (Cloud TPU, Slurm, Open MPI), which a TPU needs no word for; else empty for a run
+      of a single process.
+    num_processes: number of processes of the run.
+    process_id: index of this process, from 0.
+    alone: whether one process will do all the work: it gets the CPU only, and joins
+      others only if it is told to.
+
+  A process that is not heard of for $JAXROBUST_HEARTBEAT seconds (100) ends all others.
+  """
+  text = os.environ.get('JAXROBUST_HEARTBEAT') or '100'
+  if not text.isdecimal() or not int(text):
+    raise UserError(f'JAXROBUST_HEARTBEAT={text}: use a whole number of seconds')
+  initialize = functools.partial(
+    jax.distributed.initialize, heartbeat_timeout_seconds=int(text)
+  )
+  if alone:
+    jax.config.update('jax_platforms', 'cpu')
+  if coordinator == 'auto' or (not coordinator and _is_on_tpu()):
+    _join_by_itself(initialize)
+  elif num_processes > 1 and not coordinator:
+    raise UserError(
+      f'num_processes = {num_processes} without a coordinator: add '
+      '--coordinator=HOST:PORT of process 0'
+    )
+  elif coordinator:
+    if not 0 <= process_id < num_processes:
+      raise UserError(
+        f'process_id = {process_id} of num_processes = {num_processes}: '
+        'number the processes 0 .. num_processes - 1'
+      )
+    initialize(coordinator, num_processes, process_id)
+
+
+def _is_on_tpu() -> bool:
+  """Whether jax will use a TPU of this host."""
+  platforms = (jax.config.jax_platforms or '').split(',')
+  return cloud_tpu_init.running_in_cloud_tpu_vm and 'tpu' in platforms
+
+
+def _join_by_itself(initialize):
+  """Joins the processes that jax finds, with a word on how to help it."""
+  hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '')
+  if hosts and ',' not in hosts and 'MEGASCALE_NUM_SLICES' not in os.environ:
+    return  # Alone. jax would ask a metadata server, which not every host has.
+  try:
+    initialize()
+  except Exception as e:
+    if cloud_tpu_init.running_in_cloud_tpu_vm:  # The server may answer the next time.
+      e.add_note(
+        'jax does not find the hosts of this TPU: if there is but this one, set '
+        'TPU_WORKER_HOSTNAMES=localhost'
+      )
+    elif isinstance(e, ValueError):
+      raise UserError(
+        '--coordinator=auto: jax finds neither a TPU nor Slurm nor Open MPI here: give '
+        '--coordinator=HOST:PORT of process 0, --num_processes and --process_id'
+      ) from e
+    raise
+
+
+class Membership(NamedTuple):
+  """In a run of several processes.
+
+  Attributes:
+    number: of this process, from 0.
+    count: of the processes.
+    store: jax's client of the key-value store that they share.
+  """
+
+  number: int
+  count: int
+  store: Any
+
+
+def membership() -> Membership | None:
+  """This process among the others, None if it is alone; asks no device."""
+  state = distributed.global_state
+  if state.client is None or state.num_processes == 1:
+    return None
+  return Membership(state.process_id, state.num_processes, state.client)
 
 
 def start(command: dict, config):
@@ -47,7 +145,7 @@ def start(command: dict, config):
     UserError: in every process, before any of them wrote: with what differs in the
       commands, the configs, this package's code, or the versions of libraries.
   """
-  here = parallel.membership()
+  here = membership()
   if here is None:
     return
   _listeners.append(threading.Thread(target=_listen, args=[here], daemon=True))
@@ -60,14 +158,32 @@ def start(command: dict, config):
     **workdirs.package_versions(),
     **{name: _version(name) for name in _PACKAGES},
   }
+  require_alike(facts, 'run the same command and the same installation on every host')
+
+
+def require_alike(facts: dict, remedy: str = 'give every host the same files'):
+  """Checks that something is the same in all processes, which all ask.
+
+  Args:
+    facts: JSON values under names.
+    remedy: what to do where they differ.
+
+  Raises:
+    UserError: in every process, with what differs.
+  """
+  here = membership()
+  if here is None:
+    return
+  question = f'{_ASK}/{next(_questions)}'
   if here.number:
-    here.store.key_value_set(f'{_START}/{here.number}', json.dumps(facts))
-    verdict = here.store.blocking_key_value_get(_VERDICT, _START_MS)
+    here.store.key_value_set(f'{question}/{here.number}', json.dumps(facts))
+    verdict = here.store.blocking_key_value_get(f'{question}/verdict', _START_MS)
   else:
-    get = lambda i: here.store.blocking_key_value_get(f'{_START}/{i}', _START_MS)
+    get = lambda i: here.store.blocking_key_value_get(f'{question}/{i}', _START_MS)
     others = {i: json.loads(get(i)) for i in range(1, here.count)}
-    verdict = compare(json.loads(json.dumps(facts)), others) or _ALIKE
-    here.store.key_value_set(_VERDICT, verdict)
+    differences = compare(json.loads(json.dumps(facts)), others)
+    verdict = f'{differences}: {remedy}' if differences else _ALIKE
+    here.store.key_value_set(f'{question}/verdict', verdict)
   if verdict != _ALIKE:
     raise UserError(verdict)
 
@@ -89,10 +205,7 @@ def compare(facts: dict, others: dict[int, dict]) -> str:
   if not found:
     return ''
   told = [f'process {", ".join(who)} has {what}' for what, who in found.items()]
-  return (
-    f'the processes differ, process 0 → others: {"; ".join(told)}: run the same '
-    'command and the same installation on every host'
-  )
+  return f'the processes differ, process 0 → others: {"; ".join(told)}'
 
 
 def _version(package: str) -> str:
@@ -111,18 +224,29 @@ def source_digest() -> str:
   return digest.hexdigest()[:12]
 
 
+def leave_to_first() -> bool:
+  """Waits for process 0, which does all the work; False in that process."""
+  here = membership()
+  if here is None:
+    return False
+  parallel.num_local_devices()  # No process gets its own until all want theirs.
+  if here.number:
+    _listeners[0].join()
+  return here.number > 0
+
+
 def finish():
   """To be called by a process that is done, as the others are: stops listening."""
   for listener in _listeners:
     with contextlib.suppress(Exception):  # Another was first.
-      parallel.membership().store.key_value_set(_END, json.dumps(None))
+      membership().store.key_value_set(_END, json.dumps(None))
     # A thread that still waits when the interpreter ends would abort the process.
     listener.join()
 
 
 def take_last_word():
   """To be called before a process says why it fails: no other process will, then."""
-  if parallel.membership():
+  if membership():
     _last_word.acquire()
 
 
@@ -134,7 +258,7 @@ def end(code: int, state: str, line: str):
     state: of all, as of `workdir.write_status`.
     line: what happened to this one, for the others to say.
   """
-  here = parallel.membership()
+  here = membership()
   if here is None:
     return
   line = f'process {here.number}: {" ".join(line.split())}'
@@ -143,7 +267,7 @@ def end(code: int, state: str, line: str):
   _leave(here, code)
 
 
-def _listen(here: parallel.Membership):
+def _listen(here: Membership):
   """Waits for another process to fail, which this one may not notice by itself."""
   try:
     message = json.loads(here.store.blocking_key_value_get(_END, _FOREVER_MS))
@@ -159,7 +283,7 @@ def _listen(here: parallel.Membership):
       _leave(here, code)
 
 
-def _leave(here: parallel.Membership, code: int):
+def _leave(here: Membership, code: int):
   """Ends this process without jax's farewell, which waits for all the others."""
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError):

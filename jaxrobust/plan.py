@@ -76,7 +76,6 @@ def main(
       '--config is missing: give an experiment, such as '
       '--config=experiments/cifar10_linf.py'
     )
-  parallel.require_one_process('plan')
   what, share = what or 'train', _share(utilization)
   if what not in programs.KINDS:
     raise UserError(f'--what={what}: use {", ".join(programs.KINDS)}')
@@ -349,4 +348,5 @@ if __name__ == '__main__':
       *('table', 'tables'),
     ),
     needs_workdir=False,
+    alone=True,
   )

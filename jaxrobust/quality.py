@@ -258,7 +258,7 @@ def network(path: str, batch_size: int = 256, dataset: str = '') -> Network:
     found, model, variables = load_classifier(path, 'features', dataset)
     name = f'{found.card.name} (penultimate layer)'
     features_fn = lambda v, x: model.features(*v, x)
-  mapped = parallel.pmap(lambda v, x: features_fn(v, jnp.float32(x) / 255))
+  mapped = parallel.pmap(lambda v, x: features_fn(v, jnp.float32(x) / 255), local=True)
   return Network(
     name,
     lambda images: parallel.map_in_batches(mapped, variables, images, batch_size),

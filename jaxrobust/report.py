@@ -35,7 +35,7 @@ import sys
 
 from etils import epath
 
-from jaxrobust import cli, figures, metrics, parallel, points
+from jaxrobust import cli, figures, metrics, points
 from jaxrobust import config as configs
 from jaxrobust import tables as texts
 from jaxrobust import workdir as workdirs
@@ -46,7 +46,6 @@ def main(config, workdir, table='', tables='', status=''):
   """Writes tables and figures of the workdirs below `workdir`."""
   if config is not None:
     raise UserError('--config has no use here: a report shows runs as they were made')
-  parallel.require_one_process('report')
   if not epath.Path(workdir).is_dir():
     raise UserError(
       f'{workdir}: no such folder; give the one with the workdirs of runs'
@@ -246,4 +245,4 @@ def _percent(entries, field: str) -> str:
 
 if __name__ == '__main__':
   sys.argv[1:] = ['--status=yes' if x == '--status' else x for x in sys.argv[1:]]
-  cli.run(main, ('table', 'tables', 'status'), default_config=refuse_config)
+  cli.run(main, ('table', 'tables', 'status'), default_config=refuse_config, alone=True)

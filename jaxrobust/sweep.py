@@ -30,8 +30,9 @@ The experiment's file defines sweep(), which yields pairs of a name and override
 as ('seed-1', {'seed': 1, 'variant': 'seed-1'}). A point is trained, then evaluated, in
 RUNS/EXPERIMENT, where EXPERIMENT is its experiment's name; `variant` tells apart points
 that would share one. Other flags are passed on: --config.a.b=VALUE applies to every
-point, and --coordinator=auto makes each run one of a pod, on all of its workers. The
-rows of a table take no --config.a.b: they have their own.
+point, and --coordinator=HOST:PORT with its companions makes each run one of all the
+processes that are given the same sweep (on a TPU pod each is without them). The rows of
+a table take no --config.a.b: they have their own.
 
 What is finished is skipped, what was begun is resumed; a workdir that holds another
 config is refused. The first point that does not end with 0 ends the sweep with its exit
@@ -227,4 +228,4 @@ if __name__ == '__main__':
   ]
   if any(x.startswith('--table=') for x in sys.argv):  # Its rows have their configs.
     sys.argv = [x for x in sys.argv if not x.startswith('--config.')]
-  cli.run(main, extra_flags=('list_', 'only', 'shard', 'table', 'tables'))
+  cli.run(main, extra_flags=('list_', 'only', 'shard', 'table', 'tables'), alone=True)

@@ -27,7 +27,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from jaxrobust import checkpoint, cli, loop, optimizer, parallel, update
+from jaxrobust import checkpoint, cli, loop, optimizer, parallel, peers, update
 from jaxrobust import config as configs
 from jaxrobust import workdir as workdirs
 from jaxrobust.attacks import norms, suites
@@ -59,6 +59,7 @@ def main(config, workdir):
   data = load_data(config)
   for counts in mixes:
     pipeline.check_sources(data.real, data.generated, *counts, info.num_classes)
+  peers.require_alike(data.checksums())
   folder = workdirs.claim(workdir, config)
   logging.info(
     '%s: %d steps of %d images, %s, on %d devices; learning rate %g',
@@ -80,6 +81,15 @@ class Data(NamedTuple):
   real: datasets.Split
   validation: datasets.Split | None
   generated: samples.SampleSet | None
+
+  def checksums(self) -> dict[str, str]:
+    """Of each source that there is."""
+    found = {'training images': self.real.checksum()}
+    if self.validation is not None:
+      found['validation images'] = self.validation.checksum()
+    if self.generated is not None:
+      found['generated images'] = self.generated.checksum()
+    return found
 
 
 def load_data(config) -> Data:

@@ -149,11 +149,16 @@ def read_config(folder: str | epath.Path):
 def write(path: epath.Path, content: str | bytes):
   """Writes a whole file, or nothing."""
   temporary = path.with_name(f'{path.name}.tmp')
-  if isinstance(content, bytes):
-    temporary.write_bytes(content)
-  else:
-    temporary.write_text(content)
-  temporary.replace(path)
+  try:
+    if isinstance(content, bytes):
+      temporary.write_bytes(content)
+    else:
+      temporary.write_text(content)
+    temporary.replace(path)
+  except BaseException:
+    with contextlib.suppress(Exception):  # The first error tells more.
+      temporary.unlink(missing_ok=True)
+    raise
 
 
 def read_results(folder: epath.Path) -> list[dict]:
@@ -196,8 +201,13 @@ def add_result(folder: epath.Path, protocol: dict, figures: dict) -> dict:
   return entry
 
 
-def disk_error(e: Exception) -> UserError | None:
-  """One line on a disk or bucket that may not be used, or is full; else None."""
+def disk_error(e: Exception, workdir: str | None = None) -> UserError | None:
+  """One line on a disk or bucket that may not be used, or is full; else None.
+
+  Args:
+    e: the error.
+    workdir: to be named if the error names no file.
+  """
   kind = type(e)
   if kind.__module__.startswith('tensorflow.') and kind.__name__ in _BUCKET_ERRORS:
     text = ' '.join(str(e).split())[:200]
@@ -213,8 +223,8 @@ def disk_error(e: Exception) -> UserError | None:
   if number not in _DISK_ERRORS:
     return None
   return UserError(
-    f'cannot write {path or "to a disk"}: {os.strerror(number)}; what was saved before '
-    'is whole: make room, or give access, and run the same command again'
+    f'cannot write {path or workdir or "to a disk"}: {os.strerror(number)}; what was '
+    'saved before is whole: make room, or give access, and run the same command again'
   )
 
 

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: what a program of several processes is.
 
-# Whether it is one; `analyze` takes the flags too, to be refused where they are given.
+# Whether it is one; the others prepare the host that they run on.
 joins() {
-  case $1 in train | evaluate | generate | sweep | analyze) ;; *) return 1 ;; esac
+  case $1 in data | models.download) return 1 ;; esac
 }
 
 # What their exit codes mean together:

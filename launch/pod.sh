@@ -30,7 +30,7 @@ esac
 # shellcheck source=launch/contract.sh
 . "$here/contract.sh"
 if ! joins "$1"; then
-  echo "error: $1 runs in one process: bash launch/worker.sh $1 …" >&2
+  echo "error: $1 runs on one host, for itself: bash launch/worker.sh $1 …" >&2
   exit 1
 fi
 # shellcheck source=launch/environment.sh

@@ -91,7 +91,6 @@ esac
 case $verb in
   run | babysit | jobset | skypilot)
     [ $# -gt 0 ] || fail "$verb needs a program with its flags, such as train --workdir=…"
-    case $1 in convert | plan | report) worker=${worker:-0} ;; esac  # one process is all
     ;;
   *) [ $# = 0 ] || fail "$1: $verb takes no program" ;;
 esac

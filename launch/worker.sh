@@ -70,19 +70,10 @@ setup() {
   . "$here/environment.sh"
 }
 
-# Adds what a pod needs: its workers' addresses are known to GKE, or to the VM's metadata.
+# On a TPU the processes of all its hosts join; jax finds them.
 coordinator() {
-  local hosts=${TPU_WORKER_HOSTNAMES:-}
   case "$on_tpu $*" in ' '* | *' --coordinator'[\ =]*) return ;; esac
-  joins "$1" || return 0
-  if [ -z "$hosts" ] && ! hosts=$(curl --silent --fail --retry 5 --max-time 10 \
-    --header 'Metadata-Flavor: Google' "http://metadata.google.internal/\
-computeMetadata/v1/instance/attributes/worker-network-endpoints"); then
-    # Alone, it would write to the workdir that it should share.
-    echo 'error: the metadata server does not say which hosts this TPU has' >&2
-    return 134
-  fi
-  case $hosts in *,*) echo --coordinator=auto ;; esac
+  if joins "$1"; then echo --coordinator=auto; fi
 }
 
 # Passes a signal on to the program, which may be about to start.
@@ -91,13 +82,21 @@ forward() {
   kill "-$1" "$(cat "$state/pid")" 2> /dev/null || true
 }
 
+# A machine that shuts down sends TERM to all at once: what the program still has to say
+# must be read, and its code recorded.
+log() (
+  trap '' TERM HUP
+  exec tee -a "$state/log"
+)
+
 # The program with its output to the log; leaves its code in `exit`.
 program() {
   local code=0
+  trap : TERM  # Until the program has ended; ignored, it would be so in there, too.
   # The number of `sh` is that of the program after `exec`; its $0 is the record.
   # shellcheck disable=SC2016
   sh -c 'echo $$ > "$0" && exec "$@"' "$state/pid" "$PYTHON" -m "jaxrobust.$1" \
-    "${@:2}" 2>&1 | tee -a "$state/log" || code=${PIPESTATUS[0]}
+    "${@:2}" 2>&1 | log || code=${PIPESTATUS[0]}
   # Neither the log nor the record changes the code, such as on a full disk.
   { echo "$code" > "$state/exit.tmp" && mv "$state/exit.tmp" "$state/exit"; } || true
   return "$code"

@@ -5,6 +5,7 @@ import json
 import pathlib
 import signal
 import sys
+import time
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from jaxrobust import config as configs
 from jaxrobust.data import datasets, positions, samples
 from jaxrobust.errors import UserError
 from jaxrobust.models import card
+from tests.conftest import ends
 
 
 def clouds(count, shift=0.0):
@@ -174,23 +176,27 @@ def sample_set(tmp_path_factory):
 
 
 @pytest.fixture
-def run(labeller, sample_set, tmp_path, monkeypatch, capsys):
+def flags(labeller, sample_set):
+  """Of a small analysis, but for its workdir."""
+  return [
+    f'--config=experiments/digits_analysis.py:{sample_set.path}',
+    f'--config.labeller={labeller[0]}',
+    '--config.dataset.train_images=60',
+    '--config.num_images=60',
+    '--config.num_attacked=30',
+    '--config.batch_size=8',
+    '--config.attack.num_steps=2',
+    '--config.attack.step_sizes=(0.1,)',
+    '--config.attack.step_boundaries=()',
+  ]
+
+
+@pytest.fixture
+def run(flags, tmp_path, monkeypatch, capsys):
   """Runs the program in this process: (exit code, stdout, stderr)."""
 
   def call(*more):
-    arguments = [
-      f'--workdir={tmp_path}/run',
-      f'--config=experiments/digits_analysis.py:{sample_set.path}',
-      f'--config.labeller={labeller[0]}',
-      '--config.dataset.train_images=60',
-      '--config.num_images=60',
-      '--config.num_attacked=30',
-      '--config.batch_size=8',
-      '--config.attack.num_steps=2',
-      '--config.attack.step_sizes=(0.1,)',
-      '--config.attack.step_boundaries=()',
-      *more,
-    ]
+    arguments = [f'--workdir={tmp_path}/run', *flags, *more]
     monkeypatch.setattr(sys, 'argv', ['analyze', *arguments])
     code = cli._run(analyze.main)
     return code, *capsys.readouterr()
@@ -243,6 +249,29 @@ def test_the_program_resumes_and_refuses(
   assert code == 1 and 'seed: 0 → 1' in err and err.count('\n') == 1
 
 
+@pytest.mark.slow
+def test_two_processes_stop_together_and_find_the_same(run, pod, flags, tmp_path):
+  assert run()[0] == 0
+  command = ['analyze', f'--workdir={tmp_path}/two', *flags]
+  processes = pod(2, *command, devices=2)
+  deadline = time.monotonic() + 120
+  while not (tmp_path / 'two' / 'parts').exists() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  processes[1].send_signal(signal.SIGTERM)
+  codes, texts = ends(processes)
+  assert codes == [42, 42], texts
+  processes = pod(2, *command, devices=2)
+  told = [p.communicate(timeout=300) for p in processes]
+  assert [p.returncode for p in processes] == [0, 0], told
+  assert ['nearest to generated images' in out for out, _ in told] == [True, False]
+  assert not (tmp_path / 'two' / 'parts').exists()
+  results = []
+  for name in ('run', 'two'):
+    [entry] = json.loads((tmp_path / name / 'results.json').read_text())
+    results.append(entry)
+  assert results[0] == results[1]
+
+
 @pytest.mark.parametrize(
   'override, words',
   [
@@ -281,7 +310,7 @@ def test_features_of_another_program(run, tmp_path):
   np.savez(file, network='pixels', **flat)
   config = importlib.import_module('experiments.digits_analysis').get_config().unlock()
   config.features, config.num_images = str(file), 60
-  network, found = analyze.find_features(config, tmp_path, {}, tmp_path)
+  network, found = analyze.find_features(config, tmp_path, {}, tmp_path, None)
   assert network == 'pixels'
   np.testing.assert_array_equal(found['test'], flat['test'])
   figures, neighbours = analyze.compare(config, found)
@@ -289,7 +318,7 @@ def test_features_of_another_program(run, tmp_path):
   assert neighbours.indices.shape == (60, 3)
   config.num_images = 59
   with pytest.raises(UserError, match=r'of \[60, 60, 60\] images: config.num_images'):
-    analyze.find_features(config, tmp_path, {}, tmp_path)
+    analyze.find_features(config, tmp_path, {}, tmp_path, None)
 
 
 @pytest.mark.parametrize('file', ['digits_analysis', 'cifar10_analysis'])

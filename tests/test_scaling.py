@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import digits
-from jaxrobust import costs, parallel, programs
+from jaxrobust import costs, parallel, peers, programs
 from tests.conftest import ROOT, ends, free_port
 
 
@@ -21,7 +21,7 @@ def measure(counts, coordinator='', processes=1, process=0):
   Of several processes, all of which run the one program, the first compiles it; the
   others end with it.
   """
-  parallel.initialize(coordinator, processes, process)
+  peers.join(coordinator, processes, process)
   assert jax.device_count() == max(counts)
   if process:
     return

@@ -189,9 +189,9 @@ class TestVerbs:
     out = subprocess.run(['bash', '-c', echo], capture_output=True, text=True).stdout
     assert out.split('\0')[:-1] == ['--start', 'train', *words]
 
-  def test_what_needs_one_process_starts_on_one_worker(self, tpu):
-    assert tpu('run', 'x', 'report', '--workdir=gs://b').calls[-1][5] == '--worker=0'
-    assert tpu('run', 'x', 'data', 'list').calls[-1][5] == '--worker=all'
+  def test_every_program_starts_on_all_workers(self, tpu):
+    for program in ('train', 'report', 'data'):
+      assert tpu('run', 'x', program).calls[-1][5] == '--worker=all'
 
   def test_the_other_verbs(self, tpu):
     run = tpu('status', 'x', status=[RUNNING], state=['0 ACTIVE'])

@@ -14,6 +14,7 @@ Importing this module imports neither tensorflow nor scikit-learn.
 """
 
 import os
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,6 +38,11 @@ class Split(NamedTuple):
 
   images: np.ndarray
   labels: np.ndarray
+
+  def checksum(self) -> str:
+    """Of all of it, by which machines tell whether they hold the same."""
+    images, labels = map(np.ascontiguousarray, self)
+    return f'{zlib.crc32(labels, zlib.crc32(images)):08x}'
 
 
 INFO = {

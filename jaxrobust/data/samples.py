@@ -19,6 +19,7 @@ import mmap
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -208,6 +209,10 @@ class SampleSet:
     with contextlib.suppress(OSError, ValueError):
       return json.loads((self.path / _STAMP).read_text()) == self._stamp()
     return False
+
+  def checksum(self) -> str:
+    """Of the metadata, which hold those of all files: as of `datasets.Split`."""
+    return f'{zlib.crc32((self.path / "metadata.json").read_bytes()):08x}'
 
   def _stamp(self):
     """Size and time of modification of each file."""
