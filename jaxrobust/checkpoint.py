@@ -120,9 +120,10 @@ class Checkpoints:
         break
       else:
         # Else the run could not save these steps again when it comes by them.
-        for unreadable in damaged:
-          if parallel.is_writer():
-            self._manager.delete(unreadable)
+        if damaged and parallel.is_writer():
+          for unreadable in damaged:
+            _set_aside(self._manager.directory / str(unreadable))
+          self._manager.reload()
         return jax.tree.map(np.asarray, state)
     if step is not None:
       raise UserError(
@@ -187,11 +188,17 @@ def _set_aside_damaged(folder: epath.Path):
       'metrics/metrics, or use another --workdir to start anew'
     )
   for path in damaged:
-    aside = path.with_name(f'damaged-{path.name}')
-    if aside.exists():
-      aside.rmtree()
-    path.rename(aside)
-    logging.warning('the score of %s is damaged: it is now %s', path, aside)
+    logging.warning('the score of %s is damaged', path)
+    _set_aside(path)
+
+
+def _set_aside(step: epath.Path):
+  """Renames a checkpoint, which may be of use still; orbax does not see it then."""
+  aside = step.with_name(f'damaged-{step.name}')
+  if aside.exists():
+    aside.rmtree()
+  step.rename(aside)
+  logging.warning('%s is now %s', step, aside)
 
 
 def _has_whole_score(step: epath.Path) -> bool:

@@ -307,6 +307,7 @@ def load_labeller(path: str, info: datasets.DatasetInfo, batch_size: int) -> Lab
 def select(config, folder, files: draws.Draws, num_files, labeller, k, stop):
   """One process writes the sample set, then removes what it was selected from."""
   finished = True
+  parallel.barrier('select')  # The others have read what is removed at its end.
   if parallel.is_writer():
     try:
       _write(config, folder, files, num_files, labeller.described, k, stop)

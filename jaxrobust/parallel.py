@@ -62,6 +62,16 @@ def require_agreement(step: int):
       )
 
 
+def require_equal_processes():
+  """Raises UserError if processes have unequal numbers of devices."""
+  found = jax.device_count(), jax.process_count(), jax.local_device_count()
+  if found[0] != found[1] * found[2]:
+    raise UserError(
+      f'{found[0]} devices in {found[1]} processes, and {found[2]} in this one: give '
+      'every process the same number of devices'
+    )
+
+
 def everywhere(condition: bool) -> bool:
   """Whether something holds in every process; all of them ask."""
   if jax.process_count() == 1:
@@ -236,15 +246,8 @@ def process_slots(batch_size: int) -> tuple[int, int]:
   """The global slots [start, stop) of a batch that this process feeds.
 
   Raises:
-    UserError: if the batch does not divide over the devices, or processes have
-      unequal numbers of them.
+    UserError: if the batch does not divide over the devices.
   """
-  found = jax.device_count(), jax.process_count(), jax.local_device_count()
-  if found[0] != found[1] * found[2]:
-    raise UserError(
-      f'{found[0]} devices in {found[1]} processes, and {found[2]} in this one: give '
-      'every process the same number of devices'
-    )
   if batch_size % jax.device_count():
     raise UserError(
       f'a batch of {batch_size} does not divide over {jax.device_count()} '

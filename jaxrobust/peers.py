@@ -29,12 +29,11 @@ from jaxrobust.errors import UserError
 
 _ASK, _END = 'jaxrobust/alike', 'jaxrobust/end'
 _ALIKE = 'alike'
-_START_MS = 300_000  # As jax waits for processes that are late.
 _END_MS = 5_000
 _FOREVER_MS = 2**31 - 1
 _MAX_DIFFERENCES = 5
 # Besides those of the numbers: what makes batches, and reads checkpoints.
-_PACKAGES = ('tensorflow', 'tensorflow-cpu', 'orbax-checkpoint')
+_PACKAGES = ('tensorflow', 'tensorflow-cpu', 'orbax-checkpoint', 'libtpu')
 
 # Held by whoever says why this process ends: its own program, or another process.
 _last_word = threading.Lock()
@@ -69,6 +68,8 @@ def join(
   )
   if alone:
     jax.config.update('jax_platforms', 'cpu')
+    # It saves nothing that a signal should wait for.
+    jax.config.update('jax_enable_preemption_service', False)
   if coordinator == 'auto' or (not coordinator and _is_on_tpu()):
     _join_by_itself(initialize)
   elif num_processes > 1 and not coordinator:
@@ -143,7 +144,8 @@ def start(command: dict, config):
 
   Raises:
     UserError: in every process, before any of them wrote: with what differs in the
-      commands, the configs, this package's code, or the versions of libraries.
+      commands, the configs, this package's code, the versions of libraries, or the
+      numbers of devices.
   """
   here = membership()
   if here is None:
@@ -159,10 +161,13 @@ def start(command: dict, config):
     **{name: _version(name) for name in _PACKAGES},
   }
   require_alike(facts, 'run the same command and the same installation on every host')
+  parallel.require_equal_processes()
 
 
 def require_alike(facts: dict, remedy: str = 'give every host the same files'):
   """Checks that something is the same in all processes, which all ask.
+
+  It waits as long as they live: one disk is read in minutes, another in an hour.
 
   Args:
     facts: JSON values under names.
@@ -177,9 +182,9 @@ def require_alike(facts: dict, remedy: str = 'give every host the same files'):
   question = f'{_ASK}/{next(_questions)}'
   if here.number:
     here.store.key_value_set(f'{question}/{here.number}', json.dumps(facts))
-    verdict = here.store.blocking_key_value_get(f'{question}/verdict', _START_MS)
+    verdict = here.store.blocking_key_value_get(f'{question}/verdict', _FOREVER_MS)
   else:
-    get = lambda i: here.store.blocking_key_value_get(f'{question}/{i}', _START_MS)
+    get = lambda i: here.store.blocking_key_value_get(f'{question}/{i}', _FOREVER_MS)
     others = {i: json.loads(get(i)) for i in range(1, here.count)}
     differences = compare(json.loads(json.dumps(facts)), others)
     verdict = f'{differences}: {remedy}' if differences else _ALIKE
@@ -227,12 +232,10 @@ def source_digest() -> str:
 def leave_to_first() -> bool:
   """Waits for process 0, which does all the work; False in that process."""
   here = membership()
-  if here is None:
+  if here is None or here.number == 0:
     return False
-  parallel.num_local_devices()  # No process gets its own until all want theirs.
-  if here.number:
-    _listeners[0].join()
-  return here.number > 0
+  _listeners[0].join()
+  return True
 
 
 def finish():

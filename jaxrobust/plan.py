@@ -30,7 +30,7 @@ Examples:
                      accumulation, bfloat16, a smaller batch.
   --sweep            adds the total over the experiment's sweep().
   --table=NAME       the total over the classifiers of a table of experiments/paper.py,
-                     or of --tables=FILE; compiles nothing.
+                     or of --tables=FILE, and over their attacks; compiles nothing.
   --utilization=U    share of the chip's peak that the estimate of time supposes.
 
 No TPU is needed or used: the compiler comes with libtpu (pip install
@@ -109,18 +109,33 @@ def main(
 
 
 def print_total(what: str, found: list, devices: list, chip: costs.Chip, share: float):
-  """Prints the chip-hours of training each of (name, config), and their sum."""
-  total, known = 0.0, {}
-  chips = len(devices) // chip.devices
-  for name, config in found:
-    kind = _kind(config)
+  """Prints the chip-hours of each of (name, config, is it judged), and of all."""
+  chips, num_devices = len(devices) // chip.devices, len(devices)
+  known = {}
+
+  def cost(config, part: str, make) -> float:
+    kind = _kind(config, part)
     if kind not in known:
-      program = programs.of(config, 'train', len(devices))
-      cost = operations_of(program, len(devices))
-      known[kind] = hours(cost, program, chip, share) * chips
-    total += known[kind]
-    print(f'  {name}: {known[kind]:,.4g} chip-hours')
-  print(f'{what} {total:,.4g} chip-hours of training')
+      known[kind] = chips * sum(
+        hours(operations_of(program, num_devices), program, chip, share)
+        for program in make()
+      )
+    return known[kind]
+
+  training, judging = 0.0, 0.0
+  for name, config, judged in found:
+    train = lambda config=config: [programs.of(config, 'train', num_devices)]
+    own = cost(config, 'training', train)
+    line, training = f'  {name}: {own:,.4g} chip-hours', training + own
+    if judged:
+      judge = lambda config=config: programs.judging(config, num_devices)
+      own = cost(config, 'evaluation', judge)
+      line, judging = f'{line}, at most {own:,.4g} to judge it', judging + own
+    print(line)
+  print(
+    f'{what} {training:,.4g} chip-hours of training, at most {judging:,.4g} of judging '
+    '(if no image fell)'
+  )
 
 
 def operations_of(program: programs.Program, num_devices: int) -> float:
@@ -198,7 +213,7 @@ def refusal(message: str) -> str:
 def fits(result: dict, usable: float) -> str:
   """One line on memory."""
   if 'refused' in result:
-    return f'does NOT fit: {result["refused"]} on a device'
+    return f'does NOT fit: {result["refused"]} on a device (--suggest: what may)'
   gib = {k: result[k] / _GIB for k in ('arguments', 'outputs', 'aliased')}
   temporaries = result['temporaries'] / _GIB
   total = gib['arguments'] + gib['outputs'] - gib['aliased'] + temporaries
@@ -302,28 +317,41 @@ def changes(config, what: str, num_devices: int) -> list[list[dict]]:
 
 
 def _points_of_table(table: str, file: str) -> list:
-  """Names and configs of the classifiers of a table, labellers included."""
+  """Names and configs of the classifiers of a table, and whether they are judged.
+
+  Labellers are among them, which are not.
+  """
   tables, preparations = points.read_tables(file)
-  found = points.Maker('runs', preparations).of_table(points.find_table(table, tables))
-  return [(p.name, p.config) for p in found if 'train' in p.programs]
+  made = points.Maker('runs', preparations).of_table(points.find_table(table, tables))
+  found = []
+  for point in made:
+    if 'train' not in point.programs:
+      continue
+    config = point.config.copy_and_resolve_references()
+    config.evaluation.suite = point.suite or config.evaluation.suite
+    found.append((point.name, config, 'evaluate' in point.programs))
+  return found
 
 
 def _points_of_sweep(config) -> list:
-  """Names and configs of the experiment's sweep()."""
+  """The same of the experiment's sweep()."""
   given = [x for x in sys.orig_argv if x.startswith('--config=')]
   if not given:
     raise UserError('--sweep needs --config= of an experiment that has a sweep()')
   file = given[-1].removeprefix('--config=').split(':')[0]
-  return [(name, point) for name, _, point in experiment.sweep_points(config, file)]
+  found = experiment.sweep_points(config, file)
+  return [(name, point, True) for name, _, point in found]
 
 
-def _kind(config) -> str:
-  """What the cost of training follows from: points of a sweep often share it."""
+def _kind(config, part: str) -> str:
+  """What the cost of a part follows from: points of a sweep often share it."""
   tree = json.loads(configs.to_json(config))
-  parts = ('model', 'augment', 'loss', 'attack', 'ema', 'training')
-  return json.dumps(
-    [tree['dataset']['name'], tree['data']['batch_size'], *(tree[k] for k in parts)]
-  )
+  fields = {
+    'training': ('augment', 'loss', 'attack', 'ema', 'training'),
+    'evaluation': ('evaluation', 'threat'),
+  }[part]
+  kept = [tree[field] for field in ('model', *fields)]
+  return json.dumps([part, tree['dataset']['name'], tree['data']['batch_size'], *kept])
 
 
 def _share(text: str) -> float:

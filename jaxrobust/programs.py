@@ -88,19 +88,24 @@ def of(config, what: str, num_devices: int) -> Program:
       such program.
   """
   field, size = batch(config, what)
+  if what == 'evaluate':
+    found = judging(config, num_devices)
+    if not found:
+      raise UserError(
+        f'config.evaluation.suite = {config.evaluation.suite!r} has no attack to plan: '
+        'use another suite, such as autoattack'
+      )
+    return found[0]
   images, left = (size, 0) if what == 'sample' else divmod(size, num_devices)
   if left:
     raise UserError(
       f'config.{field}: a batch of {size} does not divide over {num_devices} devices: '
       'use a multiple of that number, or another --topology'
     )
-  make = _evaluating
+  make = _training
   if 'generator' in config:
     make = _sampling if what == 'sample' else _training_of_generator
-  elif what == 'train':
-    make = _training
-  info = datasets.INFO[config.dataset.name]
-  return make(config, info, images, num_devices)
+  return make(config, datasets.INFO[config.dataset.name], images, num_devices)
 
 
 def _batch_of(info, images):
@@ -155,42 +160,44 @@ def _sampling(config, info, images, num_devices):
   )
 
 
-def _evaluating(config, info, images, num_devices):
-  """An attempt of the suite's first attack."""
-  del num_devices
+def judging(config, num_devices: int) -> list[Program]:
+  """An attempt of each attack of config.evaluation.suite, as `evaluate` runs them.
+
+  Args:
+    config: a classifier's, after all overrides.
+    num_devices: of the slice; they share the batch, the last of them with padding.
+
+  Returns:
+    A Program an attack, as if every image stood until its last attempt.
+  """
   configs.check(config)
+  settings, info = config.evaluation, datasets.INFO[config.dataset.name]
   model = models.from_config(config.model, info)
-  variables = jax.eval_shape(model.init, jax.random.key(0))
-  attempt, attack = _attempt(config, model)
-  count = config.evaluation.num_images or info.test_size
-  pixels, labels, *_ = _batch_of(info, images)
-  return Program(
-    attempt,
-    (variables, pixels, labels, labels, jax.ShapeDtypeStruct((), jnp.int32)),
-    (),
-    images,
-    attack.num_attempts(info.num_classes) * -(-count // config.evaluation.batch_size),
-    getattr(attack, 'num_steps', 0) or getattr(attack, 'num_queries', 1),
-  )
-
-
-def _attempt(config, model):
-  """An attempt of the suite's first attack, as Evaluator maps it, and the attack."""
   ball = norms.get(config.threat.norm, config.threat.epsilon)
-  if config.evaluation.suite == 'pgd':
-    attacks = [('pgd', suites.attack_from_config(config.evaluation.attack, ball))]
+  if settings.suite == 'pgd':
+    attacks = [('pgd', suites.attack_from_config(settings.attack, ball))]
   else:
-    attacks = suites.get(config.evaluation.suite, ball)
-  if not attacks:
-    raise UserError(
-      f'config.evaluation.suite = {config.evaluation.suite!r} has no attack to plan: '
-      'use another suite, such as autoattack'
-    )
-  name, attack = attacks[0]
+    attacks = suites.get(settings.suite, ball)
+  count = settings.num_images or info.test_size
+  size = min(settings.batch_size, count)
   evaluator = Evaluator(
     lambda variables, x: model.apply(*variables, x, batch_stats=False)[0],
-    [(name, attack)],
-    batch_size=config.evaluation.batch_size,
+    attacks,
+    batch_size=size,
     seed=config.seed,
   )
-  return functools.partial(evaluator._attempt_shard, name, attack), attack
+  images = -(-size // num_devices)
+  pixels, labels, *_ = _batch_of(info, images)
+  variables = jax.eval_shape(model.init, jax.random.key(0))
+  index = jax.ShapeDtypeStruct((), jnp.int32)
+  return [
+    Program(
+      functools.partial(evaluator._attempt_shard, name, attack),
+      (variables, pixels, labels, labels, index),
+      (),
+      images,
+      attack.num_attempts(info.num_classes) * -(-count // size),
+      getattr(attack, 'num_steps', 0) or getattr(attack, 'num_queries', 1),
+    )
+    for name, attack in attacks
+  ]

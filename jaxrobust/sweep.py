@@ -71,8 +71,9 @@ def main(config, workdir, list_, only, shard, table, tables):
       f'{own[0]} has no use with --table=: its rows have their own configs; write '
       'others to a file of tables of your own, for --tables=FILE'
     )
-  if '--config' in sys.orig_argv:
-    raise UserError('write --config=FILE.py, with an equals sign')
+  for flag in ('--config', *(x.rstrip('=') for x in _OF_PROCESSES)):
+    if flag in sys.orig_argv:
+      raise UserError(f'{flag}: write {flag}=VALUE, with an equals sign')
   if table:
     known, preparations = read_tables(tables)
     maker = Maker(workdir, preparations, common)
@@ -215,6 +216,8 @@ class _Runner:
       [sys.executable, '-m', f'jaxrobust.{command[0]}', *command[1:]],
       start_new_session=True,
     )
+    if self.asked:  # While it was made.
+      self._process.terminate()
     code = self._process.wait()
     return 128 - code if code < 0 else code
 

@@ -215,11 +215,11 @@ def disk_error(e: Exception, workdir: str | None = None) -> UserError | None:
       f'cannot use a bucket: {kind.__name__}: {text}; what was saved before is whole: '
       'give access, or correct its name, and run the same command again'
     )
-  # Orbax's say it in their text.
-  found = re.search(r'local file "([^"]*)".*os_error_code=\'(\d+)\'', str(e), re.S)
   path, number = getattr(e, 'filename', None), getattr(e, 'errno', None)
-  if found:
-    path, number = found[1], int(found[2])
+  if found := re.search(r"os_error_code='(\d+)'", str(e)):  # As tensorstore says it.
+    number = int(found[1])
+    path = re.search(r'local file "([^"]*)"', str(e))
+    path = path and path[1]
   if number not in _DISK_ERRORS:
     return None
   return UserError(

@@ -171,6 +171,7 @@ def test_falls_back_to_the_checkpoint_before_a_damaged_one(tmp_path):
   manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
   like = {'x': np.zeros(3, np.float32)}
   assert manager.restore(like)['x'][0] == 1
+  assert (tmp_path / 'checkpoints' / 'damaged-2' / 'state').exists()
   # The step can be saved again, whole.
   manager.save(2, {'x': np.full(3, 7, np.float32)})
   manager.wait()

@@ -263,6 +263,10 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
   with pytest.raises(OSError) as e, open('/dev/full', 'w') as f:
     f.write('x')
   assert 'cannot write to a disk: No space left' in str(workdir.disk_error(e.value))
+  assert 'cannot write runs/a: No space' in str(workdir.disk_error(e.value, 'runs/a'))
+  # As tensorstore tells it where it has no name of a file.
+  told = ValueError("Failed to write 9 bytes to file 27 [os_error_code='28']")
+  assert 'cannot write runs/a: No space' in str(workdir.disk_error(told, 'runs/a'))
   assert workdir.disk_error(FileNotFoundError(2, 'No such file', 'x')) is None
   assert workdir.disk_error(ValueError('something else')) is None
   denied = type('PermissionDeniedError', (Exception,), {})

@@ -88,7 +88,7 @@ def test_unequal_processes_are_refused(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
   with pytest.raises(UserError, match='4 devices in 2 processes, and 1 in this one'):
-    parallel.process_slots(16)
+    parallel.require_equal_processes()
 
 
 def test_a_device_without_memory_is_told_in_one_line():

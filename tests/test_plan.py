@@ -280,8 +280,11 @@ def test_the_total_of_a_table(capsys, monkeypatch):
   """Every classifier counts once, runs of one kind are counted once."""
   monkeypatch.setattr(plan, 'operations_of', lambda program, n: 4e12)
   traced = []
-  of = programs.of
-  monkeypatch.setattr(programs, 'of', lambda *a: traced.append(a) or of(*a))
+  for made in ('of', 'judging'):
+    make = getattr(programs, made)
+    monkeypatch.setattr(
+      programs, made, lambda *a, made=made, make=make: traced.append(made) or make(*a)
+    )
   found = plan._points_of_table('digits-linf', '')
   plan.print_total('table', found, [None] * 2, costs.CHIPS['v4'], 0.5)
   *lines, total = capsys.readouterr().out.splitlines()
@@ -290,10 +293,17 @@ def test_the_total_of_a_table(capsys, monkeypatch):
     for data in ('real', 'gaussian', 'ddpm')
     for seed in range(3)
   ]
-  assert len(traced) == 2
+  assert traced == ['of', 'of', 'judging']
   # 9 runs of 1,000 steps and one of 400, in two chips at half of 275 TFLOP/s.
-  hours = (9 * 1_000 + 400) * 4e12 / (275e12 / 2) / 3600 * 2
-  assert total == f'table {hours:,.4g} chip-hours of training'
+  hour = 4e12 / (275e12 / 2) / 3600 * 2
+  hours = (9 * 1_000 + 400) * hour
+  # One attempt of APGD-CE and of Square, 9 of APGD-T and FAB-T; 797 images in batches.
+  size = found[1][1].evaluation.batch_size
+  judged = 9 * (1 + 9 + 9 + 1) * -(-797 // size) * hour
+  assert total == (
+    f'table {hours:,.4g} chip-hours of training, at most {judged:,.4g} of judging '
+    '(if no image fell)'
+  )
 
 
 def test_libtpu_is_optional_and_its_absence_told(monkeypatch):

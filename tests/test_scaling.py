@@ -93,7 +93,7 @@ def read(process):
 def test_collectives_are_constant_and_nothing_goes_to_the_host():
   found = read(start(8, (1, 2, 4, 8)))
   assert [v['host'] for v in found.values()] == [[]] * 4
-  assert found[2]['collectives'] == found[4]['collectives'] == found[8]['collectives']
+  assert len({json.dumps(v['collectives']) for v in found.values()}) == 1
   assert list(found[8]['collectives']) == ['all-reduce']
   for each in found.values():
     # None in the loop of the attack, which the count would take for one.

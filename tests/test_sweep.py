@@ -306,7 +306,8 @@ def test_the_program_lists_a_table(tmp_path):
   'flags, message',
   [
     (['--table=digits-linf', '--config.seed=1'], '--config.seed=1 has no use with'),
-    (['--config', 'experiments/digits.py'], 'with an equals sign'),
+    (['--config', 'experiments/digits.py'], '--config=VALUE, with an equals sign'),
+    (['--coordinator', 'a:1'], '--coordinator=VALUE, with an equals sign'),
   ],
 )
 def test_flags_that_have_no_effect_are_refused(monkeypatch, flags, message):
