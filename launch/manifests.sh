@@ -20,6 +20,8 @@ list() {
 # starts all workers again.
 jobset() {
   local chips per_host=4 accelerator
+  # Pods are named NAME-workers-0-NUMBER-xxxxx, in a label of 63 letters.
+  [ ${#name} -le 40 ] || fail "$name: give a JobSet a name of at most 40 letters"
   [ -n "$image" ] || fail 'jobset needs --image=IMAGE, one with this code: launch/Dockerfile'
   [[ $topology =~ ^[0-9]+x[0-9]+(x[0-9]+)?$ ]] ||
     fail "--topology=$topology: give that of the node pool, such as 4x4 or 2x2x4"
@@ -80,6 +82,7 @@ spec:
 ${data:+            metadata:
               annotations:
                 gke-gcsfuse/volumes: 'true'
+                gke-gcsfuse/ephemeral-storage-limit: '0'
 }            spec:
               restartPolicy: Never
               # Time to write a checkpoint after SIGTERM.
@@ -120,6 +123,9 @@ YAML
                     volumeAttributes:
                       bucketName: ${bucket%%/*}
                       mountOptions: implicit-dirs${folder:+,only-dir=${folder#/}}
+                      # Images are read at random: whole shards go to the node's disk.
+                      fileCacheCapacity: '-1'
+                      fileCacheForRangeRead: 'true'
 YAML
   fi
 }

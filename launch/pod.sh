@@ -58,19 +58,23 @@ process() {
   echo "$code" > "$records/exit-$1"
 }
 
+# To all processes, those too that are about to begin.
 signal() {
-  local record pid
-  for record in "$records"/pid-*; do
-    pid=$(cat "$record")
+  local i pid
+  for ((i = 0; i < processes; i++)); do
+    while [ ! -s "$records/pid-$i" ] && kill -0 "${jobs[i]}" 2> /dev/null; do
+      sleep 0.1
+    done
+    pid=$(cat "$records/pid-$i" 2> /dev/null) || continue
     # A sweep passes on other signals to the run that it waits for.
     # shellcheck disable=SC2046
     kill "-$1" "$pid" $([ "$1" != KILL ] || pgrep -P "$pid") 2> /dev/null || true
   done
 }
 
-deadline=''
-trap 'signal TERM; deadline=$((SECONDS + grace)) next=KILL' TERM
-trap 'signal INT; deadline=$((SECONDS + grace)) next=KILL' INT
+deadline='' asked=''
+trap 'asked=TERM' TERM
+trap 'asked=INT' INT
 # Each process in a group of its own, so that a Ctrl-C reaches it once, from here.
 set -m
 jobs=()
@@ -81,6 +85,10 @@ done
 set +m
 for job in "${jobs[@]}"; do
   while kill -0 "$job" 2> /dev/null; do
+    if [ -n "$asked" ]; then
+      signal "$asked"
+      deadline=$((SECONDS + grace)) next=KILL asked=''
+    fi
     codes=$(cat "$records"/exit-* 2> /dev/null || true)
     # shellcheck disable=SC2086
     if [ -z "$deadline" ] && [ "$(worst $codes)" != 0 ]; then

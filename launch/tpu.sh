@@ -24,9 +24,10 @@
 # ends with an error (1). What is preempted, failed or crashed it makes anew and resumes;
 # after --attempts=N (100) in a row it gives up. Code 42, or 40 looks in a row at which
 # all workers run (20 minutes), give all attempts back; a gcloud that does not answer
-# costs none. runs/launch/NAME.log keeps the last lines of the logs. It may be stopped
-# and started again: the same command takes over. It deletes nothing that still runs,
-# so delete the TPU afterwards.
+# costs none. Workers that do not answer for half an hour, while gcloud calls them ready,
+# count as failed. runs/launch/NAME.log keeps the last lines of the logs. It may be
+# stopped and started again: the same command takes over. Delete the TPU afterwards: what
+# is done, or ended with an error, stays there and costs.
 #
 # jobset prints a GKE JobSet (| kubectl apply -f -), skypilot a SkyPilot task
 # (sky jobs launch FILE); both restart by the same exit codes.
@@ -66,7 +67,10 @@ while [ $# -gt 0 ]; do
     --worker=*) worker=${1#*=} ;;
     --topology=*) topology=${1#*=} ;;
     --image=*) image=${1#*=} ;;
-    --attempts=[1-9]*) attempts=${1#*=} ;;
+    --attempts=*)
+      attempts=${1#*=}
+      [[ $attempts =~ ^[1-9][0-9]{0,5}$ ]] || fail "$1: give a number from 1 to 999999"
+      ;;
     -*) fail "$1 is not a flag of $verb: --help shows them" ;;
     *) break ;;
   esac
@@ -151,7 +155,7 @@ described() {
     echo ABSENT
   else
     echo "$errors" >&2
-    echo UNKNOWN
+    if refused "$errors"; then echo REFUSED; else echo UNKNOWN; fi
   fi
 }
 
@@ -165,7 +169,7 @@ state() {
     if [ "$found" = ABSENT ]; then found=TERMINATED; fi
   fi
   case $found in
-    ABSENT | UNKNOWN | FAILED | SUSPENDED | PREEMPTED | TERMINATED | STOPPED | READY | \
+    ABSENT | UNKNOWN | REFUSED | FAILED | SUSPENDED | PREEMPTED | TERMINATED | STOPPED | READY | \
       ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING | CREATING | STARTING | \
       RESTARTING | REIMAGING | REPAIRING | SUSPENDING | STOPPING | DELETING) ;;
     *)
@@ -177,6 +181,19 @@ state() {
 }
 
 status() { on_workers 'bash jaxrobust/launch/worker.sh --status'; }
+
+# How many workers there are, 1 if gcloud does not say.
+count_hosts() {
+  local found
+  found=$(described tpu-vm describe "$name" --format='value(networkEndpoints.len())' \
+    "${where[@]}")
+  if [[ $found =~ ^[1-9][0-9]*$ ]]; then echo "$found"; else echo 1; fi
+}
+
+# What to wait for would not help against: flags, names, rights.
+refused() {
+  [[ $1 =~ PERMISSION_DENIED|INVALID_ARGUMENT|UNAUTHENTICATED|required\ property ]]
+}
 
 # $JAXROBUST_WAIT is the time between two looks, in seconds, and the first back-off.
 look=${JAXROBUST_WAIT:-30}
@@ -195,13 +212,16 @@ again() {
 }
 
 babysit() {
-  local now codes answered='' started='' silent=0 ragged=0 steady=0
+  local now codes said hosts answered='' started='' silent=0 ragged=0 steady=0
   record=runs/launch/$name.log
   mkdir -p runs/launch
   while :; do
     now=$(state)
     echo "$name: $now" >&2
-    if [ "$now" = UNKNOWN ]; then
+    if [ "$now" = REFUSED ] && [ -z "$answered" ]; then
+      fail 'gcloud refuses, see above: correct the flags, or log in'
+    fi
+    if [ "$now" = UNKNOWN ] || [ "$now" = REFUSED ]; then
       silent=0
       # Where gcloud has answered before, the connection is gone, and will be back.
       if [ -n "$answered" ]; then pause 'gcloud failed'; else again 'gcloud failed'; fi
@@ -212,7 +232,13 @@ babysit() {
       READY) ;;
       ABSENT)
         started=''
-        create || again 'create failed'
+        if ! said=$(create 2>&1); then
+          echo "$said" >&2
+          if refused "$said"; then fail 'gcloud refuses, see above'; fi
+          again 'create failed'
+        else
+          echo "$said" >&2
+        fi
         continue
         ;;
       FAILED | SUSPENDED | PREEMPTED | TERMINATED | STOPPED)
@@ -226,17 +252,19 @@ babysit() {
     if [ -z "$started" ]; then
       # The same command resumes, so what may still run from before is started again.
       if setup && start "$@"; then
-        started=1 silent=0 ragged=0 steady=0
+        started=1 silent=0 ragged=0 steady=0 hosts=$(count_hosts)
       else
         again 'the start failed'
         continue
       fi
     fi
     sleep "$look"
-    # ssh's 255, like any failure of gcloud itself, says nothing of the program.
-    if ! status > "$record.tmp"; then
+    # ssh's 255, like any failure of gcloud itself, says nothing of the program; nor do
+    # some of the workers without the others.
+    if ! status > "$record.tmp" ||
+      [ "$(grep -c '^== ' "$record.tmp")" -lt "$hosts" ]; then
       silent=$((silent + 1))
-      if [ "$silent" -ge 10 ]; then
+      if [ "$silent" -ge 60 ]; then
         started=''
         delete || true
         again 'the workers do not answer'

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 
 import pytest
-import yaml
 
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not shutil.which('git'), reason='git is not installed')
@@ -20,6 +19,7 @@ case $* in
   *'queued-resources create '*) kind=create ;;
   *'queued-resources delete '*) kind=delete ;;
   *'queued-resources describe '*) kind=state ;;
+  *'value(networkEndpoints'*) kind=hosts ;;
   *'tpu-vm describe '*) kind=node ;;
   *'tpu-vm scp '*) kind=copy ;;
   *--setup*) kind=setup ;;
@@ -60,7 +60,7 @@ class Run:
   @property
   def story(self):
     """The calls that change something or look at the workers, and the pauses."""
-    return [k for k in self.kinds if k not in ('state', 'node', 'copy')]
+    return [k for k in self.kinds if k not in ('state', 'node', 'hosts', 'copy')]
 
 
 @pytest.fixture
@@ -232,6 +232,11 @@ class TestVerbs:
     'args, message',
     [
       ((), 'no argument: give create'),
+      (('babysit', 'x', '--attempts=1x', 'train'), '--attempts=1x: give a number'),
+      (
+        ('jobset', 'a' * 41, '--type=v4-8', 'train'),
+        f'{"a" * 41}: give a JobSet a name',
+      ),
       (('make', 'x'), 'make: give create'),
       (('create',), 'nothing: give a name'),
       (('create', 'X_1'), 'X_1: give a name'),
@@ -358,22 +363,34 @@ class TestBabysit:
     assert 'last line' in run.err
 
   def test_what_ssh_does_not_know_is_looked_at_again(self, tpu):
-    """255 restarts nothing while the machine is there; ten in a row make it anew."""
+    """255 restarts nothing while the machine is there; half an hour makes it anew."""
     run = tpu(
       *BABYSIT,
       state=['0 ACTIVE'],
       node=['0 READY'],
-      status=['255', RUNNING, *['255'] * 9, ended('exit 0', 'exit 0')],
+      status=['255', RUNNING, *['255'] * 59, ended('exit 0', 'exit 0')],
     )
     assert run.code == 0, run.err
-    assert run.story == ['setup', 'start', *('sleep 30', 'status') * 12]
+    assert run.story == ['setup', 'start', *('sleep 30', 'status') * 62]
     run = tpu(
       *BABYSIT,
-      state=[*['0 ACTIVE'] * 10, ABSENT, '0 ACTIVE'],
-      status=[*['255'] * 10, ended('exit 0', 'exit 0')],
+      state=[*['0 ACTIVE'] * 60, ABSENT, '0 ACTIVE'],
+      status=[*['255'] * 60, ended('exit 0', 'exit 0')],
     )
     assert run.code == 0, run.err
     assert run.kinds.count('delete') == 1
+
+  @pytest.mark.parametrize('answer', ['0', '0 == a: exit 0\\nlast line'])
+  def test_some_of_the_workers_do_not_say_that_all_are_done(self, tpu, answer):
+    run = tpu(
+      *BABYSIT,
+      state=['0 ACTIVE'],
+      node=['0 READY'],
+      hosts=['0 2'],
+      status=[answer, ended('exit 0', 'exit 1')],
+    )
+    assert run.code == 1, run.err
+    assert run.story == ['setup', 'start', *('sleep 30', 'status') * 2, 'stop']
 
   def test_workers_that_wait_for_a_lost_one_are_started_again(self, tpu):
     run = tpu(
@@ -439,7 +456,10 @@ class TestBabysit:
     assert run.story.count('start') == 3
     assert 'exit code 134, and no attempt is left' in run.err
 
-  @pytest.mark.parametrize('look', ['1 ERROR: no network', '0 ', '0 NO_WORD_OF_OURS'])
+  @pytest.mark.parametrize(
+    'look',
+    ['1 ERROR: no network', '1 ERROR: UNAUTHENTICATED', '0 ', '0 NO_WORD_OF_OURS'],
+  )
   def test_a_lost_connection_costs_no_attempt_and_starts_nothing(self, tpu, look):
     run = tpu(
       *(*BABYSIT[:3], '--attempts=1', 'train'),
@@ -462,136 +482,26 @@ class TestBabysit:
     assert run.story == ['sleep 30', 'sleep 60']
     assert 'no credentials' in run.err
 
+  @pytest.mark.parametrize(
+    'answers',
+    [
+      {'state': ['1 ERROR: The required property [zone] is not currently set.']},
+      {'state': ['1 ERROR: PERMISSION_DENIED: no']},
+      {'state': [ABSENT], 'create': ['1 ERROR: INVALID_ARGUMENT: no such type']},
+    ],
+  )
+  def test_what_no_attempt_mends_is_told_at_once(self, tpu, answers):
+    run = tpu(*BABYSIT, **answers)
+    assert run.code == 1
+    assert not [k for k in run.kinds if k.startswith('sleep')]
+    assert 'error: gcloud refuses, see above' in run.err
+    assert answers.get('create', answers['state'])[0][2:] in run.err
+
   def test_the_wait_is_a_setting(self, tpu):
     run = tpu(
       *BABYSIT[:3], '--attempts=3', 'train', create=['1'], state=[ABSENT], wait='0'
     )
     assert run.story == ['create', 'sleep 0', 'create', 'sleep 0', 'create']
-
-
-class TestManifests:
-  WORDS = ('train', '--workdir=gs://b/a b', '--x="\\')
-
-  def jobset(self, tpu, *flags):
-    run = tpu('jobset', 'x', '--image=i', *flags, *self.WORDS)
-    assert run.code == 0, run.err
-    assert run.calls == []
-    return yaml.safe_load(run.out)
-
-  @pytest.mark.parametrize(
-    'accelerator, topology, hosts, chips, name',
-    [
-      ('v3-32', '4x4', 4, 4, 'tpu-v3-slice'),
-      ('v4-8', '2x2x1', 1, 4, 'tpu-v4-podslice'),
-      ('v4-32', '2x2x4', 4, 4, 'tpu-v4-podslice'),
-      ('v5p-8', '2x2x1', 1, 4, 'tpu-v5p-slice'),
-      ('v5litepod-16', '4x4', 4, 4, 'tpu-v5-lite-podslice'),
-      ('v6e-8', '2x4', 1, 8, 'tpu-v6e-slice'),
-      ('v6e-1', '1x1', 1, 1, 'tpu-v6e-slice'),
-    ],
-  )
-  def test_jobset(self, tpu, accelerator, topology, hosts, chips, name):
-    """Field names are those of jobset.x-k8s.io/v1alpha2, batch/v1 and core/v1."""
-    manifest = self.jobset(tpu, f'--type={accelerator}', f'--topology={topology}')
-    assert (manifest['apiVersion'], manifest['kind']) == (
-      'jobset.x-k8s.io/v1alpha2',
-      'JobSet',
-    )
-    assert set(manifest['spec']) == {'failurePolicy', 'replicatedJobs'}
-    (jobs,) = manifest['spec']['replicatedJobs']
-    assert set(jobs) == {'name', 'replicas', 'template'}
-    job = jobs['template']['spec']
-    assert (job['completions'], job['parallelism']) == (hosts, hosts)
-    pod = job['template']['spec']
-    assert pod['restartPolicy'] == 'Never'  # a pod failure policy requires it
-    assert pod['nodeSelector'] == {
-      'cloud.google.com/gke-tpu-accelerator': name,
-      'cloud.google.com/gke-tpu-topology': topology,
-    }
-    (container,) = pod['containers']
-    assert container['resources']['limits'] == {'google.com/tpu': chips}
-    assert container['command'] == ['bash', 'launch/worker.sh']
-    assert container['args'] == list(self.WORDS)
-
-  def test_jobset_restarts_by_the_exit_code(self, tpu):
-    spec = self.jobset(tpu, '--type=v4-8', '--topology=2x2x1', '--attempts=7')['spec']
-    assert spec['failurePolicy']['maxRestarts'] == 7
-    # A Job fails at its first failed pod, with reason PodFailurePolicy for these codes.
-    # JobSet fails for that reason, and for want of another rule restarts for others.
-    job = spec['replicatedJobs'][0]['template']['spec']
-    assert job['backoffLimit'] == 0
-    (rule,) = job['podFailurePolicy']['rules']
-    assert (rule['action'], rule['onExitCodes']['operator']) == ('FailJob', 'In')
-    container = job['template']['spec']['containers'][0]
-    assert rule['onExitCodes']['containerName'] == container['name']
-    codes = rule['onExitCodes']['values']
-    assert 1 in codes
-    assert not {42, *range(128, 256)} & set(codes)
-    assert spec['failurePolicy']['rules'] == [
-      {
-        'name': 'error',
-        'action': 'FailJobSet',
-        'onJobFailureReasons': ['PodFailurePolicy'],
-      }
-    ]
-
-  def test_jobset_on_spot_nodes_with_data(self, tpu):
-    manifest = self.jobset(
-      tpu, '--type=v4-8', '--topology=2x2x1', '--spot', '--data=gs://b/c/d'
-    )
-    template = manifest['spec']['replicatedJobs'][0]['template']['spec']['template']
-    assert template['metadata']['annotations'] == {'gke-gcsfuse/volumes': 'true'}
-    assert template['spec']['nodeSelector']['cloud.google.com/gke-spot'] == 'true'
-    (mount,) = template['spec']['containers'][0]['volumeMounts']
-    (volume,) = template['spec']['volumes']
-    assert mount['name'] == volume['name']
-    assert mount['mountPath'] == '/jaxrobust/data'
-    assert volume['csi']['volumeAttributes'] == {
-      'bucketName': 'b',
-      'mountOptions': 'implicit-dirs,only-dir=c/d',
-    }
-
-  def test_skypilot(self, tpu, tmp_path):
-    run = tpu(
-      *('skypilot', 'x', '--type=v5litepod-16', '--spot', '--zone=us-west4-a'),
-      *('--data=gs://b/d', *self.WORDS),
-    )
-    task = yaml.safe_load(run.out)
-    assert run.calls == []
-    assert task['name'] == 'x'
-    assert task['resources']['infra'] == 'gcp/us-west4/us-west4-a'
-    assert task['resources']['accelerators'] == 'tpu-v5litepod-16'
-    assert task['resources']['accelerator_args'] == {
-      'runtime_version': 'v2-alpha-tpuv5-lite'
-    }
-    assert task['resources']['use_spot'] is True
-    recovery = task['resources']['job_recovery']
-    assert recovery['max_restarts_on_errors'] == 0
-    codes = set(recovery['recover_on_exit_codes'])
-    # Every signal's but 137, which SkyPilot uses itself; 1 is an error.
-    assert codes == {42, *range(128, 160)} - {137}
-    assert task['file_mounts'] == {'~/data': {'source': 'gs://b/d', 'mode': 'COPY'}}
-    assert 'worker.sh --setup' in task['setup']
-    worker = tmp_path / 'launch' / 'worker.sh'
-    worker.parent.mkdir()
-    worker.write_text('printf "%s\\0" "$@"; exit "$CODE"\n')
-    for code, seen in ((0, 0), (1, 1), (42, 42), (137, 134), (143, 143)):
-      done = subprocess.run(
-        ['bash', '-c', task['run']],
-        cwd=tmp_path,
-        env={**os.environ, 'CODE': str(code)},
-        capture_output=True,
-        text=True,
-      )
-      assert done.returncode == seen
-      assert done.stdout.split('\0')[:-1] == list(self.WORDS)
-
-  def test_on_demand_without_data(self, tpu):
-    out = tpu('skypilot', 'x', '--type=v4-8', 'train').out
-    task = yaml.safe_load(out)
-    assert task['resources']['use_spot'] is False
-    assert task['resources']['infra'] == 'gcp'
-    assert 'file_mounts' not in task
 
 
 def test_help_names_every_verb(tpu):
