@@ -126,9 +126,8 @@ def jobset(*flags):
 )
 def test_jobset(accelerator, topology, hosts, chips, name):
   found = jobset(f'--type={accelerator}', f'--topology={topology}')
-  topology_of = 'alpha.jobset.sigs.k8s.io/exclusive-topology'
   assert found['metadata']['annotations'] == {
-    topology_of: 'cloud.google.com/gke-nodepool'
+    'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'
   }
   (jobs,) = found['spec']['replicatedJobs']
   job = jobs['template']['spec']
