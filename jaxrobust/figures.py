@@ -11,7 +11,7 @@ from etils import epath
 from jaxrobust import config as configs
 from jaxrobust import metrics
 from jaxrobust import workdir as workdirs
-from jaxrobust.data import datasets, samples
+from jaxrobust.data import datasets, samples, shards
 
 _SHOWN = 10  # images in a row, and groups in an overview
 _STYLE = {
@@ -323,7 +323,7 @@ def image_rows(groups: dict) -> list[tuple[str, np.ndarray]]:
         rows.append((title, file['adversarial'][:_SHOWN]))
   sources = {c.data.samples for _, c in first.values() if c.data.samples}
   for source in sorted(sources):
-    if epath.Path(source).exists():
+    if epath.Path(source).exists() and not shards.is_remote(source):
       sample_set = samples.SampleSet.open(source)
       rows.append(
         (

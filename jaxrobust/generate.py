@@ -70,17 +70,15 @@ def main(config, workdir, stage=''):
   if stage and stage not in STAGES:
     raise UserError(f'--stage={stage}: use one of {", ".join(STAGES)}, or none for all')
   check(config, stage)
-  if stage != 'fit':
-    shards.local_path(workdir)  # Refuses a remote folder: samples are read at random.
   info = datasets.INFO[config.dataset.name]
-  finished = (epath.Path(workdir) / 'samples').exists()
+  finished = shards.is_whole(epath.Path(workdir) / 'samples')
   parallel.require_agreement(int(finished))
   if finished:
     folder = workdirs.claim(workdir, config)
-    found = samples.SampleSet.open(folder / 'samples')
+    found = shards.read_metadata(folder / 'samples')['counts']['total']
     if parallel.is_writer():
       _draws(config, folder).remove()  # A run killed before it did so.
-    logging.info('%s is finished: %d samples', folder / 'samples', len(found))
+    logging.info('%s is finished: %d samples', folder / 'samples', found)
     return
   if config.fitted:
     check_fitted(config)

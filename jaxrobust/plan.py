@@ -33,8 +33,8 @@ Examples:
                      or of --tables=FILE, and over their attacks; compiles nothing.
   --utilization=U    share of the chip's peak that the estimate of time supposes.
 
-No TPU is needed or used: the compiler comes with libtpu (pip install
-'jaxrobust[plan]'), on x86 Linux. It compiles the very program that `train`,
+No TPU is needed or used: the compiler comes with libtpu (from a
+clone: pip install -e '.[plan]'), on x86 Linux. It compiles the very program that `train`,
 `evaluate` or `generate` runs, which takes minutes; results are kept, by content of the
 program, in $JAXROBUST_CACHE or ~/.cache/jaxrobust.
 
@@ -57,10 +57,10 @@ import time
 
 import jax
 from absl import logging
-from etils import epath
 
 from jaxrobust import cli, costs, experiment, parallel, points, programs, slices
 from jaxrobust import config as configs
+from jaxrobust import workdir as workdirs
 from jaxrobust.errors import UserError
 
 _GIB = 2**30
@@ -157,7 +157,7 @@ def compile_for(devices: list, topology: str, program: programs.Program) -> dict
   key = hashlib.sha256(
     '\n'.join([topology, *versions, lowered.as_text()]).encode()
   ).hexdigest()
-  path = cache_folder() / f'{key}.json'
+  path = workdirs.cache_folder('plan') / f'{key}.json'
   if path.exists():
     return json.loads(path.read_text())
   logging.info('compiling for %s, which takes minutes', topology)
@@ -174,12 +174,6 @@ def compile_for(devices: list, topology: str, program: programs.Program) -> dict
   temporary.write_text(json.dumps(result))
   temporary.replace(path)
   return result
-
-
-def cache_folder() -> epath.Path:
-  """Where results are kept."""
-  home = os.environ.get('JAXROBUST_CACHE') or '~/.cache/jaxrobust'
-  return epath.Path(home).expanduser() / 'plan'
 
 
 def _measures(compiled) -> dict:

@@ -12,7 +12,7 @@ from jaxrobust import config as configs
 from jaxrobust import experiment
 from jaxrobust import workdir as workdirs
 from jaxrobust.attacks import norms, suites
-from jaxrobust.data import datasets
+from jaxrobust.data import datasets, shards
 from jaxrobust.errors import UserError
 from jaxrobust.tables import COLUMNS
 
@@ -59,7 +59,7 @@ class Point(NamedTuple):
     if program == 'train':
       return (self.workdir / 'checkpoint.npy').exists()
     if program == 'generate':
-      return (self.workdir / 'samples').exists()
+      return shards.is_whole(self.workdir / 'samples')
     return self.result() is not None
 
   def result(self) -> dict | None:

@@ -40,7 +40,7 @@ def devices(topology: str) -> list:
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(
       "libtpu is not installed, which has the TPU's compiler: "
-      "pip install 'jaxrobust[plan]' (from a clone: pip install -e '.[plan]')"
+      "from a clone, pip install -e '.[plan]'"
     )
   # Without these libtpu looks for a TPU, and waits for it.
   for name, value in (

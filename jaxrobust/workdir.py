@@ -161,6 +161,12 @@ def write(path: epath.Path, content: str | bytes):
     raise
 
 
+def cache_folder(kind: str) -> epath.Path:
+  """Where this machine keeps what it would compute or fetch again, of a kind."""
+  home = os.environ.get('JAXROBUST_CACHE') or '~/.cache/jaxrobust'
+  return epath.Path(home).expanduser() / kind
+
+
 def read_results(folder: epath.Path) -> list[dict]:
   """The entries of `results.json`, one an evaluation; none if it is absent."""
   path = folder / 'results.json'

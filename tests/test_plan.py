@@ -308,7 +308,7 @@ def test_the_total_of_a_table(capsys, monkeypatch):
 
 def test_libtpu_is_optional_and_its_absence_told(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(UserError, match=r"pip install 'jaxrobust\[plan\]'"):
+  with pytest.raises(UserError, match=r"pip install -e '.\[plan\]'"):
     slices.devices('v3:2x2')
 
 

@@ -1,6 +1,6 @@
 """Haiku and PyTorch compute the same; `.pt` files in, out, and refused.
 
-Needs PyTorch: `.ci/run` installs its CPU build, `pip install 'jaxrobust[torch]'` any.
+Needs PyTorch: `.ci/run` installs its CPU build, `pip install -e '.[torch]'` any.
 """
 
 import io
@@ -17,7 +17,7 @@ from jaxrobust.models import architecture, pytorch
 from tests.random_variables import assert_same, random_variables
 
 torch = pytest.importorskip(
-  'torch', reason="PyTorch is not installed (pip install 'jaxrobust[torch]')"
+  'torch', reason="PyTorch is not installed (pip install -e '.[torch]')"
 )
 from tests import torch_networks  # noqa: E402
 

@@ -130,13 +130,10 @@ def test_write_refuses(tmp_path, change, message):
   assert not list(tmp_path.iterdir())
 
 
-def test_write_never_overwrites_and_needs_local_disk(tmp_path):
+def test_write_never_overwrites(tmp_path):
   write(tmp_path / 'set')
   with pytest.raises(UserError, match='never overwritten'):
     write(tmp_path / 'set')
-  for call in (write, samples.SampleSet.open):
-    with pytest.raises(UserError, match='copy it first'):
-      call('gs://bucket/set')
   with pytest.raises(UserError, match="'counts'"):
     write(tmp_path / 'other', metadata={'counts': 1})
   with pytest.raises(UserError, match='shard_size = 0'):

@@ -187,7 +187,7 @@ class Draws:
 
   def _read(self, kind, number):
     """The arrays of a file."""
-    with np.load(self._path(kind, number)) as file:
+    with np.load(io.BytesIO(self._path(kind, number).read_bytes())) as file:
       return {name: file[name] for name in file.files}
 
   def _missing(self, kind, num_files):

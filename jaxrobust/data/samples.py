@@ -17,6 +17,7 @@ import io
 import json
 import mmap
 import os
+import pathlib
 import shutil
 import uuid
 import zlib
@@ -28,7 +29,6 @@ import numpy as np
 from jaxrobust.data import shards, writing
 from jaxrobust.errors import UserError
 
-FORMAT_VERSION = 1
 SHARD_SIZE = 2**18  # 0.8 GB of 32x32x3; 100M images stay under 1,024 open files.
 PROVENANCE = ('generator', 'seed', 'labeller', 'selection')
 RESERVED = (
@@ -83,18 +83,22 @@ class SampleSet:
     """Opens a set and checks all but the bytes of the images (see `verify`).
 
     Args:
-      path: A sample set folder on local disk.
+      path: A sample set folder, on local disk or in a bucket: see `bucket.fetch`.
 
     Returns:
       The set.
 
     Raises:
-      UserError: The folder is absent, remote or no sample set, or a file of it
+      UserError: The folder is absent or no sample set, or a file of it
         is missing, superfluous, truncated, of the wrong shape or type, or holds
         labels outside the classes or other than the metadata counts.
     """
-    path = shards.local_path(path)
-    metadata = _read_metadata(path)
+    if shards.is_remote(path):
+      from jaxrobust.data import bucket  # As in `write`.
+
+      path = bucket.fetch(path)
+    path = pathlib.Path(path)
+    metadata = shards.read_metadata(path)
     counts, num_classes = metadata['counts'], metadata['num_classes']
     kinds = shards.kinds(metadata)
     names = shards.shard_names(len(counts['per_shard']), kinds)
@@ -212,11 +216,11 @@ class SampleSet:
 
   def checksum(self) -> str:
     """Of the metadata, which hold those of all files: as of `datasets.Split`."""
-    return f'{zlib.crc32((self.path / "metadata.json").read_bytes()):08x}'
+    return f'{zlib.crc32((self.path / shards.METADATA).read_bytes()):08x}'
 
   def _stamp(self):
     """Size and time of modification of each file."""
-    names = [*self.metadata['sha256'], 'metadata.json']
+    names = [*self.metadata['sha256'], shards.METADATA]
     stats = {name: (self.path / name).stat() for name in names}
     return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
 
@@ -275,7 +279,7 @@ def write(
   takes for a set and the next `write` of the same path removes.
 
   Args:
-    path: The folder to make, on local disk; it must not exist.
+    path: The folder to make, on local disk or in a bucket; it must not exist.
     batches: Pairs of images uint8 [n, H, W, C] and labels int [n] in
       [0, num_classes); n may vary. For arrays pass `[(images, labels)]`. Or triples,
       with the labels' confidences in [0, 1], float16 or float32 [n].
@@ -288,10 +292,16 @@ def write(
     The set, opened.
 
   Raises:
-    UserError: The folder exists, is remote or being written by another process, or
-      the images, labels or metadata are not as above.
+    UserError: The folder exists or is being written by another process, or the
+      images, labels or metadata are not as above.
   """
-  path = shards.local_path(path)
+  if shards.is_remote(path):
+    from jaxrobust.data import bucket  # Imports jax, which other sets do without.
+
+    return bucket.write(
+      path, batches, metadata=metadata, num_classes=num_classes, shard_size=shard_size
+    )
+  path = pathlib.Path(path)
   if path.exists():
     raise UserError(
       f'{path} exists; a sample set is never overwritten: remove it '
@@ -316,7 +326,7 @@ def write(
         (folder / f'{kind}-{shard}').rename(folder / name)
         sha256[name] = digests[f'{kind}-{shard}']
     content = {
-      'format_version': FORMAT_VERSION,
+      'format_version': shards.FORMAT_VERSION,
       **dict.fromkeys(PROVENANCE),
       **metadata,
       'image_shape': image_shape,
@@ -329,7 +339,7 @@ def write(
       },
       'sha256': sha256,
     }
-    (folder / 'metadata.json').write_text(json.dumps(content, indent=2) + '\n')
+    (folder / shards.METADATA).write_text(json.dumps(content, indent=2) + '\n')
     folder.rename(path)
   except BaseException:
     shutil.rmtree(folder, ignore_errors=True)
@@ -337,48 +347,3 @@ def write(
   finally:
     os.close(lock)
   return SampleSet.open(path)
-
-
-def _read_metadata(path):
-  """Reads and checks metadata.json."""
-  file = path / 'metadata.json'
-  if not path.exists() and shards.partial(path).exists():
-    raise UserError(
-      f'{path} is not complete: it is being written, or what wrote it was killed; '
-      'then run the same command again, which starts over'
-    )
-  if not file.is_file():
-    raise UserError(
-      f'{path} is no sample set: it has no metadata.json; make one by '
-      '`python -m jaxrobust.generate` or `python -m jaxrobust.data import`'
-    )
-  try:
-    metadata = json.loads(file.read_text())
-    if metadata['format_version'] != FORMAT_VERSION:
-      raise UserError(
-        f'{file} has format_version {metadata["format_version"]}; this program '
-        f'reads {FORMAT_VERSION}: update it or make the set again'
-      )
-    counts, num_classes = metadata['counts'], metadata['num_classes']
-    sizes = counts['per_shard']
-    kinds = shards.kinds(metadata)
-    names = {name for row in shards.shard_names(len(sizes), kinds) for name in row}
-    consistent = (
-      len(metadata['image_shape']) == 3
-      and min(len(sizes), *sizes, *metadata['image_shape'], num_classes) > 0
-      and len(counts['per_class']) == num_classes
-      and sum(counts['per_class']) == sum(sizes) == counts['total']
-      and set(metadata['sha256']) == names
-      and metadata.get('confidence') in (None, 'float16', 'float32')
-    )
-  except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(
-      f'{file} is damaged ({type(error).__name__}: {error}); '
-      'fetch or make the set again'
-    ) from None
-  if not consistent:
-    raise UserError(
-      f'{file} contradicts itself (shapes, classes, counts or file '
-      'names); fetch or make the set again'
-    )
-  return metadata

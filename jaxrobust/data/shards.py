@@ -1,20 +1,35 @@
 """The files of a sample set: their names, checksums and `.npy` headers."""
 
 import hashlib
+import json
 import os
 import pathlib
 
 import numpy as np
+from etils import epath
 
 from jaxrobust.errors import UserError
+
+METADATA = 'metadata.json'
+FORMAT_VERSION = 1
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+  """Whether a path leads into a bucket."""
+  return '://' in str(path)
+
+
+def is_whole(path: str | os.PathLike) -> bool:
+  """Whether there is a set, in a bucket or on disk, that is complete."""
+  return (epath.Path(path) / METADATA).exists()
 
 
 def local_path(path: str | os.PathLike) -> pathlib.Path:
   """Returns the path as pathlib's; raises UserError where it is remote."""
-  if '://' in str(path):
+  if is_remote(path):
     raise UserError(
-      f'{path} is remote, but sample sets are read at random from local disk; '
-      f'copy it first: gcloud storage cp -r {path} /local/folder'
+      f'{path} is remote, and is read or written piece by piece: copy it, as by '
+      f'gcloud storage cp -r {path} /local/folder, or choose a folder on this machine'
     )
   return pathlib.Path(path)
 
@@ -98,3 +113,58 @@ def check_array(path, shape, dtype):
       '(truncated or appended to); fetch or make it again'
     )
   return offset
+
+
+def read_metadata(path) -> dict:
+  """Reads and checks the metadata of a set, on local disk or in a bucket.
+
+  Args:
+    path: The folder, as pathlib's or epath's.
+
+  Returns:
+    The content of metadata.json.
+
+  Raises:
+    UserError: There is no whole set, or its metadata are damaged.
+  """
+  file = path / METADATA
+  if not path.exists() and partial(path).exists():
+    raise UserError(
+      f'{path} is not complete: it is being written, or what wrote it was killed; '
+      'then run the same command again, which starts over'
+    )
+  if not file.is_file():
+    raise UserError(
+      f'{path} is no sample set: it has no metadata.json; make one by '
+      '`python -m jaxrobust.generate` or `python -m jaxrobust.data import`'
+    )
+  try:
+    metadata = json.loads(file.read_text())
+    if metadata['format_version'] != FORMAT_VERSION:
+      raise UserError(
+        f'{file} has format_version {metadata["format_version"]}; this program '
+        f'reads {FORMAT_VERSION}: update it or make the set again'
+      )
+    counts, num_classes = metadata['counts'], metadata['num_classes']
+    sizes = counts['per_shard']
+    rows = shard_names(len(sizes), kinds(metadata))
+    names = {name for row in rows for name in row}
+    consistent = (
+      len(metadata['image_shape']) == 3
+      and min(len(sizes), *sizes, *metadata['image_shape'], num_classes) > 0
+      and len(counts['per_class']) == num_classes
+      and sum(counts['per_class']) == sum(sizes) == counts['total']
+      and set(metadata['sha256']) == names
+      and metadata.get('confidence') in (None, 'float16', 'float32')
+    )
+  except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise UserError(
+      f'{file} is damaged ({type(error).__name__}: {error}); '
+      'fetch or make the set again'
+    ) from None
+  if not consistent:
+    raise UserError(
+      f'{file} contradicts itself (shapes, classes, counts or file '
+      'names); fetch or make the set again'
+    )
+  return metadata

@@ -40,7 +40,7 @@ _COUNT = 'num_batches_tracked'
 _NORM = {'weight', 'bias', _COUNT, *_STATISTICS.values()}
 _PREFIXES = ('module.', 'model.')  # of DataParallel, and of RobustBench's wrappers
 _NESTED = ('model_state_dict', 'state_dict')
-_INSTALL = "install PyTorch 2.6 or newer (pip install 'jaxrobust[torch]')"
+_INSTALL = "install PyTorch 2.6 or newer (from a clone: pip install -e '.[torch]')"
 
 
 def to_state_dict(params, net_state) -> dict[str, np.ndarray]:
