@@ -33,10 +33,10 @@ Examples:
                      or of --tables=FILE, and over their attacks; compiles nothing.
   --utilization=U    share of the chip's peak that the estimate of time supposes.
 
-No TPU is needed or used: the compiler comes with libtpu (from a
-clone: pip install -e '.[plan]'), on x86 Linux. It compiles the very program that `train`,
-`evaluate` or `generate` runs, which takes minutes; results are kept, by content of the
-program, in $JAXROBUST_CACHE or ~/.cache/jaxrobust.
+No TPU is needed or used: the compiler comes with libtpu (from a clone: pip install -e
+'.[plan]'), on x86 Linux. It compiles the very program that `train`, `evaluate` or
+`generate` runs, which takes minutes; results are kept, by content of the program, in
+$JAXROBUST_CACHE or ~/.cache/jaxrobust.
 
 Memory, bytes and collectives are the compiler's. Operations are counted in the
 program's jaxpr: multiplications and additions of convolutions and matrix products, each

@@ -88,7 +88,5 @@ def test_without_pytorch_its_files_are_refused_with_the_remedy(tmp_path, monkeyp
     checkpoint.read,
     lambda p: checkpoint.export(p, *random_variables('wrn-10-1', 10, 3), {}),
   ):
-    with pytest.raises(
-      UserError, match=r"pip install 'jaxrobust\[torch\]'.*safetensors"
-    ):
+    with pytest.raises(UserError, match=r"pip install -e '.\[torch\]'.*safetensors"):
       action(path)
