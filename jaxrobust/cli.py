@@ -81,8 +81,8 @@ def _run(
   values = flags.FlagValues()
   flags.DEFINE_string('workdir', None, "the run's folder", flag_values=values)
   flags.DEFINE_string('coordinator', '', 'host:port, or auto', flag_values=values)
-  flags.DEFINE_integer('num_processes', 1, 'of the run', flag_values=values)
-  flags.DEFINE_integer('process_id', 0, 'of this process', flag_values=values)
+  flags.DEFINE_integer('num_processes', None, 'of the run', flag_values=values)
+  flags.DEFINE_integer('process_id', None, 'of this process', flag_values=values)
   for name in extra_flags:
     flags.DEFINE_string(name.rstrip('_'), '', '', flag_values=values)
   _quiet_logs()
@@ -118,6 +118,9 @@ def _run(
     if told := e if isinstance(e, UserError) else known:
       print(f'error: {told}', file=sys.stderr)
       code, line = ERROR, str(told)
+    elif told := peers.lost(e):
+      print(f'error: {told}', file=sys.stderr)
+      code, line = CRASHED, told
     else:  # A fault of the machine or of this code: start it again.
       traceback.print_exc()
       code, line = CRASHED, f'{type(e).__name__}: {e}'

@@ -13,12 +13,14 @@ import json
 import os
 import pathlib
 import platform
+import re
 import sys
 import threading
 import time
 from typing import Any, NamedTuple
 
 import jax
+from absl import logging
 from jax._src import cloud_tpu_init, distributed  # Have no public names.
 from ml_collections import config_dict
 
@@ -43,8 +45,8 @@ _questions = itertools.count()  # Every process asks equally often.
 
 def join(
   coordinator: str = '',
-  num_processes: int = 0,
-  process_id: int = 0,
+  num_processes: int | None = None,
+  process_id: int | None = None,
   alone: bool = False,
 ):
   """Joins this process to a run of several; call before any other use of jax.
@@ -72,17 +74,25 @@ def join(
     jax.config.update('jax_enable_preemption_service', False)
   if coordinator == 'auto' or (not coordinator and _is_on_tpu()):
     _join_by_itself(initialize)
-  elif num_processes > 1 and not coordinator:
+  elif not coordinator and (num_processes, process_id) != (None, None):
     raise UserError(
-      f'num_processes = {num_processes} without a coordinator: add '
+      '--num_processes and --process_id without --coordinator: add '
       '--coordinator=HOST:PORT of process 0'
     )
   elif coordinator:
+    if not re.fullmatch(r'.+:\d+', coordinator):
+      raise UserError(f'--coordinator={coordinator}: write HOST:PORT of process 0')
+    if num_processes is None or process_id is None:
+      raise UserError(
+        f'--coordinator={coordinator} needs --num_processes=N and --process_id=I'
+      )
     if not 0 <= process_id < num_processes:
       raise UserError(
         f'process_id = {process_id} of num_processes = {num_processes}: '
         'number the processes 0 .. num_processes - 1'
       )
+    if num_processes > 1:
+      logging.info('waiting for the %d processes at %s', num_processes, coordinator)
     initialize(coordinator, num_processes, process_id)
 
 
@@ -236,6 +246,15 @@ def leave_to_first() -> bool:
     return False
   _listeners[0].join()
   return True
+
+
+def lost(e: Exception) -> str:
+  """One line on another process that is gone, '' for another error."""
+  if not membership() or not isinstance(e, jax.errors.JaxRuntimeError):
+    return ''
+  found = re.search(r'Gloo|[Cc]onnection (closed|reset)|peer|heartbeat', str(e))
+  text = ' '.join(str(e).split())[:200]
+  return found and f'another process is lost ({text}): run the same command again' or ''
 
 
 def finish():

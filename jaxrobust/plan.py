@@ -76,6 +76,10 @@ def main(
       '--config is missing: give an experiment, such as '
       '--config=experiments/cifar10_linf.py'
     )
+  if table and config is not None:
+    raise UserError(
+      '--config has no use with --table=: its rows have their own configs'
+    )
   what, share = what or 'train', _share(utilization)
   if what not in programs.KINDS:
     raise UserError(f'--what={what}: use {", ".join(programs.KINDS)}')
@@ -91,6 +95,7 @@ def main(
   if table:
     print_total(f'table {table}', of_table, devices, chip, share)
     return
+  swept = _points_of_sweep(config) if sweep else []  # It may not be what it should.
   program = programs.of(config, what, len(devices))
   operations = operations_of(program, len(devices))
   result = compile_for(devices, topology, program)
@@ -105,7 +110,7 @@ def main(
     for line in alternatives(config, what, devices, topology):
       print(line)
   if sweep:
-    print_total('sweep      ', _points_of_sweep(config), devices, chip, share)
+    print_total('sweep      ', swept, devices, chip, share)
 
 
 def print_total(what: str, found: list, devices: list, chip: costs.Chip, share: float):
@@ -169,10 +174,13 @@ def compile_for(devices: list, topology: str, program: programs.Program) -> dict
     if not result['refused']:
       raise
   result['seconds'] = round(time.monotonic() - started, 1)
-  path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  temporary.write_text(json.dumps(result))
-  temporary.replace(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(result))
+    temporary.replace(path)
+  except OSError as e:
+    logging.warning('the result is not kept in %s: %s', path.parent, e.strerror or e)
   return result
 
 

@@ -69,6 +69,11 @@ def batch(config, what: str) -> tuple[str, int]:
     raise UserError(
       f'--what={what}: {name(config)} has no such program; use {" or ".join(fields)}'
     )
+  if 'generator' not in config and 'data' not in config:
+    raise UserError(
+      'this config has no program worth a plan: give the experiment of a classifier or '
+      'of a diffusion generator'
+    )
   value = config
   for part in fields[what].split('.'):
     value = value[part]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 
 import jax
 from jax.experimental import topologies
@@ -37,6 +38,11 @@ def devices(topology: str) -> list:
   Raises:
     UserError: if libtpu is not installed, or knows no such slice.
   """
+  if not re.fullmatch(r'\w+:[1-9]\d*(x[1-9]\d*)+', topology):
+    raise UserError(
+      f'--topology={topology}: use generation:chips, one of {", ".join(SLICES)}, or a '
+      'larger one of these'
+    )
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(
       "libtpu is not installed, which has the TPU's compiler: "

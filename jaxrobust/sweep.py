@@ -13,7 +13,7 @@ Examples:
   The second quarter of it:
     … --shard=1/4
   The seeds only:
-    … --only='seed-\d+'
+    … --only='real-seed-\d+'
   A table of the paper in handwritten digits, on a laptop:
     python -m jaxrobust.sweep --workdir=runs/paper --table=digits-linf
 
@@ -116,6 +116,9 @@ def points(config, path: str, workdir: str, common: list[str] = ()) -> list[Poin
     folder = configs.experiment_name(point)
     home = epath.Path(workdir) / folder
     own = [f'--config.{field}={value}' for field, value in overrides.items()]
+    for flag in common:
+      if flag.partition('=')[0].removeprefix('--config.') in overrides:
+        logging.warning('%s does not hold for %s, which sets that field', flag, name)
     flags = [f'--workdir={home}', f'--config={path}', *common, *own]
     found.append(Point(name, point, home, flags))
   return found
@@ -145,6 +148,8 @@ def select(found: list[Point], only: str = '', shard: str = '') -> list[Point]:
       raise UserError(f'--shard={shard}: write I/N with I from 0 to N - 1')
     needed = {name for p in found for name in p.needs}
     chosen = [p for p in chosen if p.name not in needed]
+    if int(parts[1]) >= len(chosen):
+      logging.warning('--shard=%s is empty: there are %d points', shard, len(chosen))
     chosen = chosen[int(parts[1]) :: int(parts[2])]
   wanted = with_needs({p.name for p in chosen}, found)
   if shard:

@@ -9,6 +9,7 @@ import errno
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
 import re
 
@@ -73,9 +74,29 @@ def claim(workdir: str, config, free: tuple[str, ...] = ()) -> epath.Path:
     except OSError as e:
       raise UserError(f'cannot write to {folder}: {e.strerror or e}') from e
   if _program:
+    _refuse_second(folder)
     _program['folder'] = folder
     write_status('running')
   return folder
+
+
+def _refuse_second(folder: epath.Path):
+  """Raises UserError if another program of this host is at work in the folder."""
+  status = read_status(folder)
+  if status.get('state') != 'running' or not parallel.is_writer():
+    return
+  number = status['pid']
+  command = pathlib.Path(f'/proc/{number}/cmdline')  # Numbers are used again.
+  if (
+    status['host'] == platform.node()
+    and number != os.getpid()
+    and command.exists()
+    and b'jaxrobust.' in command.read_bytes()
+  ):
+    raise UserError(
+      f'{folder} is in use by process {number} ({status["command"][0]}): wait for it, '
+      f'or stop it (kill {number})'
+    )
 
 
 def begin(command: list[str]):

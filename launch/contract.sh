@@ -1,6 +1,18 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: what a program of several processes is.
 
+require_program() {
+  case $1 in
+    train | evaluate | generate | analyze | report | convert | sweep | plan) ;;
+    data | models.download) ;;
+    *)
+      echo "error: ${1:-nothing}: give a program here: train, evaluate, generate," \
+        'analyze, report, convert, sweep, plan, data or models.download' >&2
+      exit 1
+      ;;
+  esac
+}
+
 # Whether it is one; the others prepare the host that they run on.
 joins() {
   case $1 in data | models.download) return 1 ;; esac

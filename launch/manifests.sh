@@ -19,13 +19,17 @@ list() {
 # by the pod failure policy, which fails the JobSet; any other, 42 and 128 and above,
 # starts all workers again.
 jobset() {
-  local chips per_host=4 accelerator
+  local chips per_host=4 accelerator crosses sides
   # Pods are named NAME-workers-0-NUMBER-xxxxx, in a label of 63 letters.
   [ ${#name} -le 40 ] || fail "$name: give a JobSet a name of at most 40 letters"
   [ -n "$image" ] || fail 'jobset needs --image=IMAGE, one with this code: launch/Dockerfile'
   [[ $topology =~ ^[0-9]+x[0-9]+(x[0-9]+)?$ ]] ||
     fail "--topology=$topology: give that of the node pool, such as 4x4 or 2x2x4"
   chips=$((${topology//x/*}))
+  crosses=${topology//[0-9]/}
+  case $type in v4-* | v5p-*) sides=3 ;; *) sides=2 ;; esac
+  [ $((${#crosses} + 1)) = $sides ] ||
+    fail "--topology=$topology: slices of $type have $sides sides"
   # v2 to v4 and v5p are named by their cores, two a chip.
   case $type in
     v3-8) accelerator=tpu-v3-device ;;

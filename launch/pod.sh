@@ -19,16 +19,15 @@ case ${1:-} in
 esac
 case ${1:-} in
   --devices=[1-9] | --devices=[1-9][0-9]) devices=${1#--devices=}; shift ;;
+  --devices*) echo "error: $1: write --devices=M, M from 1 to 99" >&2; exit 1 ;;
 esac
 if [ "${1:-} ${2:-}" = 'python -m' ]; then  # as sweeps print it
   shift 2
   set -- "${1#jaxrobust.}" "${@:2}"
 fi
-case ${1:-} in
-  '' | -*) echo "error: ${1:-nothing}: give a program here, such as train" >&2; exit 1 ;;
-esac
 # shellcheck source=launch/contract.sh
 . "$here/contract.sh"
+require_program "${1:-}"
 if ! joins "$1"; then
   echo "error: $1 runs on one host, for itself: bash launch/worker.sh $1 …" >&2
   exit 1
@@ -72,9 +71,21 @@ signal() {
   done
 }
 
+# Whether a process has ended with another code than 0.
+failed() {
+  local record code
+  for record in "$records"/exit-*; do
+    if [ -s "$record" ] && read -r code < "$record" && [ "$code" != 0 ]; then return; fi
+  done
+  return 1
+}
+
 deadline='' asked=''
 trap 'asked=TERM' TERM
 trap 'asked=INT' INT
+# A Ctrl-C reaches what this script waits for, too. Bash ends if that dies of it, and
+# forgets it if not: so nothing runs in the foreground, and no error ends the script.
+set +e
 # Each process in a group of its own, so that a Ctrl-C reaches it once, from here.
 set -m
 jobs=()
@@ -89,9 +100,7 @@ for job in "${jobs[@]}"; do
       signal "$asked"
       deadline=$((SECONDS + grace)) next=KILL asked=''
     fi
-    codes=$(cat "$records"/exit-* 2> /dev/null || true)
-    # shellcheck disable=SC2086
-    if [ -z "$deadline" ] && [ "$(worst $codes)" != 0 ]; then
+    if [ -z "$deadline" ] && failed; then
       deadline=$((SECONDS + grace)) next=TERM
     fi
     if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then
@@ -99,7 +108,8 @@ for job in "${jobs[@]}"; do
       signal "$next"
       deadline=$((SECONDS + grace)) next=KILL
     fi
-    sleep 0.1
+    sleep 0.1 &
+    wait "$!"
   done
 done
 # A process without a record was killed together with its shell.

@@ -24,7 +24,7 @@
 # ends with an error (1). What is preempted, failed or crashed it makes anew and resumes;
 # after --attempts=N (100) in a row it gives up. Code 42, or 40 looks in a row at which
 # all workers run (20 minutes), give all attempts back; a gcloud that does not answer
-# costs none. Workers that do not answer for half an hour, while gcloud calls them ready,
+# costs none once it has. Workers that do not answer for half an hour, while gcloud calls them ready,
 # count as failed. runs/launch/NAME.log keeps the last lines of the logs. It may be
 # stopped and started again: the same command takes over. Delete the TPU afterwards: what
 # is done, or ended with an error, stays there and costs.
@@ -64,6 +64,10 @@ while [ $# -gt 0 ]; do
     --spot) spot=1 ;;
     --dry-run) dry=1 ;;
     --data=gs://*) data=${1#*=} data=${data%/} ;;
+    --data=*) fail "$1: give a folder in a bucket, gs://…" ;;
+    --type | --zone | --project | --data | --worker | --topology | --image | --attempts)
+      fail "$1: write $1=VALUE, with an equals sign"
+      ;;
     --worker=*) worker=${1#*=} ;;
     --topology=*) topology=${1#*=} ;;
     --image=*) image=${1#*=} ;;
@@ -95,8 +99,27 @@ esac
 case $verb in
   run | babysit | jobset | skypilot)
     [ $# -gt 0 ] || fail "$verb needs a program with its flags, such as train --workdir=…"
+    require_program "$1"
+    for argument; do
+      case $argument in
+        --dry-run) fail "--dry-run: give it before $1, whose own flags stand after it" ;;
+        --workdir=gs://*) ;;
+        --workdir=*)
+          echo "$argument is in no bucket: all workers must share it, and it is lost" \
+            'with their disks' >&2
+          ;;
+      esac
+    done
     ;;
   *) [ $# = 0 ] || fail "$1: $verb takes no program" ;;
+esac
+
+case $verb in
+  jobset | skypilot) ;;
+  *)
+    [ -n "$dry" ] || command -v gcloud > /dev/null ||
+      fail 'gcloud is not on the PATH: install the Google Cloud CLI, or use --dry-run'
+    ;;
 esac
 
 show() {
@@ -207,7 +230,9 @@ pause() {
 
 again() {
   left=$((left - 1))
-  [ "$left" -gt 0 ] || fail "$1, and no attempt is left; $record has the last lines"
+  [ "$left" -gt 0 ] || fail "$1, and no attempt is left$(
+    [ ! -f "$record" ] || echo "; $record has the last lines"
+  )"
   pause "$1, $left attempts left"
 }
 
@@ -288,7 +313,10 @@ babysit() {
       if [ "$codes" = 0 ]; then codes=137; fi
     fi
     case $codes in
-      0) echo "$name: done" >&2; return ;;
+      0)
+        echo "$name: done; it costs until bash launch/tpu.sh delete $name" >&2
+        return
+        ;;
       1)
         cat "$record" >&2
         on_workers 'bash jaxrobust/launch/worker.sh --stop' || true

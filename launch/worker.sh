@@ -135,9 +135,7 @@ if [ "${1:-} ${2:-}" = 'python -m' ]; then
   shift 2
   set -- "${1#jaxrobust.}" "${@:2}"
 fi
-case ${1:-} in
-  '' | -*) echo "error: ${1:-no argument}: give a program, such as train" >&2; exit 1 ;;
-esac
+require_program "${1:-}"
 if [ -n "$start" ]; then
   mkdir -p "$state"
   stop

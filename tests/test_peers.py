@@ -11,6 +11,7 @@ import pytest
 
 from jaxrobust import peers
 from jaxrobust.data import samples
+from jaxrobust.errors import UserError
 from tests.conftest import ROOT, TINY, ends, free_port
 
 
@@ -100,6 +101,25 @@ def test_a_host_with_other_files_ends_all_before_they_write(pod, tmp_path, fault
       r'process 1 has generated images: \w+ → \w+: give every host the same files', line
     )
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'flags, words',
+  [
+    ({'coordinator': 'a'}, '--coordinator=a: write HOST:PORT'),
+    ({'coordinator': 'a:1'}, '--coordinator=a:1 needs --num_processes=N and'),
+    ({'coordinator': 'a:1', 'num_processes': 2}, 'needs --num_processes=N and'),
+    (
+      {'coordinator': 'a:1', 'num_processes': 2, 'process_id': 2},
+      'process_id = 2 of num_processes = 2: number the processes 0',
+    ),
+    ({'num_processes': 2}, 'without --coordinator: add --coordinator=HOST:PORT'),
+    ({'process_id': 1}, 'without --coordinator: add --coordinator=HOST:PORT'),
+  ],
+)
+def test_flags_of_processes_go_together(flags, words):
+  with pytest.raises(UserError, match=words):
+    peers.join(**flags)
 
 
 @pytest.mark.slow

@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import cifar10_ddpm, cifar10_linf, digits, digits_ddpm, digits_gaussian
+from experiments import (
+  cifar10_ddpm,
+  cifar10_linf,
+  digits,
+  digits_analysis,
+  digits_ddpm,
+  digits_gaussian,
+)
 from jaxrobust import config as configs
 from jaxrobust import costs, models, parallel, plan, programs, slices
 from jaxrobust.data import datasets
@@ -264,6 +271,7 @@ def test_results_are_kept_by_content(tmp_path, monkeypatch):
   [
     ({'topology': ''}, 'v3:4x4'),
     ({'topology': 'v9:2x2'}, 'v3:4x4'),
+    ({'topology': 'v4:0x2x1'}, 'v4:0x2x1: use generation:chips'),
     ({'what': 'generate'}, 'train, evaluate, sample'),
     ({'utilization': '40'}, 'at most 1'),
   ],
@@ -318,6 +326,7 @@ def test_libtpu_is_optional_and_its_absence_told(monkeypatch):
     (digits, 'sample', 'has no such program; use train or evaluate'),
     (digits_ddpm, 'evaluate', 'digits_ddpm has no such program; use train or sample'),
     (digits_gaussian, 'train', 'give a diffusion experiment'),
+    (digits_analysis, 'train', 'no program worth a plan: give the experiment of a'),
   ],
 )
 def test_a_config_without_such_a_program(experiment, what, words):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -87,9 +88,10 @@ def start(environment):
   """Starts a script and returns it once as many of its processes are ready."""
   started = []
 
-  def run(script, *args, ready, **variables):
+  def run(script, *args, ready, own_group=False, **variables):
     process = subprocess.Popen(
       ['bash', str(ROOT / 'launch' / script), *args],
+      start_new_session=own_group,
       env={**environment, **variables},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -147,6 +149,15 @@ needs_ps = pytest.mark.skipif(not shutil.which('ps'), reason='ps is not installe
 needs_full = pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
 
 
+def test_the_scripts_know_every_program():
+  script = (ROOT / 'launch' / 'contract.sh').read_text()
+  names = re.search(r'case \$1 in\n(.*?)\*\)', script, re.S)[1]
+  programs = {
+    p.stem for p in (ROOT / 'jaxrobust').glob('*.py') if 'cli.run(' in p.read_text()
+  }
+  assert set(re.findall(r'[a-z.]+', names)) == programs | {'data', 'models.download'}
+
+
 @needs_ps
 class TestPod:
   def test_the_processes_find_each_other(self, call, record):
@@ -194,6 +205,16 @@ class TestPod:
       _, err = pod.communicate(timeout=60)
       assert pod.returncode == code, err
       assert err == ''
+
+  @pytest.mark.parametrize('number, code', [('TERM', 42), ('INT', 130)])
+  def test_a_signal_to_its_group_waits_for_the_processes(self, start, number, code):
+    """As that of a terminal, or of timeout: it ends what the script waits with, too."""
+    for _ in range(3):
+      pod = start('pod.sh', '2', 'train', ready=2, own_group=True, MODE='polite')
+      os.killpg(pod.pid, signal.Signals[f'SIG{number}'])
+      out, err = pod.communicate(timeout=60)
+      assert pod.returncode == code, err
+      assert 'No such file' not in out + err
 
   def test_a_signal_reaches_those_that_are_about_to_begin(
     self, environment, start, record, tmp_path
@@ -248,6 +269,8 @@ class TestPod:
       (('x',), 'x: give the number of processes'),
       (('2',), 'nothing: give a program'),
       (('2', '--fast', 'train'), '--fast: give a program'),
+      (('2', 'trian'), 'trian: give a program here: train, evaluate'),
+      (('2', '--devices=x', 'train'), '--devices=x: write --devices=M, M from 1 to 99'),
       (('2', 'python', '-m', 'jaxrobust.data', 'list'), 'data runs on one host'),
     ],
   )
@@ -346,7 +369,7 @@ class TestWorker:
     until(lambda: ': exit 42\n' in call('worker.sh', '--status').stdout)
 
   def test_refusals(self, call):
-    for args, given in (((), 'no argument'), (('--fast',), '--fast')):
+    for args, given in (((), 'nothing'), (('--fast',), '--fast')):
       done = call('worker.sh', *args)
       assert done.returncode == 1
       assert done.stderr.startswith(f'error: {given}: give a program')

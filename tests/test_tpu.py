@@ -78,14 +78,14 @@ def tpu(tmp_path):
   for command in (['init', '-q'], ['add', '-A'], [*identity, 'commit', '-qm', 'x']):
     subprocess.run(['git', *command], cwd=root, check=True)
 
-  def run(*args, wait='30', **answers):
+  def run(*args, wait='30', path=f'{tools}:/usr/bin:/bin', **answers):
     for kind, lines in answers.items():
       (play / kind).write_text('\n'.join(lines) + '\n')
     done = subprocess.run(
       ['bash', str(root / 'launch' / 'tpu.sh'), *args],
       env={
         **os.environ,
-        'PATH': f'{tools}:/usr/bin:/bin',
+        'PATH': path,
         'PLAY': str(play),
         'JAXROBUST_WAIT': wait,
       },
@@ -243,7 +243,14 @@ class TestVerbs:
       (('create', 'x'), '--type=: give an accelerator type'),
       (('create', 'x', '--type=h100-8'), '--type=h100-8: give'),
       (('create', 'x', '--fast'), '--fast is not a flag'),
-      (('setup', 'x', '--data=data'), '--data=data is not a flag'),
+      (('setup', 'x', '--data=data'), '--data=data: give a folder in a bucket'),
+      (('create', 'x', '--type', 'v4-8'), '--type: write --type=VALUE'),
+      (('run', 'x', 'trian'), 'trian: give a program here: train,'),
+      (('run', 'x', 'train', '--dry-run'), '--dry-run: give it before train'),
+      (
+        ('jobset', 'x', '--type=v4-32', '--image=i', '--topology=4x4', 'train'),
+        '--topology=4x4: slices of v4-32 have 3 sides',
+      ),
       (('delete', 'x', 'train'), 'train: delete takes no program'),
       (('run', 'x'), 'run needs a program'),
       (('jobset', 'x', '--type=v4-8', 'train'), 'jobset needs --image'),
@@ -502,6 +509,21 @@ class TestBabysit:
       *BABYSIT[:3], '--attempts=3', 'train', create=['1'], state=[ABSENT], wait='0'
     )
     assert run.story == ['create', 'sleep 0', 'create', 'sleep 0', 'create']
+
+
+def test_without_gcloud_it_says_so(tpu):
+  for tool in ('bash', 'dirname'):  # And no other.
+    (tpu.root / tool).symlink_to(shutil.which(tool))
+  run = tpu('status', 'x', path=str(tpu.root))
+  assert run.code == 1
+  assert run.err.startswith('error: gcloud is not on the PATH: install')
+  assert tpu('status', 'x', '--dry-run', path=str(tpu.root)).code == 0
+
+
+def test_a_workdir_that_hosts_may_not_share_is_warned_of(tpu):
+  run = tpu('run', 'x', '--dry-run', 'train', '--workdir=runs/x')
+  assert run.err.startswith('--workdir=runs/x is in no bucket: all workers must share')
+  assert 'bucket' not in tpu('run', 'x', '--dry-run', *BABYSIT[4:]).err
 
 
 def test_help_names_every_verb(tpu):

@@ -1,6 +1,9 @@
 """A workdir belongs to one config, and its files are whole or absent."""
 
+import contextlib
 import json
+import subprocess
+import sys
 
 import pytest
 from etils import epath
@@ -74,6 +77,31 @@ def test_progress_leaves_compilation_out_of_the_speed(monkeypatch, caplog):
     'train: 2 of 10 steps, 0.1 a second, 1:20 left, loss 1',
     'train: 3 of 10 steps, 0.1 a second, 1:10 left, loss 1',
   ]
+
+
+def test_a_workdir_in_use_is_refused(tmp_path, monkeypatch):
+  """By a program of this host that is there, which is not any with its number."""
+  config = digits.get_config()
+  workdir.begin(['train'])
+  folder = workdir.claim(tmp_path, config)
+  status = json.loads((folder / 'status.json').read_text())
+  workdir.claim(tmp_path, config)  # Its own.
+  script = 'import sys; print(1, flush=True); sys.stdin.read()  # '
+  for name, refused in (('jaxrobust.train', True), ('another', False)):
+    other = subprocess.Popen(
+      [sys.executable, '-c', script + name],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+    )
+    other.stdout.readline()
+    (folder / 'status.json').write_text(json.dumps(status | {'pid': other.pid}))
+    with contextlib.ExitStack() as stack:
+      if refused:
+        words = f'is in use by process {other.pid} \\(train\\): wait for it'
+        stack.enter_context(pytest.raises(UserError, match=words))
+      workdir.claim(tmp_path, config)
+    other.communicate()
+  workdir.write_status('done')
 
 
 def test_durations():
