@@ -19,7 +19,10 @@ case "$*" in
 esac
 """
 
-PYTEST = 'python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile'
+PYTEST = (
+  'python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile '
+  '--no-loadscope-reorder'
+)
 
 
 @pytest.fixture
