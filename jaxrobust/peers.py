@@ -252,7 +252,7 @@ def lost(e: Exception) -> str:
   """One line on another process that is gone, '' for another error."""
   if not membership() or not isinstance(e, jax.errors.JaxRuntimeError):
     return ''
-  found = re.search(r'Gloo|[Cc]onnection (closed|reset)|peer|heartbeat', str(e))
+  found = re.search(r'Gloo|[Cc]onnection (closed|reset)|heartbeat', str(e))
   text = ' '.join(str(e).split())[:200]
   return found and f'another process is lost ({text}): run the same command again' or ''
 

@@ -85,17 +85,17 @@ def _refuse_second(folder: epath.Path):
   status = read_status(folder)
   if status.get('state') != 'running' or not parallel.is_writer():
     return
-  number = status['pid']
-  command = pathlib.Path(f'/proc/{number}/cmdline')  # Numbers are used again.
-  if (
-    status['host'] == platform.node()
-    and number != os.getpid()
-    and command.exists()
-    and b'jaxrobust.' in command.read_bytes()
-  ):
+  number, (program, *flags) = status['pid'], status['command']
+  if status['host'] != platform.node() or number == os.getpid():
+    return
+  # Numbers are used again, in a container that starts anew most of all.
+  words = set()
+  with contextlib.suppress(OSError):
+    words = set(pathlib.Path(f'/proc/{number}/cmdline').read_text().split('\0'))
+  if {f'jaxrobust.{program}', *flags} <= words:
     raise UserError(
-      f'{folder} is in use by process {number} ({status["command"][0]}): wait for it, '
-      f'or stop it (kill {number})'
+      f'{folder} is in use by process {number} ({program}): wait for it, or stop it '
+      f'(kill {number})'
     )
 
 

@@ -82,14 +82,18 @@ def test_progress_leaves_compilation_out_of_the_speed(monkeypatch, caplog):
 def test_a_workdir_in_use_is_refused(tmp_path, monkeypatch):
   """By a program of this host that is there, which is not any with its number."""
   config = digits.get_config()
-  workdir.begin(['train'])
+  workdir.begin(['train', '--workdir=x'])
   folder = workdir.claim(tmp_path, config)
   status = json.loads((folder / 'status.json').read_text())
   workdir.claim(tmp_path, config)  # Its own.
-  script = 'import sys; print(1, flush=True); sys.stdin.read()  # '
-  for name, refused in (('jaxrobust.train', True), ('another', False)):
+  script = 'import sys; print(1, flush=True); sys.stdin.read()'
+  for words, refused in (
+    (['jaxrobust.train', '--workdir=x'], True),
+    (['jaxrobust.train', '--workdir=y'], False),
+    (['jaxrobust.sweep', '--workdir=x'], False),
+  ):
     other = subprocess.Popen(
-      [sys.executable, '-c', script + name],
+      [sys.executable, '-c', script, *words],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
     )
@@ -97,8 +101,8 @@ def test_a_workdir_in_use_is_refused(tmp_path, monkeypatch):
     (folder / 'status.json').write_text(json.dumps(status | {'pid': other.pid}))
     with contextlib.ExitStack() as stack:
       if refused:
-        words = f'is in use by process {other.pid} \\(train\\): wait for it'
-        stack.enter_context(pytest.raises(UserError, match=words))
+        message = f'is in use by process {other.pid} \\(train\\): wait for it'
+        stack.enter_context(pytest.raises(UserError, match=message))
       workdir.claim(tmp_path, config)
     other.communicate()
   workdir.write_status('done')
