@@ -47,14 +47,16 @@ def train(name, steps):
 
   from experiments import cifar10_linf
   from jaxrobust import config as configs
-  from jaxrobust import models, optimizer, parallel, update
-  from jaxrobust.data import datasets
+  from jaxrobust import models
+  from jaxrobust.config import dataset_info
+  from jaxrobust.distributed import parallel
+  from jaxrobust.training import optimizer, update
 
   config = cifar10_linf.get_config(f'{name},real').unlock()
   batch = config.data.batch_size = config.model.batch_norm_group = 64
   config.training.num_steps, config.optimizer.warmup_epochs = steps, 0.0
   config.augment.flip, config.augment.pad, config.data.real_repeats = False, 2, 1
-  model = models.from_config(config.model, datasets.INFO['cifar10'])
+  model = models.from_config(config.model, dataset_info.INFO['cifar10'])
   sgd = optimizer.make(config.optimizer, configs.resolve(config))
   state = parallel.replicate(jax.jit(lambda: update.init_state(config, model, sgd))())
   step = parallel.pmap(update.make_step(config, model, sgd, 10), donate_argnums=0)
@@ -76,9 +78,9 @@ def ours(path, images, labels, norm, batch_size):
   """(robust count, seconds, seconds of them compiling)."""
   import jax
 
-  from jaxrobust import checkpoint, models
+  from jaxrobust import models
   from jaxrobust.attacks.robustness import evaluate_robustness
-  from jaxrobust.models import architecture
+  from jaxrobust.models import architecture, parameter_files
 
   compiling = []
   jax.monitoring.register_event_duration_secs_listener(
@@ -87,7 +89,7 @@ def ours(path, images, labels, norm, batch_size):
       compiling.append(seconds) if 'backend_compile' in event else None
     )
   )
-  params, net_state = checkpoint.read(path)
+  params, net_state = parameter_files.read(path)
   found = architecture.infer(params, path)
   model = models.build(
     found.name, num_classes=found.num_classes, image_shape=images.shape[1:],
@@ -111,11 +113,10 @@ def published(path, images, labels, norm, batch_size):
   import torch
   from autoattack import AutoAttack
 
-  from jaxrobust import checkpoint
-  from jaxrobust.models import architecture, pytorch
-  from tests import torch_networks
+  from jaxrobust.models import architecture, parameter_files, pytorch
+  from tests.helpers import torch_networks
 
-  params, net_state = checkpoint.read(path)
+  params, net_state = parameter_files.read(path)
   _, depth, width = architecture.infer(params, path).name.split('-')
   network = torch_networks.WideResNet(
     int(depth), int(width), 10, 3, MEAN, STD, 0, torch.nn.functional.silu
@@ -186,10 +187,10 @@ def main():
     else:
       from etils import epath
 
-      from jaxrobust import checkpoint
+      from jaxrobust.models import parameter_files
 
       path = f'{folder}/network.npy'
-      checkpoint.export_npy(epath.Path(path), *train(args.model, args.steps))
+      parameter_files.export_npy(epath.Path(path), *train(args.model, args.steps))
       images, labels = (x[1000:] for x in pictures())
     images, labels = images[: args.num_images], labels[: args.num_images]
     found = {'ours': [], 'published': []}

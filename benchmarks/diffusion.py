@@ -39,13 +39,13 @@ TASKS = ('training', 'sampling')
 def make_settings(dataset, channels):
   """(`config.generator`, the data set's info)."""
   from experiments import cifar10_ddpm, digits_ddpm
-  from jaxrobust.data import datasets
+  from jaxrobust.config import dataset_info
 
   experiment = {'digits': digits_ddpm, 'cifar10': cifar10_ddpm}[dataset]
   settings = experiment.get_config().unlock().generator
   if channels:
     settings.network.channels = channels
-  return settings, datasets.INFO[dataset]
+  return settings, dataset_info.INFO[dataset]
 
 
 def jax_tasks(settings, info, train_batch, sample_batch):
@@ -54,8 +54,9 @@ def jax_tasks(settings, info, train_batch, sample_batch):
   import numpy as np
   import optax
 
-  from jaxrobust import parallel, update
+  from jaxrobust.distributed import parallel
   from jaxrobust.generators import ddpm
+  from jaxrobust.training import update
 
   training = settings.training
   adam = optax.chain(

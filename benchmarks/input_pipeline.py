@@ -23,8 +23,9 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from jaxrobust.data import pipeline, samples
+from jaxrobust.data import pipeline
 from jaxrobust.data.datasets import Split
+from jaxrobust.samples import sample_sets
 
 BATCH, REAL_FRACTION, REPEATS = 1024, 0.3125, 4
 SHAPE = (32, 32, 3)
@@ -33,7 +34,7 @@ SHAPE = (32, 32, 3)
 def sparse_set(path, num_images, num_shards):
   """Makes a sample set whose images and labels are holes that read as zeros."""
   if path.exists():
-    return samples.SampleSet.open(path)
+    return sample_sets.SampleSet.open(path)
   path.mkdir(parents=True)
   per_shard = num_images // num_shards
   names = [f'{k:05d}-of-{num_shards:05d}.npy' for k in range(num_shards)]
@@ -44,7 +45,7 @@ def sparse_set(path, num_images, num_shards):
     ):
       np.lib.format.open_memmap(path / f'{kind}-{name}', 'w+', dtype, shape)
   metadata = {
-    'format_version': samples.FORMAT_VERSION,
+    'format_version': sample_sets.FORMAT_VERSION,
     'image_shape': SHAPE,
     'num_classes': 10,
     'counts': {
@@ -55,19 +56,19 @@ def sparse_set(path, num_images, num_shards):
     'sha256': {f'{kind}-{n}': '' for n in names for kind in ('images', 'labels')},
   }
   (path / 'metadata.json').write_text(json.dumps(metadata))
-  return samples.SampleSet.open(path)
+  return sample_sets.SampleSet.open(path)
 
 
 def dense_set(path, num_images):
   """Makes a sample set of random images."""
   if path.exists():
-    return samples.SampleSet.open(path)
+    return sample_sets.SampleSet.open(path)
   rng = np.random.default_rng(0)
   chunk = rng.integers(0, 256, (50_000, *SHAPE), np.uint8)
   batches = (
     (chunk, rng.integers(0, 10, len(chunk))) for _ in range(num_images // len(chunk))
   )
-  return samples.write(path, batches, metadata={}, num_classes=10)
+  return sample_sets.write(path, batches, metadata={}, num_classes=10)
 
 
 def ours(real, sample_set, start_step, num_steps):
@@ -150,7 +151,7 @@ def main():
   )
   sparse_set(folder / 'sparse', 10_000_000, 16)
   start = time.perf_counter()
-  sparse = samples.SampleSet.open(folder / 'sparse')
+  sparse = sample_sets.SampleSet.open(folder / 'sparse')
   print(f'open 10M: {time.perf_counter() - start:.3f} s')
 
   next(ours(real, sparse, 0, 1))  # tensorflow's own start

@@ -36,9 +36,11 @@ def jax_step(name, batch_size, plain=False):
 
   from experiments import cifar10_linf
   from jaxrobust import config as configs
-  from jaxrobust import models, optimizer, parallel, update
-  from jaxrobust.data import datasets
+  from jaxrobust import models
+  from jaxrobust.config import dataset_info
+  from jaxrobust.distributed import parallel
   from jaxrobust.models import convolution
+  from jaxrobust.training import optimizer, update
 
   if plain:
     convolution.conv2d = lambda images, kernel, stride: jax.lax.conv_general_dilated(
@@ -50,7 +52,7 @@ def jax_step(name, batch_size, plain=False):
     )
   config = cifar10_linf.get_config(name).unlock()
   config.data.batch_size = config.model.batch_norm_group = batch_size
-  model = models.from_config(config.model, datasets.INFO['cifar10'])
+  model = models.from_config(config.model, dataset_info.INFO['cifar10'])
   sgd = optimizer.make(config.optimizer, configs.resolve(config))
   state = parallel.replicate(jax.jit(lambda: update.init_state(config, model, sgd))())
   step_fn = parallel.pmap(update.make_step(config, model, sgd, 10), donate_argnums=0)

@@ -51,23 +51,19 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from jaxrobust import (
-  cli,
-  complementarity,
-  conditions,
-  metrics,
-  parallel,
-  peers,
-  quality,
-)
-from jaxrobust import workdir as workdirs
+from jaxrobust.analysis import complementarity, conditions, quality
+from jaxrobust.analysis.complementarity import SETS
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator
 from jaxrobust.attacks.record import Record
-from jaxrobust.complementarity import SETS
-from jaxrobust.data import datasets, positions, samples
+from jaxrobust.config import dataset_info
+from jaxrobust.data import datasets
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.models import zoo
+from jaxrobust.runs import cli, metrics, process_group
+from jaxrobust.runs import workdir as workdirs
+from jaxrobust.samples import sample_sets, stratified
 
 _SIZES = ('num_images', 'num_attacked', 'batch_size')
 
@@ -82,7 +78,7 @@ def main(config, workdir):
   check(config)
   sample_set = open_samples(config)
   protocol = make_protocol(config, sample_set)
-  peers.require_alike(protocol)
+  process_group.require_alike(protocol)
   folder = workdirs.claim(workdir, config)
   entry = workdirs.find_result(folder, protocol)
   parallel.require_agreement(int(entry is not None))
@@ -103,10 +99,10 @@ def check(config):
       "this is not an analysis's config: give an experiment such as "
       'experiments/digits_analysis.py'
     )
-  if config.dataset.name not in datasets.INFO:
+  if config.dataset.name not in dataset_info.INFO:
     raise UserError(
       f'config.dataset.name = {config.dataset.name!r}: use one of '
-      f'{", ".join(datasets.INFO)}'
+      f'{", ".join(dataset_info.INFO)}'
     )
   for field, least in zip(_SIZES, (4, 1, 1), strict=True):
     if config[field] < least:
@@ -129,10 +125,10 @@ def make_attack(config):
   return suites.attack_from_config(config.attack, ball)
 
 
-def open_samples(config) -> samples.SampleSet:
+def open_samples(config) -> sample_sets.SampleSet:
   """The sample set; UserError if its images are not like those of the data set."""
-  found = samples.SampleSet.open(config.samples)
-  info = datasets.INFO[config.dataset.name]
+  found = sample_sets.SampleSet.open(config.samples)
+  info = dataset_info.INFO[config.dataset.name]
   # Imported sets may lack the last classes.
   if found.image_shape != info.image_shape or found.num_classes > info.num_classes:
     raise UserError(
@@ -143,7 +139,7 @@ def open_samples(config) -> samples.SampleSet:
   return found
 
 
-def make_protocol(config, sample_set: samples.SampleSet) -> dict:
+def make_protocol(config, sample_set: sample_sets.SampleSet) -> dict:
   """What is compared and how, with checksums of all that is read (JSON values)."""
   protocol = {
     'dataset': config.dataset.to_dict() | {'data_dir': ''},
@@ -234,7 +230,7 @@ def said_of_labels(metadata: dict, protocol: dict) -> dict:
   }
 
 
-def open_sources(config, sample_set: samples.SampleSet) -> dict:
+def open_sources(config, sample_set: sample_sets.SampleSet) -> dict:
   """Of each of SETS: its size, and a function from indices to a Split."""
   sources = {
     'generated': (
@@ -264,7 +260,7 @@ def choose(config, sources: dict, name: str, field: str) -> datasets.Split:
     raise UserError(
       f'config.{field} = {count}: there are {total} {name} images; use at most {total}'
     )
-  return gather(positions.one_of_each_part(total, count, config.seed))
+  return gather(stratified.one_of_each_part(total, count, config.seed))
 
 
 def find_features(

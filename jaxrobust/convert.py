@@ -32,12 +32,12 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from jaxrobust import checkpoint, cli
-from jaxrobust import workdir as workdirs
-from jaxrobust.data import datasets
+from jaxrobust.config import dataset_info
 from jaxrobust.errors import UserError
-from jaxrobust.models import architecture, zoo
+from jaxrobust.models import architecture, parameter_files, zoo
 from jaxrobust.models import card as cards
+from jaxrobust.runs import cli
+from jaxrobust.runs import workdir as workdirs
 
 _NUM_IMAGES = 8
 
@@ -49,24 +49,24 @@ def main(config, workdir, from_: str, to: str):
   if not from_ or not to:
     raise UserError('give --from=PATH and --to=PATH (--help shows examples)')
   target = epath.Path(to)
-  if target.suffix not in checkpoint.SUFFIXES:
+  if target.suffix not in parameter_files.SUFFIXES:
     raise UserError(
-      f'--to={to}: the name must end in one of {", ".join(checkpoint.SUFFIXES)}'
+      f'--to={to}: the name must end in one of {", ".join(parameter_files.SUFFIXES)}'
     )
   found = zoo.find(from_)
   source = found.path if found else epath.Path(from_)
-  variables = checkpoint.read(source)
+  variables = parameter_files.read(source)
   card = _card(config, found, source, variables[0])
   _check_target(target, card)
   model = card.build()
-  checkpoint.check_fits(
+  parameter_files.check_fits(
     source, variables, jax.eval_shape(model.init, jax.random.key(0))
   )
   draft = target.with_name(f'.draft-{target.name}')
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.export(draft, *variables, {'card': card.to_json()})
-    difference = _difference(card, model, variables, checkpoint.load(draft, model))
+    parameter_files.export(draft, *variables, {'card': card.to_json()})
+    difference = _difference(card, model, variables, parameter_files.load(draft, model))
     workdirs.write(cards.path_of(target), card.to_json())
     draft.replace(target)
   except OSError as e:
@@ -129,7 +129,7 @@ def _warn(card: cards.Card):
       'of width 1: this file has layer.0.block.0.shortcut.weight, which the classes of '
       'the authors and of RobustBench lack, so they refuse it'
     )
-  size = datasets.INFO[card.dataset].image_shape[0] + 2 * card.model['padding']
+  size = dataset_info.INFO[card.dataset].image_shape[0] + 2 * card.model['padding']
   if size != 32:
     logging.warning(
       'images of %d pixels: the classes of the authors and of RobustBench average over '
@@ -152,7 +152,7 @@ def _contradiction(ours: cards.Card, known: cards.Card) -> tuple[str, str] | Non
 
 def _difference(card: cards.Card, model, before, after) -> float:
   """The largest absolute difference of logits on random images."""
-  shape = (_NUM_IMAGES, *datasets.INFO[card.dataset].image_shape)
+  shape = (_NUM_IMAGES, *dataset_info.INFO[card.dataset].image_shape)
   images = jnp.asarray(np.random.default_rng(0).random(shape, np.float32))
   logits_fn = jax.jit(lambda v: model.apply(*v, images, batch_stats=False)[0])
   a, b = (np.asarray(logits_fn(v)) for v in (before, after))

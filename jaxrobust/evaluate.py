@@ -54,16 +54,18 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from jaxrobust import checkpoint as checkpoints
-from jaxrobust import cli, metrics, models, parallel, peers
 from jaxrobust import config as configs
-from jaxrobust import workdir as workdirs
+from jaxrobust import models
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator, Outcome
 from jaxrobust.attacks.record import Record
+from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.models import zoo
+from jaxrobust.models import parameter_files, zoo
+from jaxrobust.runs import cli, metrics, process_group
+from jaxrobust.runs import workdir as workdirs
 
 _NUM_EXAMPLES = 16
 _ADVERSARIAL = 'adversarial.npz'
@@ -102,11 +104,11 @@ def main(config, workdir, suite='', checkpoint=''):
   settings = config.evaluation
   # Runs from before this field was made have none.
   save_images = settings.get('save_adversarial', False)
-  info = datasets.INFO[config.dataset.name]
+  info = dataset_info.INFO[config.dataset.name]
   model = models.from_config(config.model, info)
   suite, attacks = choose(config)
   name, path = _find(config, workdir)
-  variables = checkpoints.load(path, model)
+  variables = parameter_files.load(path, model)
   images, labels = datasets.load(
     config.dataset.name,
     settings.split,
@@ -140,14 +142,14 @@ def main(config, workdir, suite='', checkpoint=''):
   if settings.suite == 'pgd':
     protocol['attacks'] = [{'name': suite, **settings.attack.to_dict()}]
   shown = datasets.Split(images, labels)
-  peers.require_alike(protocol | {'images': shown.checksum()})
+  process_group.require_alike(protocol | {'images': shown.checksum()})
   folder = workdirs.claim(workdir, config)
   identity = json.dumps(protocol, sort_keys=True) + str(save_images)
   state = folder / 'evaluations' / hashlib.sha256(identity.encode()).hexdigest()[:12]
   entry = workdirs.find_result(folder, protocol)
   record = Record(len(images), state, protocol)
   wanted = save_images and not (state / _ADVERSARIAL).exists()
-  peers.require_alike(
+  process_group.require_alike(
     {'progress': [entry is None, wanted, record.attempt, record.done]},
     'give all of them one workdir that they share',
   )

@@ -48,12 +48,16 @@ from absl import logging
 from etils import epath
 from ml_collections import config_dict
 
-from jaxrobust import checkpoint, cli, generators, metrics, parallel, peers
 from jaxrobust import config as configs
-from jaxrobust import workdir as workdirs
-from jaxrobust.data import datasets, draws, samples, selection, shards
+from jaxrobust import generators
+from jaxrobust.config import dataset_info
+from jaxrobust.data import datasets
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.models import zoo
+from jaxrobust.models import parameter_files, zoo
+from jaxrobust.runs import cli, metrics, process_group
+from jaxrobust.runs import workdir as workdirs
+from jaxrobust.samples import candidates, sample_sets, selection, shards
 
 STAGES = ('fit', 'sample', 'label', 'select')
 _WITHOUT_LABELLER = STAGES[:2]
@@ -70,7 +74,7 @@ def main(config, workdir, stage=''):
   if stage and stage not in STAGES:
     raise UserError(f'--stage={stage}: use one of {", ".join(STAGES)}, or none for all')
   check(config, stage)
-  info = datasets.INFO[config.dataset.name]
+  info = dataset_info.INFO[config.dataset.name]
   finished = shards.is_whole(epath.Path(workdir) / 'samples')
   parallel.require_agreement(int(finished))
   if finished:
@@ -94,7 +98,7 @@ def main(config, workdir, stage=''):
     labeller = load_labeller(config.labeller, info, config.samples.batch_size)
   elif config.labeller not in ('', _CONDITION):
     find_labeller(config.labeller, info)  # A mistake should not wait for days.
-  peers.require_alike(
+  process_group.require_alike(
     {
       'labeller': labeller and labeller.described,
       'fit': _described_fit(config, config.fitted) if config.fitted else None,
@@ -137,13 +141,13 @@ def check(config, stage=''):
       "this is not a generator's config: give an experiment such as "
       'experiments/digits_gaussian.py'
     )
-  if config.dataset.name not in datasets.INFO:
+  if config.dataset.name not in dataset_info.INFO:
     raise UserError(
       f'config.dataset.name = {config.dataset.name!r}: use one of '
-      f'{", ".join(datasets.INFO)}'
+      f'{", ".join(dataset_info.INFO)}'
     )
   generators.get(config.generator.name).check(
-    config.generator, datasets.INFO[config.dataset.name]
+    config.generator, dataset_info.INFO[config.dataset.name]
   )
   settings = config.samples
   for name in ('count', 'max_draws_factor', 'shard_size', 'draw_size', 'batch_size'):
@@ -220,7 +224,7 @@ def fitted_generator(config, folder: epath.Path, info, may_fit: bool):
       train_images=config.dataset.train_images,
       validation_images=config.dataset.validation_images,
     )
-    peers.require_alike({'training images': real.checksum()})
+    process_group.require_alike({'training images': real.checksum()})
     logging.info(
       'fitting %s to %d training images', config.generator.name, len(real.images)
     )
@@ -252,7 +256,7 @@ class Labeller(NamedTuple):
   label_fn: Callable
 
 
-def find_labeller(path: str, info: datasets.DatasetInfo) -> zoo.Found:
+def find_labeller(path: str, info: dataset_info.DatasetInfo) -> zoo.Found:
   """What is known of a classifier that labels samples; raises as `load_labeller`."""
   found = zoo.find(path)
   if found is None:
@@ -261,7 +265,7 @@ def find_labeller(path: str, info: datasets.DatasetInfo) -> zoo.Found:
       'that finished training, a file with its card, or the name of a released '
       'checkpoint'
     )
-  theirs = datasets.INFO[found.card.dataset]
+  theirs = dataset_info.INFO[found.card.dataset]
   if (theirs.image_shape, theirs.num_classes) != (info.image_shape, info.num_classes):
     raise UserError(
       f'config.labeller = {path} was trained on {theirs.name}, which has '
@@ -270,7 +274,9 @@ def find_labeller(path: str, info: datasets.DatasetInfo) -> zoo.Found:
   return found
 
 
-def load_labeller(path: str, info: datasets.DatasetInfo, batch_size: int) -> Labeller:
+def load_labeller(
+  path: str, info: dataset_info.DatasetInfo, batch_size: int
+) -> Labeller:
   """A classifier that labels samples, or none.
 
   Args:
@@ -287,7 +293,7 @@ def load_labeller(path: str, info: datasets.DatasetInfo, batch_size: int) -> Lab
     return Labeller(_CONDITION, lambda images, classes: {'labels': classes})
   found = find_labeller(path, info)
   model = found.card.build()
-  variables = parallel.replicate(checkpoint.load(found.path, model))
+  variables = parallel.replicate(parameter_files.load(found.path, model))
 
   def predict(variables, images):
     logits, _ = model.apply(*variables, images / 255, batch_stats=False)
@@ -302,7 +308,7 @@ def load_labeller(path: str, info: datasets.DatasetInfo, batch_size: int) -> Lab
   )
 
 
-def select(config, folder, files: draws.Draws, num_files, labeller, k, stop):
+def select(config, folder, files: candidates.Draws, num_files, labeller, k, stop):
   """One process writes the sample set, then removes what it was selected from."""
   finished = True
   parallel.barrier('select')  # The others have read what is removed at its end.
@@ -320,7 +326,7 @@ def select(config, folder, files: draws.Draws, num_files, labeller, k, stop):
 def _write(config, folder, files, num_files, labeller, k, stop):
   """Writes the sample set, or nothing where `stop` raises."""
   batches, described = files.select(num_files, k)
-  samples.write(
+  sample_sets.write(
     str(folder / 'samples'),
     _shown(batches, config.samples.count, stop),
     metadata={
@@ -368,13 +374,13 @@ def _shown(batches, count: int, stop: Callable):
   progress.close()
 
 
-def _draws(config, folder: epath.Path) -> draws.Draws:
+def _draws(config, folder: epath.Path) -> candidates.Draws:
   """The run's files of draws."""
   settings = config.samples
   rule = selection.Rule(
     settings.count, settings.selection == 'balanced', settings.top_fraction
   )
-  return draws.Draws(folder, rule, settings.draw_size)
+  return candidates.Draws(folder, rule, settings.draw_size)
 
 
 class _Stop:

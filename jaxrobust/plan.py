@@ -58,10 +58,14 @@ import time
 import jax
 from absl import logging
 
-from jaxrobust import cli, costs, experiment, parallel, points, programs, slices
 from jaxrobust import config as configs
-from jaxrobust import workdir as workdirs
+from jaxrobust.config import experiments
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.planning import device_programs, hardware, program_cost
+from jaxrobust.reporting import planned_runs
+from jaxrobust.runs import cli
+from jaxrobust.runs import workdir as workdirs
 
 _GIB = 2**30
 
@@ -81,26 +85,27 @@ def main(
       '--config has no use with --table=: its rows have their own configs'
     )
   what, share = what or 'train', _share(utilization)
-  if what not in programs.KINDS:
-    raise UserError(f'--what={what}: use {", ".join(programs.KINDS)}')
+  if what not in device_programs.KINDS:
+    raise UserError(f'--what={what}: use {", ".join(device_programs.KINDS)}')
   of_table = _points_of_table(table, tables) if table else []
   generation = topology.partition(':')[0]
-  if generation not in costs.CHIPS:
+  if generation not in hardware.CHIPS:
     raise UserError(
-      f'--topology={topology}: use generation:chips, one of {", ".join(slices.SLICES)}'
+      f'--topology={topology}: use generation:chips, one of '
+      f'{", ".join(hardware.SLICES)}'
     )
-  chip = costs.CHIPS[generation]
-  devices = slices.devices(topology)
+  chip = hardware.CHIPS[generation]
+  devices = hardware.devices(topology)
   chips = len(devices) // chip.devices
   if table:
     print_total(f'table {table}', of_table, devices, chip, share)
     return
   swept = _points_of_sweep(config) if sweep else []  # It may not be what it should.
-  program = programs.of(config, what, len(devices))
+  program = device_programs.of(config, what, len(devices))
   operations = operations_of(program, len(devices))
   result = compile_for(devices, topology, program)
   print(
-    f'{programs.name(config)}, {what}, on {topology}: {len(devices)} '
+    f'{device_programs.name(config)}, {what}, on {topology}: {len(devices)} '
     f'devices of {chips} chips, {program.images} images each'
   )
   for line in report(result, operations, program, len(devices), chip):
@@ -113,7 +118,9 @@ def main(
     print_total('sweep      ', swept, devices, chip, share)
 
 
-def print_total(what: str, found: list, devices: list, chip: costs.Chip, share: float):
+def print_total(
+  what: str, found: list, devices: list, chip: hardware.Chip, share: float
+):
   """Prints the chip-hours of each of (name, config, is it judged), and of all."""
   chips, num_devices = len(devices) // chip.devices, len(devices)
   known = {}
@@ -129,11 +136,11 @@ def print_total(what: str, found: list, devices: list, chip: costs.Chip, share: 
 
   training, judging = 0.0, 0.0
   for name, config, judged in found:
-    train = lambda config=config: [programs.of(config, 'train', num_devices)]
+    train = lambda config=config: [device_programs.of(config, 'train', num_devices)]
     own = cost(config, 'training', train)
     line, training = f'  {name}: {own:,.4g} chip-hours', training + own
     if judged:
-      judge = lambda config=config: programs.judging(config, num_devices)
+      judge = lambda config=config: device_programs.judging(config, num_devices)
       own = cost(config, 'evaluation', judge)
       line, judging = f'{line}, at most {own:,.4g} to judge it', judging + own
     print(line)
@@ -143,13 +150,13 @@ def print_total(what: str, found: list, devices: list, chip: costs.Chip, share: 
   )
 
 
-def operations_of(program: programs.Program, num_devices: int) -> float:
+def operations_of(program: device_programs.Program, num_devices: int) -> float:
   """FLOPs of a call on one of so many devices."""
   jaxpr = parallel.trace(program.fn, program.arguments, num_devices)
-  return costs.flops(jaxpr, rounds=program.rounds)
+  return program_cost.flops(jaxpr, rounds=program.rounds)
 
 
-def compile_for(devices: list, topology: str, program: programs.Program) -> dict:
+def compile_for(devices: list, topology: str, program: device_programs.Program) -> dict:
   """What the compiler says of a program; from the cache if it said so before.
 
   Returns:
@@ -194,7 +201,7 @@ def _measures(compiled) -> dict:
     'temporaries': memory.temp_size_in_bytes,
     'flops': cost.get('flops', 0.0),
     'bytes': cost.get('bytes accessed', 0.0),
-    'collectives': costs.collectives(compiled.as_text()),
+    'collectives': program_cost.collectives(compiled.as_text()),
   }
 
 
@@ -230,9 +237,9 @@ def fits(result: dict, usable: float) -> str:
 def report(
   result: dict,
   operations: float,
-  program: programs.Program,
+  program: device_programs.Program,
   num_devices: int,
-  chip: costs.Chip,
+  chip: hardware.Chip,
 ) -> list[str]:
   """Lines on memory, operations and traffic.
 
@@ -262,7 +269,10 @@ def report(
 
 
 def hours(
-  operations: float, program: programs.Program, chip: costs.Chip, utilization: float
+  operations: float,
+  program: device_programs.Program,
+  chip: hardware.Chip,
+  utilization: float,
 ) -> float:
   """Of the whole run, by operations of a call on a device."""
   rate = chip.peak / chip.devices * utilization
@@ -282,12 +292,14 @@ def time_line(operations, program, chip, chips, utilization) -> str:
 
 def alternatives(config, what: str, devices: list, topology: str):
   """Lines on what else was compiled; of each kind until the first that fits."""
-  usable = costs.CHIPS[topology.partition(':')[0]].usable
+  usable = hardware.CHIPS[topology.partition(':')[0]].usable
   for kind in changes(config, what, len(devices)):
     for overrides in kind:
       other = config.copy_and_resolve_references()
       other.update_from_flattened_dict(overrides)
-      result = compile_for(devices, topology, programs.of(other, what, len(devices)))
+      result = compile_for(
+        devices, topology, device_programs.of(other, what, len(devices))
+      )
       flags = ' '.join(f'--config.{k}={v}' for k, v in overrides.items())
       yield f'  {flags}: {fits(result, usable)}'
       if 'refused' not in result:
@@ -296,7 +308,7 @@ def alternatives(config, what: str, devices: list, topology: str):
 
 def changes(config, what: str, num_devices: int) -> list[list[dict]]:
   """Overrides that save memory, by kind and from the mildest."""
-  field, size = programs.batch(config, what)
+  field, size = device_programs.batch(config, what)
   group, now = 1, 1
   if classifier := what == 'train' and 'model' in config:
     group, now = config.model.batch_norm_group, config.training.accumulation
@@ -323,8 +335,10 @@ def _points_of_table(table: str, file: str) -> list:
 
   Labellers are among them, which are not.
   """
-  tables, preparations = points.read_tables(file)
-  made = points.Maker('runs', preparations).of_table(points.find_table(table, tables))
+  tables, preparations = planned_runs.read_tables(file)
+  made = planned_runs.Maker('runs', preparations).of_table(
+    planned_runs.find_table(table, tables)
+  )
   found = []
   for point in made:
     if 'train' not in point.programs:
@@ -341,7 +355,7 @@ def _points_of_sweep(config) -> list:
   if not given:
     raise UserError('--sweep needs --config= of an experiment that has a sweep()')
   file = given[-1].removeprefix('--config=').split(':')[0]
-  found = experiment.sweep_points(config, file)
+  found = experiments.sweep_points(config, file)
   return [(name, point, True) for name, _, point in found]
 
 

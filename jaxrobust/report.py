@@ -35,11 +35,12 @@ import sys
 
 from etils import epath
 
-from jaxrobust import cli, figures, metrics, points
 from jaxrobust import config as configs
-from jaxrobust import tables as texts
-from jaxrobust import workdir as workdirs
 from jaxrobust.errors import UserError
+from jaxrobust.reporting import figures, planned_runs
+from jaxrobust.reporting import tables as texts
+from jaxrobust.runs import cli, metrics
+from jaxrobust.runs import workdir as workdirs
 
 
 def main(config, workdir, table='', tables='', status=''):
@@ -53,11 +54,11 @@ def main(config, workdir, table='', tables='', status=''):
   if status and not table:
     raise UserError('--status is of a table: give --table=NAME')
   folder, known, preparations = epath.Path(workdir), {}, {}
-  if table or tables or epath.Path(points.TABLES).exists():
-    known, preparations = points.read_tables(tables)
-  maker = points.Maker(workdir, preparations)
+  if table or tables or epath.Path(planned_runs.TABLES).exists():
+    known, preparations = planned_runs.read_tables(tables)
+  maker = planned_runs.Maker(workdir, preparations)
   if table:
-    found = points.find_table(table, known)
+    found = planned_runs.find_table(table, known)
     if status:
       print('\n'.join(status_lines(found, maker)))
     else:
@@ -145,7 +146,7 @@ def trained(line: texts.Line) -> list[tuple[epath.Path, object]]:
   ]
 
 
-def has_run(table, maker: points.Maker) -> bool:
+def has_run(table, maker: planned_runs.Maker) -> bool:
   """Whether any row of a table has a workdir."""
   return any(
     (point.workdir / 'config.json').exists()
@@ -154,7 +155,7 @@ def has_run(table, maker: points.Maker) -> bool:
   )
 
 
-def status_lines(table, maker: points.Maker):
+def status_lines(table, maker: planned_runs.Maker):
   """Yields the state of each run of a table, then what would fill it."""
   needed = maker.of_table(table)
   made = {name for point in needed for name in point.needs}
@@ -170,16 +171,16 @@ def status_lines(table, maker: points.Maker):
   yield ''
   left = {name for name, (state, _) in states.items() if state != 'done'}
   of_rows = {point.name for _, found in rows[1:] for point in found}
-  for point in points.with_needs(left & of_rows, needed):
+  for point in planned_runs.with_needs(left & of_rows, needed):
     if point.name not in left:
       continue
     yield from remarks(point, *states[point.name])
     for command, finished in point.commands():
       if not finished or states[point.name][0] == 'other':
-        yield points.command_line(command)
+        yield planned_runs.command_line(command)
 
 
-def remarks(point: points.Point, state: str, message: str):
+def remarks(point: planned_runs.Point, state: str, message: str):
   """Yields, as comments of a shell, what to know before a point is run."""
   if state == 'running':
     host = workdirs.read_status(point.workdir)['host']

@@ -47,10 +47,10 @@ import sys
 from absl import logging
 from etils import epath
 
-from jaxrobust import cli, experiment
 from jaxrobust import config as configs
+from jaxrobust.config import experiments
 from jaxrobust.errors import UserError
-from jaxrobust.points import (
+from jaxrobust.reporting.planned_runs import (
   Maker,
   Point,
   command_line,
@@ -58,6 +58,7 @@ from jaxrobust.points import (
   read_tables,
   with_needs,
 )
+from jaxrobust.runs import cli
 
 _OF_PROCESSES = ('--coordinator=', '--num_processes=', '--process_id=')
 
@@ -112,7 +113,7 @@ def points(config, path: str, workdir: str, common: list[str] = ()) -> list[Poin
       or if two points have the same experiment's name.
   """
   found = []
-  for name, overrides, point in experiment.sweep_points(config, path.split(':')[0]):
+  for name, overrides, point in experiments.sweep_points(config, path.split(':')[0]):
     folder = configs.experiment_name(point)
     home = epath.Path(workdir) / folder
     own = [f'--config.{field}={value}' for field, value in overrides.items()]

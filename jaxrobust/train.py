@@ -27,14 +27,18 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from jaxrobust import checkpoint, cli, loop, optimizer, parallel, peers, update
 from jaxrobust import config as configs
-from jaxrobust import workdir as workdirs
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator
-from jaxrobust.data import datasets, pipeline, samples
+from jaxrobust.config import dataset_info
+from jaxrobust.data import datasets, pipeline
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.models import batch_norm, beside
+from jaxrobust.models import batch_norm, companions, parameter_files
+from jaxrobust.runs import cli, process_group
+from jaxrobust.runs import workdir as workdirs
+from jaxrobust.samples import sample_sets
+from jaxrobust.training import loop, optimizer, update
 
 
 def main(config, workdir):
@@ -53,13 +57,13 @@ def main(config, workdir):
     )
     return
   # Everything is checked before the workdir is touched.
-  info = datasets.INFO[config.dataset.name]
+  info = dataset_info.INFO[config.dataset.name]
   mixes = check_batch(config, derived)
   network = Network(config, derived, info)
   data = load_data(config)
   for counts in mixes:
     pipeline.check_sources(data.real, data.generated, *counts, info.num_classes)
-  peers.require_alike(data.checksums())
+  process_group.require_alike(data.checksums())
   folder = workdirs.claim(workdir, config)
   logging.info(
     '%s: %d steps of %d images, %s, on %d devices; learning rate %g',
@@ -80,7 +84,7 @@ class Data(NamedTuple):
 
   real: datasets.Split
   validation: datasets.Split | None
-  generated: samples.SampleSet | None
+  generated: sample_sets.SampleSet | None
 
   def checksums(self) -> dict[str, str]:
     """Of each source that there is."""
@@ -103,7 +107,7 @@ def load_data(config) -> Data:
   )
   generated = None
   if config.data.samples:
-    generated = samples.SampleSet.open(config.data.samples)
+    generated = sample_sets.SampleSet.open(config.data.samples)
     if config.data.verify_samples:
       logging.info('comparing checksums of %s (once)', config.data.samples)
       generated.verify(functools.partial(tqdm.tqdm, desc='checksums', disable=None))
@@ -141,8 +145,8 @@ def check_batch(config, derived: configs.Derived) -> list[tuple[int, int]]:
 class Network:
   """The model of a run with its step and its evaluator, built for all devices."""
 
-  def __init__(self, config, derived: configs.Derived, info: datasets.DatasetInfo):
-    model = beside.for_training(config, info)
+  def __init__(self, config, derived: configs.Derived, info: dataset_info.DatasetInfo):
+    model = companions.for_training(config, info)
     sgd = optimizer.make(config.optimizer, derived)
     self.num_classes = info.num_classes
     self.init = jax.jit(lambda: update.init_state(config, model, sgd))
@@ -242,10 +246,10 @@ class Run:
       if self._config.checkpoint.export == 'best':
         step = checkpoints.best_step()
         state = checkpoints.restore(state, step)
-      checkpoint.export_npy(
+      parameter_files.export_npy(
         self._folder / 'checkpoint.npy',
-        beside.without(state.ema_params),
-        beside.without(state.ema_net_state),
+        companions.without(state.ema_params),
+        companions.without(state.ema_net_state),
       )
       logging.info(
         'wrote %s, the averaged parameters after step %d',

@@ -144,9 +144,11 @@ def ends(processes):
 
 def assert_same_file(a, b):
   """Two files of parameters are equal, bit for bit."""
-  from jaxrobust import checkpoint  # Takes its time, which few tests need.
+  from jaxrobust.models import parameter_files  # Takes its time, which few tests need.
 
-  for x, y in zip(checkpoint.import_npy(a), checkpoint.import_npy(b), strict=True):
+  for x, y in zip(
+    parameter_files.import_npy(a), parameter_files.import_npy(b), strict=True
+  ):
     for module in x:
       for leaf in x[module]:
         np.testing.assert_array_equal(x[module][leaf], y[module][leaf])

@@ -13,11 +13,14 @@ import pytest
 import sklearn.neighbors
 from etils import epath
 
-from jaxrobust import analyze, checkpoint, cli, complementarity, conditions, quality
+from jaxrobust import analyze
 from jaxrobust import config as configs
-from jaxrobust.data import datasets, positions, samples
+from jaxrobust.analysis import complementarity, conditions, quality
+from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
-from jaxrobust.models import card
+from jaxrobust.models import card, parameter_files
+from jaxrobust.runs import cli
+from jaxrobust.samples import sample_sets, stratified
 from tests.conftest import ends
 
 
@@ -158,7 +161,7 @@ def labeller(tmp_path_factory):
   params = jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), params)
   net_state = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), net_state)
   path = epath.Path(tmp_path_factory.mktemp('labeller')) / 'tiny.npy'
-  checkpoint.export_npy(path, params, net_state)
+  parameter_files.export_npy(path, params, net_state)
   card.path_of(path).write_text(described.to_json())
   logits = jax.jit(lambda x: model.apply(params, net_state, x, batch_stats=False)[0])
   return path, lambda images: np.asarray(logits(np.float32(images) / 255)).argmax(-1)
@@ -172,7 +175,7 @@ def sample_set(tmp_path_factory):
   labels = (real.labels + (np.arange(60) % 3 == 0)) % 10
   metadata = {'selection': {'agreement_with_condition': 0.875}}
   path = tmp_path_factory.mktemp('samples') / 'set'
-  return samples.write(path, [(images, labels)], metadata=metadata, num_classes=10)
+  return sample_sets.write(path, [(images, labels)], metadata=metadata, num_classes=10)
 
 
 @pytest.fixture
@@ -220,11 +223,11 @@ def test_the_program_resumes_and_refuses(
   assert code == 0, err
   [entry] = json.loads((tmp_path / 'run/results.json').read_text())
   test = datasets.load('digits', 'test')
-  chosen = positions.one_of_each_part(797, 30, seed=0)
+  chosen = stratified.one_of_each_part(797, 30, seed=0)
   predict = labeller[1]
   right = (predict(test.images[chosen]) == test.labels[chosen]).mean()
   assert entry['labeller_test_accuracy'] == pytest.approx(right)
-  chosen = positions.one_of_each_part(60, 30, seed=0)
+  chosen = stratified.one_of_each_part(60, 30, seed=0)
   agreed = predict(sample_set.gather(chosen)) == sample_set.gather_labels(chosen)
   assert entry['label_agreement'] == pytest.approx(agreed.mean())
   assert entry['agreement_with_condition'] == 0.875

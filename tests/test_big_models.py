@@ -10,9 +10,12 @@ import pytest
 
 from experiments import digits
 from jaxrobust import config as configs
-from jaxrobust import models, optimizer, parallel, update
+from jaxrobust import models
+from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.training import optimizer, update
 
 GROUP, BATCH, DEVICES = 4, 16, 2
 
@@ -39,7 +42,7 @@ def make_config(**overrides):
 
 @functools.cache
 def model_of(**overrides):
-  return models.from_config(make_config(**overrides).model, datasets.INFO['digits'])
+  return models.from_config(make_config(**overrides).model, dataset_info.INFO['digits'])
 
 
 @functools.cache

@@ -9,10 +9,13 @@ from etils import epath
 from etils.epath import backend, gpath
 
 from experiments import digits_gaussian
-from jaxrobust import generate, metrics, points, workdir
+from jaxrobust import generate
 from jaxrobust.attacks.record import Record
-from jaxrobust.data import datasets, pipeline, samples, shards
+from jaxrobust.data import datasets, pipeline
 from jaxrobust.errors import UserError
+from jaxrobust.reporting import planned_runs
+from jaxrobust.runs import metrics, workdir
+from jaxrobust.samples import sample_sets, shards
 
 
 class Bucket:
@@ -57,7 +60,7 @@ def write(path, seed=0, count=50):
   images = np.random.RandomState(seed).randint(0, 256, (count, 8, 8, 1), np.uint8)
   labels = np.arange(count) % 10
   options = {'metadata': {}, 'num_classes': 10, 'shard_size': 20}
-  return images, samples.write(path, [(images, labels)], **options)
+  return images, sample_sets.write(path, [(images, labels)], **options)
 
 
 def test_a_set_is_kept_once_on_disk_and_read_there(bucket, tmp_path):
@@ -67,11 +70,11 @@ def test_a_set_is_kept_once_on_disk_and_read_there(bucket, tmp_path):
   np.testing.assert_array_equal(written.gather(np.arange(50)), images)
   # Who wrote it has it; another host fetches it, once.
   del bucket.copied[:]
-  samples.SampleSet.open('gs://b/runs/set').verify()
+  sample_sets.SampleSet.open('gs://b/runs/set').verify()
   assert not bucket.copied
   (tmp_path / 'cache').rename(tmp_path / 'other')
   for _ in range(2):
-    found = samples.SampleSet.open('gs://b/runs/set')
+    found = sample_sets.SampleSet.open('gs://b/runs/set')
     assert found.checksum() == written.checksum()
   assert sorted(bucket.copied) == sorted(written.metadata['sha256'])
   found.verify()
@@ -83,16 +86,16 @@ def test_a_set_is_kept_once_on_disk_and_read_there(bucket, tmp_path):
 def test_a_set_that_was_made_again_is_fetched_again(bucket, tmp_path):
   write('gs://b/runs/set')
   (tmp_path / 'cache').rename(tmp_path / 'other')
-  samples.SampleSet.open('gs://b/runs/set')
+  sample_sets.SampleSet.open('gs://b/runs/set')
   epath.Path('gs://b/runs/set').rmtree()
   images, _ = write('gs://b/runs/set', seed=1)
-  found = samples.SampleSet.open('gs://b/runs/set')
+  found = sample_sets.SampleSet.open('gs://b/runs/set')
   np.testing.assert_array_equal(found.gather(np.arange(50)), images)
 
 
 def test_what_was_cut_short_is_no_set(bucket, tmp_path, monkeypatch):
   with pytest.raises(UserError, match='gs://b/set is no sample set'):
-    samples.SampleSet.open('gs://b/set')
+    sample_sets.SampleSet.open('gs://b/set')
   # On the way there: metadata.json comes last.
   with monkeypatch.context() as patch:
     patch.setattr(workdir, 'write', lambda *_: (_ for _ in ()).throw(OSError('gone')))
@@ -106,9 +109,9 @@ def test_what_was_cut_short_is_no_set(bucket, tmp_path, monkeypatch):
   content = lost.read_bytes()
   lost.unlink()
   with pytest.raises(FileNotFoundError):
-    samples.SampleSet.open('gs://b/set')
+    sample_sets.SampleSet.open('gs://b/set')
   lost.write_bytes(content)
-  found = samples.SampleSet.open('gs://b/set')
+  found = sample_sets.SampleSet.open('gs://b/set')
   np.testing.assert_array_equal(found.gather(np.arange(50)), images)
 
 
@@ -121,7 +124,7 @@ def test_metadata_name_no_file_elsewhere(bucket):
   ):
     (folder / 'metadata.json').write_text(content)
     with pytest.raises(UserError, match=words):
-      samples.SampleSet.open('gs://b/set')
+      sample_sets.SampleSet.open('gs://b/set')
 
 
 @pytest.mark.slow
@@ -133,10 +136,12 @@ def test_a_generator_whose_workdir_is_in_a_bucket(bucket, tmp_path):
   for _ in range(2):
     generate.main(config, 'gs://b/runs/gaussian')
   remote = epath.Path('gs://b/runs/gaussian')
-  assert points.Point('', config, remote, [], ('generate',)).is_finished('generate')
+  assert planned_runs.Point('', config, remote, [], ('generate',)).is_finished(
+    'generate'
+  )
   local = tmp_path / 'here'
   generate.main(config, local)
-  found, wanted = (samples.SampleSet.open(x / 'samples') for x in (remote, local))
+  found, wanted = (sample_sets.SampleSet.open(x / 'samples') for x in (remote, local))
   everything = np.arange(60)
   np.testing.assert_array_equal(found.gather(everything), wanted.gather(everything))
   assert sorted(x.name for x in remote.iterdir() if 'tmp' in x.name) == []

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxrobust import checkpoint, cli, convert
+from jaxrobust import convert
 from jaxrobust.data import datasets
 from jaxrobust.models import card as cards
-from tests.random_variables import assert_same, random_variables
+from jaxrobust.models import parameter_files
+from jaxrobust.runs import checkpoints, cli
+from tests.helpers.random_variables import assert_same, random_variables
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = '--config=experiments/digits.py:wrn-10-1'
@@ -40,7 +42,7 @@ def call(monkeypatch, capsys):
 @pytest.fixture
 def source(tmp_path):
   path = epath.Path(tmp_path / 'source.npy')
-  checkpoint.export_npy(path, *random_variables('wrn-10-1', 10, 1))
+  parameter_files.export_npy(path, *random_variables('wrn-10-1', 10, 1))
   return path
 
 
@@ -52,7 +54,7 @@ def test_a_file_needs_a_config_once_and_its_card_goes_along(call, source, tmp_pa
   assert out.endswith(': 0\n')
   code, _, err = call(f'--from={a}', f'--to={b}')
   assert code == 0, err
-  assert_same(checkpoint.read(b), checkpoint.read(source))
+  assert_same(parameter_files.read(b), parameter_files.read(source))
   card = json.loads((tmp_path / 'b.json').read_text())
   assert card['dataset'] == 'digits'
   assert card['epsilon'] == 0.2
@@ -73,7 +75,7 @@ def test_to_pytorch_and_back(call, source, tmp_path):
   assert 'images of 8 pixels' in err
   code, _, err = call(f'--from={tmp_path / "a.pt"}', f'--to={tmp_path / "b.npy"}')
   assert code == 0, err
-  assert_same(checkpoint.read(tmp_path / 'b.npy'), checkpoint.read(source))
+  assert_same(parameter_files.read(tmp_path / 'b.npy'), parameter_files.read(source))
 
 
 def refuse(call, *args, to):
@@ -135,7 +137,7 @@ def test_parameters_that_are_not_finite(call, tmp_path):
   params, net_state = random_variables('wrn-10-1', 10, 1)
   params['wide_res_net/~/logits']['b'][3] = np.nan
   source = epath.Path(tmp_path / 'nan.npy')
-  checkpoint.export_npy(source, params, net_state)
+  parameter_files.export_npy(source, params, net_state)
   assert 'not finite: the source is damaged' in refuse(
     call, f'--from={source}', CONFIG, to=tmp_path / 'x.safetensors'
   )
@@ -173,19 +175,19 @@ def test_a_layer_that_is_absent_or_of_another_shape(call, tmp_path):
   block = 'wide_res_net/~/resnet_lay_1_block_0/~/'
   params[f'{block}conv_9'] = params.pop(f'{block}conv_1')
   source = epath.Path(tmp_path / 'x.npy')
-  checkpoint.export_npy(source, params, net_state)
+  parameter_files.export_npy(source, params, net_state)
   err = refuse(call, f'--from={source}', CONFIG, to=tmp_path / 'x.safetensors')
   assert f'{block}conv_1 w is absent and the network has (3, 3, 32, 32)' in err
 
 
 def test_a_writer_that_changes_numbers_is_caught(call, source, tmp_path, monkeypatch):
-  export = checkpoint.export
+  export = parameter_files.export
 
   def careless(path, params, net_state, metadata):
     params = {m: {k: x * 1.001 for k, x in v.items()} for m, v in params.items()}
     export(path, params, net_state, metadata)
 
-  monkeypatch.setattr(checkpoint, 'export', careless)
+  monkeypatch.setattr(checkpoints, 'export', careless)
   code, out, err = call(f'--from={source}', f'--to={tmp_path / "x.npy"}', CONFIG)
   assert code == 134
   assert out == ''
@@ -220,7 +222,7 @@ def test_a_trained_network_predicts_the_same_in_pytorch(tmp_path):
   """Trained and converted as processes; then all 797 test images."""
   import torch
 
-  from tests import torch_networks
+  from tests.helpers import torch_networks
 
   done = process(
     'train',
@@ -241,7 +243,7 @@ def test_a_trained_network_predicts_the_same_in_pytorch(tmp_path):
   images = images.astype(np.float32) / 255
   card = cards.from_workdir(tmp_path / 'run')
   model = card.build()
-  variables = checkpoint.load(tmp_path / 'run', model)
+  variables = parameter_files.load(tmp_path / 'run', model)
   ours = jax.jit(lambda x: model.apply(*variables, x, batch_stats=False)[0])(images)
   network = torch_networks.build(
     'wrn-10-1',

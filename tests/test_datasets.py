@@ -23,6 +23,7 @@ from sklearn.datasets import load_digits
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.image_classification import mnist
 
+from jaxrobust.config import dataset_info
 from jaxrobust.data import __main__ as command
 from jaxrobust.data import datasets, tiny_imagenet
 from jaxrobust.errors import UserError
@@ -38,7 +39,7 @@ def random_split(shape, num_classes, size, seed):
 
 
 def official_splits(name):
-  info = datasets.INFO[name]
+  info = dataset_info.INFO[name]
   return {
     split: random_split(info.image_shape, info.num_classes, size, size)
     for split, size in (('train', TRAIN), ('test', TEST))
@@ -395,7 +396,7 @@ def test_import_is_light_and_loading_is_quiet(prepared):
   program = (
     'import sys; from jaxrobust.data import datasets; '
     "heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn'} & set(sys.modules); "
-    "assert not heavy, heavy; assert datasets.INFO['svhn'].num_classes == 10; "
+    "assert not heavy, heavy; assert dataset_info.INFO['svhn'].num_classes == 10; "
     f"datasets.load('cifar10', 'test', data_dir={data_dir!r})"
   )
   quiet = 'TF_CPP_MIN_LOG_LEVEL', 'TF_ENABLE_ONEDNN_OPTS'

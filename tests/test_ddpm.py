@@ -16,14 +16,19 @@ import pytest
 from etils import epath
 
 from experiments import base_generator, digits, digits_ddpm
-from jaxrobust import checkpoint, generate, generators, models, parallel, update
 from jaxrobust import config as configs
-from jaxrobust.data import datasets, pipeline, samples, selection
+from jaxrobust import generate, generators, models
+from jaxrobust.config import dataset_info
+from jaxrobust.data import datasets, pipeline
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
 from jaxrobust.generators import ddpm
 from jaxrobust.models import card as cards
+from jaxrobust.models import parameter_files
+from jaxrobust.samples import sample_sets, selection
+from jaxrobust.training import update
 
-INFO = datasets.INFO['digits']
+INFO = dataset_info.INFO['digits']
 
 
 # A network that compiles in seconds, in the experiment's place.
@@ -87,7 +92,7 @@ def labeller(tmp_path_factory):
   params, state = jax.eval_shape(model.init, jax.random.key(0))
   rng = np.random.RandomState(0)
   random = lambda x: np.asarray(np.abs(rng.normal(size=x.shape)), x.dtype)
-  checkpoint.export_npy(
+  parameter_files.export_npy(
     folder / 'checkpoint.npy', *(jax.tree.map(random, x) for x in (params, state))
   )
   return str(folder)
@@ -223,10 +228,10 @@ def test_stages_alone_and_the_surest_samples(finished, labeller, tmp_path):
     run(stage)
     assert (tmp_path / 'run' / made).exists()
   run('select')
-  pool = samples.SampleSet.open(finished / 'samples')
+  pool = sample_sets.SampleSet.open(finished / 'samples')
   selection.select(pool, tmp_path / 'set', top_fraction=0.5, shard_size=16)
   assert sha256(tmp_path / 'run/samples') == sha256(tmp_path / 'set')
-  found = samples.SampleSet.open(tmp_path / 'run/samples')
+  found = sample_sets.SampleSet.open(tmp_path / 'run/samples')
   assert found.confidence().min() > 0.1
   per_class = pool.metadata['counts']['per_class']
   assert found.metadata['selection']['pool'] == {'total': 20, 'per_class': per_class}
@@ -236,21 +241,21 @@ def test_the_class_drawn_for_may_be_the_label(finished, tmp_path, monkeypatch):
   """Also where a signal comes while the set is written, which then starts over."""
   config = make_config(labeller='condition', fitted=str(finished))
   with monkeypatch.context() as patch, pytest.raises(PreemptedError, match='selecting'):
-    write = samples.write
+    write = sample_sets.write
 
     def interrupted(*args, **kwargs):
       os.kill(os.getpid(), signal.SIGTERM)
       return write(*args, **kwargs)
 
-    patch.setattr(samples, 'write', interrupted)
+    patch.setattr(sample_sets, 'write', interrupted)
     generate.main(config, tmp_path)
   assert {x.name for x in tmp_path.iterdir()} == {'config.json', 'drawn', 'labelled'}
   generate.main(config, tmp_path)
-  found = samples.SampleSet.open(tmp_path / 'samples')
+  found = sample_sets.SampleSet.open(tmp_path / 'samples')
   np.testing.assert_array_equal(found.gather_labels(slice(None)), np.arange(20) % 10)
   assert found.confidence() is None
   assert found.metadata['labeller'] == 'condition'
-  everything = samples.SampleSet.open(finished / 'samples').gather(np.arange(20))
+  everything = sample_sets.SampleSet.open(finished / 'samples').gather(np.arange(20))
   np.testing.assert_array_equal(found.gather(np.arange(20)), everything)
 
 
@@ -259,7 +264,7 @@ def test_a_file_with_its_card_labels_alike(finished, labeller, tmp_path):
   file = epath.Path(tmp_path) / 'other.npy'
   (epath.Path(labeller) / 'checkpoint.npy').copy(file)
   cards.path_of(file).write_text(cards.from_workdir(labeller).to_json())
-  found = samples.SampleSet.open(finished / 'samples')
+  found = sample_sets.SampleSet.open(finished / 'samples')
   images = found.gather(np.arange(20))
   said = generate.load_labeller(str(file), INFO, 2)
   labels = said.label_fn(images, None)
@@ -270,7 +275,7 @@ def test_a_file_with_its_card_labels_alike(finished, labeller, tmp_path):
     == (found.metadata['labeller']['checkpoint_sha256'])
   )
   model = cards.from_workdir(labeller).build()
-  variables = checkpoint.load(labeller, model)
+  variables = parameter_files.load(labeller, model)
   logits = jax.jit(lambda x: model.apply(*variables, x, batch_stats=False)[0])(
     images / np.float32(255)
   )

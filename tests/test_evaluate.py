@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from jaxrobust import cli, evaluate
+from jaxrobust import evaluate
+from jaxrobust.runs import cli
 from tests.conftest import TINY, ends
 
 SUITE = (

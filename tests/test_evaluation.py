@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrobust import parallel
 from jaxrobust.attacks import apgd, norms, objectives, pgd
 from jaxrobust.attacks.attack import Attack
 from jaxrobust.attacks.evaluation import Evaluator
 from jaxrobust.attacks.record import STANDING, Record
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 
 EPSILON = 0.1

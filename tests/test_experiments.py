@@ -11,10 +11,12 @@ import pytest
 
 from experiments import baselines, follow_up
 from jaxrobust import config as configs
-from jaxrobust import generators, optimizer, train, update
-from jaxrobust.data import datasets, pipeline
+from jaxrobust import generators, train
+from jaxrobust.config import dataset_info
+from jaxrobust.data import pipeline
 from jaxrobust.errors import UserError
-from jaxrobust.models import beside
+from jaxrobust.models import companions
+from jaxrobust.training import optimizer, update
 
 FILES = sorted(
   p.stem
@@ -50,8 +52,8 @@ def load(file, arg):
 def step_shapes(config):
   """Shapes of state and metrics of one step, without computing anything."""
   derived = configs.resolve(config)
-  info = datasets.INFO[config.dataset.name]
-  model = beside.for_training(config, info)
+  info = dataset_info.INFO[config.dataset.name]
+  model = companions.for_training(config, info)
   sgd = optimizer.make(config.optimizer, derived)
   step = update.make_step(config, model, sgd, info.num_classes)
   state = jax.eval_shape(functools.partial(update.init_state, config, model, sgd))
@@ -81,7 +83,7 @@ def test_the_whole_step_builds(file, model):
 @pytest.mark.parametrize('model', DEEPER)
 def test_deeper_networks_build(model):
   config = load('cifar10_linf', model)
-  network = beside.for_training(config, datasets.INFO['cifar10'])
+  network = companions.for_training(config, dataset_info.INFO['cifar10'])
   variables = jax.eval_shape(network.init, jax.random.key(0))
   images = jax.ShapeDtypeStruct((32, 32, 32, 3), np.float32)
   apply = functools.partial(network.apply, batch_stats=True)
@@ -155,7 +157,7 @@ def test_names_and_docstrings(file):
   if dataset != 'digits':
     assert 'Published' in page
     assert 'Uncertain' in page
-  assert len(config.model.mean) == datasets.INFO[dataset].image_shape[-1]
+  assert len(config.model.mean) == dataset_info.INFO[dataset].image_shape[-1]
 
 
 @pytest.mark.parametrize('file', GENERATORS)
@@ -163,7 +165,7 @@ def test_generator_experiments(file):
   config = importlib.import_module(f'experiments.{file}').get_config()
   dataset, name = file.rsplit('_', 1)
   assert (config.dataset.name, config.generator.name) == (dataset, name)
-  generators.get(name).check(config.generator, datasets.INFO[dataset])
+  generators.get(name).check(config.generator, dataset_info.INFO[dataset])
   page = importlib.import_module(f'experiments.{file}').__doc__
   assert f'experiments/{file}.py' in page
   assert ('Published' in page and 'Uncertain' in page) == (dataset != 'digits')
@@ -180,7 +182,7 @@ def test_published_recipes_by_name(file, name):
     for devices in (1, 8, 32):
       parts = {'devices': devices, 'groups': size // config.model.batch_norm_group}
       pipeline.mix_counts(size, 0.0 if share is None else share, 1, parts)
-  beside.for_training(config, datasets.INFO[config.dataset.name])
+  companions.for_training(config, dataset_info.INFO[config.dataset.name])
   page = importlib.import_module(f'experiments.{file}').__doc__
   assert re.search(rf'^  {name} +\d\d\.\d\d / \d\d\.\d\d  ', page, re.MULTILINE)
   assert f'experiments/{file}.py:NAME' in page and 'Uncertain' in page

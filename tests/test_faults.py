@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxrobust import checkpoint, parallel, peers, workdir
 from jaxrobust.attacks.record import Record
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.runs import checkpoints, process_group, workdir
 from tests.conftest import ROOT, TINY, assert_same_file, ends, free_port, wait_for_step
 
 # Updates that compile fast, each with a checkpoint; more than four faults can take.
@@ -154,9 +155,10 @@ def test_one_run_on_three_layouts_through_every_fault(pod, disk, tmp_path):
 
 LOCKSTEP = """
 import sys
-from jaxrobust import parallel, peers
+from jaxrobust.distributed import parallel
+from jaxrobust.runs import process_group
 
-peers.join(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
+process_group.join(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
 while parallel.everywhere(True):
   print('together', flush=True)
 """
@@ -190,9 +192,10 @@ def test_a_host_that_freezes_ends_the_others():
 
 TOLD_EARLY = """
 import os, signal, sys
-from jaxrobust import parallel, peers
+from jaxrobust.distributed import parallel
+from jaxrobust.runs import process_group
 
-peers.join(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
+process_group.join(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
 if sys.argv[2] == '1':
   os.kill(os.getpid(), signal.SIGTERM)
 for _ in range(50):  # Starts up.
@@ -256,7 +259,7 @@ def test_the_heartbeat_is_checked(monkeypatch):
   for text in ('0', 'soon'):
     monkeypatch.setenv('JAXROBUST_HEARTBEAT', text)
     with pytest.raises(UserError, match=f'JAXROBUST_HEARTBEAT={text}: use a whole'):
-      peers.join()
+      process_group.join()
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path):
@@ -275,7 +278,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
   line = str(workdir.disk_error(denied('403\nno access')))
   assert line.startswith('cannot use a bucket: PermissionDeniedError: 403 no access;')
   # As orbax tells it.
-  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  manager = checkpoints.Checkpoints(epath.Path(tmp_path), keep=3)
   like = {'x': np.arange(30_000, dtype=np.float32)}
   manager.save(1, like)
   manager.wait()
@@ -290,13 +293,13 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
   line = str(workdir.disk_error(e.value))
   assert line.startswith(f'cannot write {tmp_path}/checkpoints/2')
   assert 'File too large' in line and '\n' not in line
-  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  manager = checkpoints.Checkpoints(epath.Path(tmp_path), keep=3)
   np.testing.assert_array_equal(manager.restore(like)['x'], like['x'])
   manager.close()
 
 
 def test_a_damaged_best_checkpoint_is_told(tmp_path):
-  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  manager = checkpoints.Checkpoints(epath.Path(tmp_path), keep=3)
   like = {'x': np.zeros(3, np.float32)}
   for step, score in ((1, 0.9), (2, 0.5), (3, 0.7)):
     manager.save(step, like, score)
@@ -309,7 +312,7 @@ def test_a_damaged_best_checkpoint_is_told(tmp_path):
     manager.restore(like, manager.best_step())
   manager.close()
   shutil.rmtree(folder)  # What the line says to do.
-  manager = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
+  manager = checkpoints.Checkpoints(epath.Path(tmp_path), keep=3)
   assert manager.best_step() == 3
   assert manager.restore(like, 3) is not None
   manager.close()

@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from jaxrobust import generators
+from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.generators import gaussian
@@ -15,7 +16,7 @@ from jaxrobust.generators import gaussian
 SHAPE = (3, 3, 1)
 
 
-INFO = datasets.DatasetInfo('test', SHAPE, 2, 4_000, 0)
+INFO = dataset_info.DatasetInfo('test', SHAPE, 2, 4_000, 0)
 
 
 def fit(real, covariance='empirical', rank=2, info=INFO):

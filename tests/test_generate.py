@@ -7,9 +7,10 @@ from etils import epath
 
 from experiments import digits_ddpm, digits_gaussian
 from jaxrobust import config as configs
-from jaxrobust import generate, parallel
-from jaxrobust.data import draws, selection
+from jaxrobust import generate
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
+from jaxrobust.samples import candidates, selection
 
 
 def make_config(**samples):
@@ -24,7 +25,7 @@ class Run:
   """Makes files of 8 samples, 3 at a time; image i has value i, classes take turns."""
 
   def __init__(self, folder, rule, labels_of):
-    self.files, self.drawn = draws.Draws(epath.Path(folder), rule, 8), []
+    self.files, self.drawn = candidates.Draws(epath.Path(folder), rule, 8), []
     self.labels_of = labels_of
 
   def sample(self, indices):

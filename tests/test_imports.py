@@ -16,8 +16,8 @@ import PIL.Image
 import pytest
 
 from jaxrobust.data import __main__ as command_line
-from jaxrobust.data import imports, samples, shards
 from jaxrobust.errors import UserError
+from jaxrobust.samples import imports, sample_sets, shards
 
 SHAPE = (4, 6, 3)
 
@@ -261,8 +261,8 @@ def test_a_killed_write_is_no_set_and_the_next_one_starts_over(tmp_path):
   assert code == -signal.SIGKILL
   assert [file.name for file in tmp_path.iterdir()] == ['.set.partial']
   with pytest.raises(UserError, match='run the same command again'):
-    samples.SampleSet.open(path)
-  found = samples.write(path, [(images, labels)], metadata={}, num_classes=5)
+    sample_sets.SampleSet.open(path)
+  found = sample_sets.write(path, [(images, labels)], metadata={}, num_classes=5)
   check(found, images, labels)
   assert [file.name for file in tmp_path.iterdir()] == ['set']
 
@@ -271,9 +271,9 @@ def test_two_writers_of_one_set(tmp_path):
   def batches():
     yield arrays(12)
     with pytest.raises(UserError, match='another process'):
-      samples.write(tmp_path / 'set', [arrays(12)], metadata={}, num_classes=5)
+      sample_sets.write(tmp_path / 'set', [arrays(12)], metadata={}, num_classes=5)
 
-  found = samples.write(tmp_path / 'set', batches(), metadata={}, num_classes=5)
+  found = sample_sets.write(tmp_path / 'set', batches(), metadata={}, num_classes=5)
   assert len(found) == 12
 
 
@@ -283,7 +283,7 @@ def test_a_disk_without_locks_is_told_as_such(tmp_path, monkeypatch):
 
   monkeypatch.setattr(fcntl, 'flock', flock)
   with pytest.raises(UserError, match='cannot be locked .*No locks available'):
-    samples.write(tmp_path / 'set', [arrays(12)], metadata={}, num_classes=5)
+    sample_sets.write(tmp_path / 'set', [arrays(12)], metadata={}, num_classes=5)
 
 
 def test_interrupted_command(tmp_path, capsys, monkeypatch):

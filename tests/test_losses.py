@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrobust import losses
+from jaxrobust.training import losses
 
 RNG = np.random.default_rng(0)
 CLEAN = RNG.normal(size=(6, 5)) * 2

@@ -5,7 +5,7 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from jaxrobust import quality
+from jaxrobust.analysis import quality
 from jaxrobust.errors import UserError
 
 # Of AlexNet: channels in and out, kernel, stride, padding, whether a maximum precedes.

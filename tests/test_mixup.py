@@ -8,11 +8,12 @@ import pytest
 import scipy.stats
 from etils import epath
 
+from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.generators import mixup
 
-INFO = datasets.DatasetInfo('test', (2, 2, 1), 2, 4, 0)
+INFO = dataset_info.DatasetInfo('test', (2, 2, 1), 2, 4, 0)
 
 
 def fit(images, alpha=1.0):

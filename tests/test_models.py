@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrobust import models, parallel
+from jaxrobust import models
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.models import batch_norm, convolution
 

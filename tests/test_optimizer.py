@@ -6,7 +6,7 @@ import pytest
 
 from experiments import base
 from jaxrobust import config as configs
-from jaxrobust import optimizer
+from jaxrobust.training import optimizer
 
 
 @pytest.fixture

@@ -7,13 +7,14 @@ import jax
 import pytest
 
 from experiments import paper
-from jaxrobust import analyze, generate, points, tables
+from jaxrobust import analyze, generate
 from jaxrobust import config as configs
 from jaxrobust.attacks import norms, suites
 from jaxrobust.data import pipeline
+from jaxrobust.reporting import planned_runs, tables
 from tests import test_experiments
 
-MAKER = points.Maker('runs/paper', paper.PREPARATIONS)
+MAKER = planned_runs.Maker('runs/paper', paper.PREPARATIONS)
 FOUND = {name: MAKER.of_table(table) for name, table in paper.TABLES.items()}
 # A run may stand in several tables; each is checked once.
 RUNS = {p.name: p for found in FOUND.values() for p in found}
@@ -23,7 +24,7 @@ TRAINED = {name: p for name, p in RUNS.items() if 'train' in p.programs}
 def line(point, program):
   """What the sweep would run."""
   (found,) = (c for c, _ in point.commands() if c[0] == program)
-  return points.command_line(found)
+  return planned_runs.command_line(found)
 
 
 @pytest.mark.parametrize('name', paper.TABLES)

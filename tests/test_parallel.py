@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxrobust import parallel
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 
 

@@ -5,9 +5,10 @@ import collections
 import numpy as np
 import pytest
 
-from jaxrobust.data import pipeline, samples
+from jaxrobust.data import pipeline
 from jaxrobust.data.datasets import Split
 from jaxrobust.errors import UserError
+from jaxrobust.samples import sample_sets
 
 K = 3
 
@@ -30,7 +31,7 @@ OFFSET = 1_000_000  # the numbers of generated images start here
 def sources(tmp_path):
   def make(num_real, num_generated):
     real = Split(numbered(num_real), (np.arange(num_real) % K).astype(np.int32))
-    sample_set = samples.write(
+    sample_set = sample_sets.write(
       tmp_path / f'set-{num_real}-{num_generated}',
       [(numbered(num_generated, OFFSET), (np.arange(num_generated) + 1) % K)],
       metadata={},

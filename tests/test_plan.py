@@ -20,10 +20,12 @@ from experiments import (
   digits_gaussian,
 )
 from jaxrobust import config as configs
-from jaxrobust import costs, models, parallel, plan, programs, slices
-from jaxrobust.data import datasets
+from jaxrobust import models, plan
+from jaxrobust.config import dataset_info
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.models.convolution import conv2d
+from jaxrobust.planning import device_programs, hardware, program_cost
 
 FITS = {
   'arguments': 3 * 2**30,
@@ -51,7 +53,7 @@ def small(**overrides):
 
 
 def count(fn, *shapes):
-  return costs.flops(jax.make_jaxpr(fn)(*(jnp.zeros(s) for s in shapes)))
+  return program_cost.flops(jax.make_jaxpr(fn)(*(jnp.zeros(s) for s in shapes)))
 
 
 def test_one_convolution_by_hand():
@@ -76,7 +78,10 @@ def test_loops_count_as_often_as_they_run_and_branches_by_the_longest():
   assert count(loop, (3, 3)) == 5 * 2 * 27
   wait = lambda x: jax.lax.while_loop(lambda y: y[0, 0] < 9, product, x)
   stops = jax.make_jaxpr(wait)(jnp.zeros((3, 3)))
-  assert costs.flops(stops) == 2 * 27 and costs.flops(stops, rounds=7) == 7 * 2 * 27
+  assert (
+    program_cost.flops(stops) == 2 * 27
+    and program_cost.flops(stops, rounds=7) == 7 * 2 * 27
+  )
   assert count(jax.jit(jax.checkpoint(loop)), (3, 3)) == 5 * 2 * 27
   branch = lambda x: jax.lax.cond(x[0, 0] > 0, loop, product, x)
   assert count(branch, (3, 3)) == 5 * 2 * 27
@@ -95,23 +100,23 @@ def test_products_as_xla_counts_them():
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
   shapes = shape(2, 9, 9, 3), shape(3, 3, 3, 8), shape(1, 1, 8, 4), shape(36, 5)
   chain = lambda x, a, b, w: conv2d(conv2d(x, a, 2), b, 2).reshape(2, -1) @ w
-  assert costs.flops(jax.make_jaxpr(chain)(*shapes)) == as_xla(chain, *shapes)
+  assert program_cost.flops(jax.make_jaxpr(chain)(*shapes)) == as_xla(chain, *shapes)
 
 
 def test_a_forward_pass_as_xla_counts_it():
-  info = datasets.INFO['digits']
+  info = dataset_info.INFO['digits']
   model = models.from_config(small().model, info)
   variables = jax.eval_shape(model.init, jax.random.key(0))
   images = jax.ShapeDtypeStruct((4, *info.image_shape), jnp.float32)
   forward = lambda v, x: model.apply(*v, x, batch_stats=False)[0]
-  ours = costs.flops(jax.make_jaxpr(forward)(variables, images))
+  ours = program_cost.flops(jax.make_jaxpr(forward)(variables, images))
   # XLA counts elementwise work, too, which is an eighth in so narrow a network.
   assert 0.8 * as_xla(forward, variables, images) < ours
   assert ours <= as_xla(forward, variables, images)
 
 
 def operations_of(what='train', **overrides):
-  return plan.operations_of(programs.of(small(**overrides), what, 8), 8)
+  return plan.operations_of(device_programs.of(small(**overrides), what, 8), 8)
 
 
 def test_the_attack_is_in_the_step():
@@ -139,15 +144,15 @@ HLO = """
 
 
 def test_collectives_and_their_bytes():
-  assert costs.collectives(HLO) == {
+  assert program_cost.collectives(HLO) == {
     'all-reduce': (4, 96 + 20 + 8 + 16 + 1),
     'all-gather': (1, 64),
   }
 
 
 def test_report():
-  program = programs.Program(None, (), (), images=8, calls=100)
-  chip = costs.Chip(peak=100e12, devices=2, usable=15.5)
+  program = device_programs.Program(None, (), (), images=8, calls=100)
+  chip = hardware.Chip(peak=100e12, devices=2, usable=15.5)
   lines = '\n'.join(plan.report(FITS, 4e12, program, 4, chip))
   # 3 + 1 - 0.5 + 2 GiB; 4e12 over 8 images, times 4 devices.
   assert 'fits: 5.50 GiB of 15.5 GiB usable on a device: 3.00 arguments' in lines
@@ -209,14 +214,16 @@ def test_what_would_save_memory_of_a_generator():
 
 def test_the_programs_of_a_generator():
   config = digits_ddpm.get_config().unlock()
-  operations = lambda what: plan.operations_of(programs.of(config, what, 8), 8)
+  operations = lambda what: plan.operations_of(device_programs.of(config, what, 8), 8)
   step, samples = operations('train'), operations('sample')
   # An update is a forward pass and two of gradients of 64 / 8 images, less the first
   # layer's gradient of its input; a sample 20 forward passes, of 250.
   forward = samples / (20 * 250)
   assert 2.8 * 8 * forward < step < 3 * 8 * forward
-  assert programs.of(config, 'sample', 8).calls == 5  # 10,000 samples, 2,000 a call
-  assert programs.of(config, 'train', 8).calls == 2_000
+  assert (
+    device_programs.of(config, 'sample', 8).calls == 5
+  )  # 10,000 samples, 2,000 a call
+  assert device_programs.of(config, 'train', 8).calls == 2_000
   config.generator.sampling.num_steps = 10
   assert operations('sample') == samples / 2
 
@@ -240,7 +247,7 @@ class Lowered:
 
 
 def test_results_are_kept_by_content(tmp_path, monkeypatch):
-  program = programs.Program(None, (), (), 8, 100)
+  program = device_programs.Program(None, (), (), 8, 100)
   monkeypatch.setenv('JAXROBUST_CACHE', str(tmp_path))
   monkeypatch.setattr(plan.importlib.metadata, 'version', lambda name: '1.0')
   monkeypatch.setattr(plan, '_measures', lambda compiled: dict(FITS))
@@ -289,12 +296,14 @@ def test_the_total_of_a_table(capsys, monkeypatch):
   monkeypatch.setattr(plan, 'operations_of', lambda program, n: 4e12)
   traced = []
   for made in ('of', 'judging'):
-    make = getattr(programs, made)
+    make = getattr(device_programs, made)
     monkeypatch.setattr(
-      programs, made, lambda *a, made=made, make=make: traced.append(made) or make(*a)
+      device_programs,
+      made,
+      lambda *a, made=made, make=make: traced.append(made) or make(*a),
     )
   found = plan._points_of_table('digits-linf', '')
-  plan.print_total('table', found, [None] * 2, costs.CHIPS['v4'], 0.5)
+  plan.print_total('table', found, [None] * 2, hardware.CHIPS['v4'], 0.5)
   *lines, total = capsys.readouterr().out.splitlines()
   assert [x.split(':')[0].strip() for x in lines] == ['digits_labeller'] + [
     f'digits_linf_wrn-10-1_{data}_seed-{seed}'
@@ -317,7 +326,7 @@ def test_the_total_of_a_table(capsys, monkeypatch):
 def test_libtpu_is_optional_and_its_absence_told(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match=r"pip install -e '.\[plan\]'"):
-    slices.devices('v3:2x2')
+    hardware.devices('v3:2x2')
 
 
 @pytest.mark.parametrize(
@@ -331,12 +340,12 @@ def test_libtpu_is_optional_and_its_absence_told(monkeypatch):
 )
 def test_a_config_without_such_a_program(experiment, what, words):
   with pytest.raises(UserError, match=words):
-    programs.of(experiment.get_config(), what, 1)
+    device_programs.of(experiment.get_config(), what, 1)
 
 
 def test_a_batch_must_divide_over_the_slice():
   with pytest.raises(UserError, match='a batch of 32 does not divide over 5 devices'):
-    programs.of(small(), 'train', 5)
+    device_programs.of(small(), 'train', 5)
 
 
 @pytest.mark.skipif(

@@ -11,15 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrobust import checkpoint, models
+from jaxrobust import models
 from jaxrobust.errors import UserError
-from jaxrobust.models import architecture, pytorch
-from tests.random_variables import assert_same, random_variables
+from jaxrobust.models import architecture, parameter_files, pytorch
+from tests.helpers.random_variables import assert_same, random_variables
 
 torch = pytest.importorskip(
   'torch', reason="PyTorch is not installed (pip install -e '.[torch]')"
 )
-from tests import torch_networks  # noqa: E402
+from tests.helpers import torch_networks  # noqa: E402
 
 CIFAR10 = {
   'mean': (0.4914, 0.4822, 0.4465),
@@ -217,7 +217,7 @@ def test_a_malicious_file_runs_nothing(tmp_path, zipped):
   with pytest.raises(
     UserError, match=r'bad.pt wants to run \w+.mkdir, which is re'
   ) as e:
-    checkpoint.read(path)
+    parameter_files.read(path)
   assert '\n' not in str(e.value)
   assert not proof.exists()
   torch.load(path, weights_only=False)
@@ -264,7 +264,7 @@ def test_a_truncated_file_is_named(tmp_path, length):
   path = tmp_path / 'cut.pt'
   path.write_bytes(saved(state_dict('wrn-10-1'))[:length])
   with pytest.raises(UserError, match='cut.pt is not a whole PyTorch file') as e:
-    checkpoint.read(path)
+    parameter_files.read(path)
   assert '\n' not in str(e.value)
 
 
@@ -280,7 +280,7 @@ def test_another_number_of_classes_shows_both(tmp_path):
     **CIFAR100,
   )
   with pytest.raises(UserError, match='wrn-16-2, 10 classes.* wrn-16-2, 100 classes'):
-    checkpoint.load(path, model)
+    parameter_files.load(path, model)
 
 
 def test_training_may_go_on_from_an_imported_network():

@@ -8,11 +8,12 @@ import scipy.linalg
 import sklearn.neighbors
 from etils import epath
 
-from jaxrobust import checkpoint, distances, quality
+from jaxrobust.analysis import distances, quality
 from jaxrobust.data import __main__ as command_line
-from jaxrobust.data import datasets, positions, samples
+from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
-from jaxrobust.models import card
+from jaxrobust.models import card, parameter_files
+from jaxrobust.samples import sample_sets, stratified
 
 
 def exact(mean, covariance, rng):
@@ -137,13 +138,15 @@ def repeated(tmp_path_factory):
   real = datasets.load('digits', 'train').images
   images = np.concatenate([real[:12], 255 - real[12:40]])
   path = tmp_path_factory.mktemp('quality') / 'set'
-  return samples.write(path, [(images, np.zeros(40, int))], metadata={}, num_classes=1)
+  return sample_sets.write(
+    path, [(images, np.zeros(40, int))], metadata={}, num_classes=1
+  )
 
 
 def test_command_on_features_of_another_network(repeated, tmp_path, capsys):
   """Pixels as features; the picture starts with what the generator repeated."""
   real = datasets.load('digits', 'train').images
-  chosen = positions.one_of_each_part(40, 20, 0)
+  chosen = stratified.one_of_each_part(40, 20, 0)
   rows = [real, repeated.gather(chosen)]
   flat = [np.float32(images.reshape(len(images), -1)) for images in rows]
   file = tmp_path / 'pixels.npz'
@@ -185,7 +188,7 @@ def test_features_of_a_classifier_do_not_depend_on_batches(tmp_path):
   model = described.build()
   path = epath.Path(tmp_path) / 'tiny.npy'
   variables = jax.jit(model.init)(jax.random.key(0))
-  checkpoint.export_npy(path, *variables)
+  parameter_files.export_npy(path, *variables)
   card.path_of(path).write_text(described.to_json())
   images = datasets.load('digits', 'test').images[:11]
   network = quality.network(str(path), batch_size=2)

@@ -12,9 +12,11 @@ from etils import epath
 
 from experiments import digits, paper
 from experiments.base_table import Row, Table
-from jaxrobust import figures, points, report, tables, workdir
+from jaxrobust import report
 from jaxrobust.errors import UserError
-from tests import test_points
+from jaxrobust.reporting import figures, planned_runs, tables
+from jaxrobust.runs import workdir
+from tests import test_planned_runs
 
 DIGITS = 'experiments/digits.py'
 
@@ -97,13 +99,13 @@ TABLE = Table(
 @pytest.fixture
 def maker(tmp_path):
   """Of a folder with runs in every state."""
-  made = points.Maker(str(tmp_path), paper.PREPARATIONS)
+  made = planned_runs.Maker(str(tmp_path), paper.PREPARATIONS)
   runs = {row.name: made.of_row(TABLE, row) for row in TABLE.rows}
 
   def result(point, robust, suite='pgd-40', warnings=()):
     folder = workdir.claim(str(point.workdir), point.config)
     (folder / 'checkpoint.npy').touch()
-    protocol = test_points.protocol(point, suite)
+    protocol = test_planned_runs.protocol(point, suite)
     figures = {'clean_accuracy': 0.9, 'robust_accuracy': robust}
     workdir.add_result(folder, protocol, figures | {'warnings': list(warnings)})
 
@@ -177,7 +179,7 @@ def analysed(folder, kind, num_images=100, **figures):
   row = paper.TABLES['digits-conditions'].rows[1]
   row = row._replace(published={'nearest_train': 29.29})
   table = Table('Digits', kind, [row])
-  made = points.Maker(str(folder), paper.PREPARATIONS)
+  made = planned_runs.Maker(str(folder), paper.PREPARATIONS)
   (point,) = made.of_row(table, row)
   run = workdir.claim(str(point.workdir), point.config)
   workdir.add_result(run, {'num_images': num_images}, figures)
@@ -212,7 +214,7 @@ def test_a_labeller_does_not_vouch_for_its_own_labels(
 
 def test_without_published_figures_there_is_one_column():
   table = TABLE._replace(rows=variants('missing'))
-  lines = tables.read(table, points.Maker('/nowhere', {}))
+  lines = tables.read(table, planned_runs.Maker('/nowhere', {}))
   assert tables.grid(table, lines)[0] == [
     ['row', 'clean', 'robust', 'seeds'],
     ['missing', 'missing', 'missing', '0 of 2: 2 missing'],
@@ -281,7 +283,7 @@ def test_files_of_a_table(maker, tmp_path, capsys, monkeypatch):
   rows = [r._replace(curve='Set', fraction=i / 8) for i, r in enumerate(TABLE.rows)]
   rows[-1] = rows[-1]._replace(curve='', fraction=1.0)
   monkeypatch.setattr(
-    points,
+    planned_runs,
     'read_tables',
     lambda file: (
       {'bars': TABLE, 'curves': TABLE._replace(kind='fractions', rows=rows)},

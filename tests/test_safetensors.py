@@ -7,10 +7,10 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from jaxrobust import checkpoint
 from jaxrobust.errors import UserError
+from jaxrobust.models import parameter_files
 from jaxrobust.models import safetensors as files
-from tests.random_variables import assert_same, random_variables
+from tests.helpers.random_variables import assert_same, random_variables
 
 
 @pytest.mark.parametrize('name', ['wrn-10-1', 'wrn-16-2', 'preact-resnet-18'])
@@ -28,8 +28,8 @@ def test_every_format_gives_the_others_arrays(tmp_path):
   variables = random_variables('wrn-10-1', 10, 3)
   for suffix in ('.npy', '.safetensors', '.npy'):
     path = epath.Path(tmp_path / f'x{suffix}')
-    checkpoint.export(path, *variables, {})
-    variables = checkpoint.read(path)
+    parameter_files.export(path, *variables, {})
+    variables = parameter_files.read(path)
     assert_same(variables, random_variables('wrn-10-1', 10, 3))
 
 
@@ -65,7 +65,7 @@ def test_a_truncated_file_is_named(tmp_path, length):
   raw = files.write(*random_variables('wrn-10-1', 10, 3), {})
   path.write_bytes(raw[:length])
   with pytest.raises(UserError, match='cut.safetensors is not a whole') as e:
-    checkpoint.read(path)
+    parameter_files.read(path)
   assert '\n' not in str(e.value)
   if length < 20_000:
     with pytest.raises(UserError, match='cut.safetensors is not a whole'):
@@ -75,7 +75,7 @@ def test_a_truncated_file_is_named(tmp_path, length):
 def test_an_ending_that_no_format_has(tmp_path):
   path = epath.Path(tmp_path / 'x.ckpt')
   path.touch()
-  for action in (checkpoint.read, lambda p: checkpoint.export(p, {}, {}, {})):
+  for action in (parameter_files.read, lambda p: parameter_files.export(p, {}, {}, {})):
     with pytest.raises(UserError, match='x.ckpt: the name must end in one of .npy'):
       action(path)
 
@@ -85,8 +85,8 @@ def test_without_pytorch_its_files_are_refused_with_the_remedy(tmp_path, monkeyp
   path = epath.Path(tmp_path / 'x.pt')
   path.write_bytes(b'PK')
   for action in (
-    checkpoint.read,
-    lambda p: checkpoint.export(p, *random_variables('wrn-10-1', 10, 3), {}),
+    parameter_files.read,
+    lambda p: parameter_files.export(p, *random_variables('wrn-10-1', 10, 3), {}),
   ):
     with pytest.raises(UserError, match=r"pip install -e '.\[torch\]'.*safetensors"):
       action(path)

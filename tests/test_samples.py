@@ -11,8 +11,8 @@ import PIL.Image
 import pytest
 
 from jaxrobust.data import __main__ as command_line
-from jaxrobust.data import imports, npz, pictures, samples, shards
 from jaxrobust.errors import UserError
+from jaxrobust.samples import imports, npz, pictures, sample_sets, shards
 
 N, SHAPE, K = 23, (4, 6, 3), 5
 METADATA = {'generator': 'noise', 'seed': 7, 'labeller': None, 'selection': 'none'}
@@ -26,7 +26,9 @@ def make_arrays(n=N):
 
 def write(path, batches=None, **kwargs):
   kwargs = {'metadata': METADATA, 'num_classes': K, 'shard_size': 10, **kwargs}
-  return samples.write(path, [make_arrays()] if batches is None else batches, **kwargs)
+  return sample_sets.write(
+    path, [make_arrays()] if batches is None else batches, **kwargs
+  )
 
 
 def edit_metadata(path, edit):
@@ -42,7 +44,7 @@ def test_round_trip_in_shards_from_uneven_batches(tmp_path):
     (images[a:b], labels[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
   )
   write(tmp_path / 'set', batches)
-  found = samples.SampleSet.open(tmp_path / 'set')
+  found = sample_sets.SampleSet.open(tmp_path / 'set')
   assert (len(found), found.image_shape, found.num_classes) == (N, SHAPE, K)
   order = np.array([22, 0, 9, 10, 19, 20, 9, 1])
   np.testing.assert_array_equal(found.gather(order), images[order])
@@ -203,7 +205,7 @@ def test_open_refuses_by_name(tmp_path, damage, message):
   write(path)
   damage(path)
   with pytest.raises(UserError, match=message) as caught:
-    samples.SampleSet.open(path)
+    sample_sets.SampleSet.open(path)
   assert str(path) in str(caught.value) and '\n' not in str(caught.value)
 
 
@@ -216,7 +218,7 @@ def test_verify_names_every_corrupt_file(tmp_path):
     content[-1] ^= 1
     (path / name).write_bytes(content)
   with pytest.raises(UserError) as caught:
-    samples.SampleSet.open(path).verify()
+    sample_sets.SampleSet.open(path).verify()
   assert IMAGES in str(caught.value) and '00002-of-00003' in str(caught.value)
   assert '00000-of-00003' not in str(caught.value)
 
@@ -229,7 +231,7 @@ def test_verify_is_done_once(tmp_path, monkeypatch):
   seen = []
   found.verify(lambda files: seen.extend(files) or files)
   assert len(calls) == len(seen) == 6
-  samples.SampleSet.open(tmp_path / 'set').verify()
+  sample_sets.SampleSet.open(tmp_path / 'set').verify()
   assert len(calls) == 6
   (tmp_path / 'set' / IMAGES).touch()
   found.verify()
@@ -247,7 +249,7 @@ def test_the_command_finds_bits_lost_since_a_verification(tmp_path, capsys):
   os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
   assert command_line.main(['verify', str(tmp_path / 'set')]) == 1
   assert f'{IMAGES};' in capsys.readouterr().err
-  assert not samples.SampleSet.open(tmp_path / 'set').is_verified()
+  assert not sample_sets.SampleSet.open(tmp_path / 'set').is_verified()
 
 
 def test_gather_notices_a_file_that_shrinks(tmp_path):

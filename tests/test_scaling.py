@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from experiments import digits
-from jaxrobust import costs, parallel, peers, programs
+from jaxrobust.distributed import parallel
+from jaxrobust.planning import device_programs, program_cost
 from tests.conftest import ROOT, ends, free_port
 
 
@@ -22,7 +23,7 @@ def measure(counts, coordinator='', processes=1, process=0):
   others end with it.
   """
   if coordinator:
-    peers.join(coordinator, processes, process)
+    processes.join(coordinator, processes, process)
   assert jax.device_count() == max(counts)
   if process:
     return
@@ -37,7 +38,7 @@ def measure(counts, coordinator='', processes=1, process=0):
         'optimizer.warmup_epochs': 0.0,
       }
     )
-    program = programs.of(config, 'train', count)
+    program = device_programs.of(config, 'train', count)
     if processes == 1:
       devices = jax.devices()[:count]
       lowered = parallel.lower_for(
@@ -56,8 +57,8 @@ def measure(counts, coordinator='', processes=1, process=0):
     )
     leaves = jax.tree.leaves((state.params, state.net_state))
     found[count] = {
-      'collectives': costs.collectives(text),
-      'once a step': costs.collectives(text[text.index('\nENTRY ') :]),
+      'collectives': program_cost.collectives(text),
+      'once a step': program_cost.collectives(text[text.index('\nENTRY ') :]),
       'host': re.findall(r'\b(?:infeed|outfeed|send|recv)\(|\w*callback\w*', text),
       'averaged': sum(x.size * x.dtype.itemsize for x in leaves if x.dtype.kind == 'f'),
     }

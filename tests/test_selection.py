@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxrobust.data import __main__ as command_line
-from jaxrobust.data import samples, selection
 from jaxrobust.errors import UserError
+from jaxrobust.samples import sample_sets, selection
 
 LABELS = np.array([0, 1, 0, 0, 1, 0, 2, 2, 0, 0])  # 6, 2 and 2 of the classes
 CONFIDENCE = np.array([0.5, 0.9, 1, 0.5, 0.2, 0.75, 0.3, 0.6, 1, 0.25], np.float32)
@@ -22,7 +22,9 @@ def pool(path, confidence=CONFIDENCE):
     for part in (slice(0, 4), slice(4, 10))
   ]
   metadata = {'generator': 'grey', 'labeller': 'me', 'note': 1}
-  return samples.write(path, batches, metadata=metadata, num_classes=3, shard_size=4)
+  return sample_sets.write(
+    path, batches, metadata=metadata, num_classes=3, shard_size=4
+  )
 
 
 @pytest.mark.parametrize('dtype', [np.float16, np.float32])
@@ -36,7 +38,7 @@ def test_confidences_are_part_of_the_set(tmp_path, dtype):
   assert pool(tmp_path / 'without', None).confidence() is None
   (tmp_path / 'set' / 'confidence-00001-of-00003.npy').unlink()
   with pytest.raises(UserError, match='confidence-00001-of-00003.npy is missing'):
-    samples.SampleSet.open(tmp_path / 'set')
+    sample_sets.SampleSet.open(tmp_path / 'set')
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_confidences_that_are_refused(tmp_path, confidences, message):
   images = np.zeros((10, 2, 2, 3), np.uint8)
   batches = [(images, LABELS, *([] if c is None else [c])) for c in confidences]
   with pytest.raises(UserError, match=message):
-    samples.write(tmp_path / 'set', batches, metadata={}, num_classes=3)
+    sample_sets.write(tmp_path / 'set', batches, metadata={}, num_classes=3)
   assert not list(tmp_path.iterdir())
 
 
@@ -93,7 +95,7 @@ def test_selections_by_hand(tmp_path, options, kept):
 
 def test_a_count_takes_the_same_share_of_each_class(tmp_path):
   """A set sorted by class; each image is kept as often as any other."""
-  source = samples.write(
+  source = sample_sets.write(
     tmp_path / 'pool',
     [(np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1), np.arange(40) // 10)],
     metadata={},
@@ -108,7 +110,7 @@ def test_a_count_takes_the_same_share_of_each_class(tmp_path):
   assert abs(kept - 4).max() < 9
   found = selection.select(source, tmp_path / 'again', count=8, seed=19)
   assert sorted(found.gather(np.arange(8)).ravel()) == sorted(
-    samples.SampleSet.open(tmp_path / 'set19').gather(np.arange(8)).ravel()
+    sample_sets.SampleSet.open(tmp_path / 'set19').gather(np.arange(8)).ravel()
   )
 
 

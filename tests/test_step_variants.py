@@ -12,10 +12,13 @@ import pytest
 
 from experiments import digits
 from jaxrobust import config as configs
-from jaxrobust import models, optimizer, parallel, update, weight_perturbation
+from jaxrobust import models
 from jaxrobust.attacks import norms, pgd
+from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
-from jaxrobust.models import beside
+from jaxrobust.distributed import parallel
+from jaxrobust.models import companions
+from jaxrobust.training import optimizer, update, weight_perturbation
 from tests import test_losses as formulas
 
 BATCH, CLASSES, DECAY = 16, 10, 0.01
@@ -172,7 +175,7 @@ def test_only_weights_move_and_by_their_own_size():
 
 
 def test_the_natural_network_learns_beside(batch):
-  model = beside._with_natural(linear(0), linear(1))
+  model = companions._with_natural(linear(0), linear(1))
   gradient, p, after, metrics, data = take_step(batch, {'loss.name': 'lbgat'}, model)
   images, adv_images, targets = data
 
@@ -185,13 +188,13 @@ def test_the_natural_network_learns_beside(batch):
   natural = logits(p, images, 'beside/natural/linear')
   accuracy = (np.argmax(natural, -1) == targets.argmax(-1)).mean()
   np.testing.assert_allclose(metrics['train/natural_accuracy'], accuracy, atol=1e-6)
-  assert set(beside.without(after.ema_params)) == {'linear'}
+  assert set(companions.without(after.ema_params)) == {'linear'}
 
 
 def test_class_means_weigh_the_differences_of_logits(batch):
   sums = np.random.RandomState(3).dirichlet(np.ones(100)).reshape(10, 10)
   state = {'beside/classes': {'sums': jnp.float32(sums)}}
-  model = beside._with_classes(linear(0), CLASSES)
+  model = companions._with_classes(linear(0), CLASSES)
   np.testing.assert_array_equal(
     model.init(None)[1]['beside/classes']['sums'], np.full((10, 10), np.float32(0.01))
   )
@@ -214,7 +217,7 @@ def test_class_means_weigh_the_differences_of_logits(batch):
   expected = 0.99 * sums + 0.01 * np.eye(10)[labels].T @ predictions / BATCH
   found = after.net_state['beside/classes']['sums']
   np.testing.assert_allclose(found, expected, rtol=1e-5)
-  assert beside.without(after.net_state) == {}
+  assert companions.without(after.net_state) == {}
 
 
 def test_fixed_and_online_targets(batch):
@@ -244,7 +247,7 @@ def test_companions_pass_through_a_network_untouched():
 
 def test_a_network_for_training_has_the_companions_of_its_loss():
   shapes = lambda config: jax.eval_shape(
-    beside.for_training(config, datasets.INFO['digits']).init, jax.random.key(0)
+    companions.for_training(config, dataset_info.INFO['digits']).init, jax.random.key(0)
   )
   config = digits.get_config('wrn-10-1').unlock()
   plain = shapes(config)
@@ -254,7 +257,7 @@ def test_a_network_for_training_has_the_companions_of_its_loss():
   config.loss.name = 'lbgat'
   config.loss.natural_model = 'wrn-10-2'
   both = shapes(config)
-  assert tuple(map(beside.without, both)) == plain
+  assert tuple(map(companions.without, both)) == plain
   name = 'beside/natural/wide_res_net/~/logits'
   assert (
     both[0][name]['w'].shape[0] == 2 * plain[0]['wide_res_net/~/logits']['w'].shape[0]

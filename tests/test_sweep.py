@@ -11,10 +11,11 @@ import sys
 
 import pytest
 
-from jaxrobust import cli, sweep
 from jaxrobust import config as configs
+from jaxrobust import sweep
 from jaxrobust.data import pipeline
 from jaxrobust.errors import UserError
+from jaxrobust.runs import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 WITH_SWEEP = sorted(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import base_generator
-from jaxrobust.data import datasets
+from jaxrobust.config import dataset_info
 from jaxrobust.generators import ddpm, unet
 
 
@@ -29,10 +29,10 @@ def shapes_of(settings, info):
 
 def test_parameters_of_the_cifar10_network():
   settings = base_generator.get_config('ddpm').generator
-  params, _ = shapes_of(settings, datasets.INFO['cifar10'])
+  params, _ = shapes_of(settings, dataset_info.INFO['cifar10'])
   assert count(params) == 35_746_307  # "35.7M" in their code and table
   settings.network.conditional = True
-  params, _ = shapes_of(settings, datasets.INFO['cifar10'])
+  params, _ = shapes_of(settings, dataset_info.INFO['cifar10'])
   assert count(params) == 35_746_307 + 11 * 512  # ten classes and none
 
 
@@ -48,7 +48,7 @@ def test_sizes_from_8_to_64(name, multipliers, conditional):
   settings = base_generator.get_config('ddpm').generator
   settings.network.multipliers = multipliers
   settings.network.conditional = conditional
-  info = datasets.INFO[name]
+  info = dataset_info.INFO[name]
   params, output = shapes_of(settings, info)
   assert output.shape == (2, *info.image_shape)
   # Attention where the map has 16 rows, besides the middle: on 64x64 two halvings down.

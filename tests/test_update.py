@@ -14,10 +14,13 @@ import pytest
 
 from experiments import digits
 from jaxrobust import config as configs
-from jaxrobust import losses, models, optimizer, parallel, step_loss, update
+from jaxrobust import models
 from jaxrobust.attacks import norms, pgd
+from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.training import losses, optimizer, step_loss, update
 
 GROUP, BATCH = 4, 16
 
@@ -47,7 +50,7 @@ def make_config(**overrides):
 def initial_state():
   """Which no override changes, with a last layer that is not zero."""
   config = make_config()
-  model = models.from_config(config.model, datasets.INFO['digits'])
+  model = models.from_config(config.model, dataset_info.INFO['digits'])
   sgd = optimizer.make(config.optimizer, configs.resolve(config))
   state = jax.jit(lambda: update.init_state(config, model, sgd))()
   params = dict(state.params)
@@ -65,7 +68,7 @@ class Setup:
   def __init__(self, **overrides):
     self.config = config = make_config(**overrides)
     derived = configs.resolve(config)
-    self.model = models.from_config(config.model, datasets.INFO['digits'])
+    self.model = models.from_config(config.model, dataset_info.INFO['digits'])
     self.sgd = optimizer.make(config.optimizer, derived)
     self.learning_rate = derived.learning_rate
     self.state = initial_state()

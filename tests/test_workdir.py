@@ -9,8 +9,8 @@ import pytest
 from etils import epath
 
 from experiments import digits
-from jaxrobust import metrics, workdir
 from jaxrobust.errors import UserError
+from jaxrobust.runs import metrics, workdir
 
 
 def test_claim_is_idempotent_and_refuses_another_config(tmp_path):

@@ -8,12 +8,11 @@ import pytest
 from etils import epath
 
 from experiments import digits
-from jaxrobust import checkpoint
 from jaxrobust import config as configs
 from jaxrobust.errors import UserError
-from jaxrobust.models import architecture, zoo
+from jaxrobust.models import architecture, parameter_files, zoo
 from jaxrobust.models import card as cards
-from tests.random_variables import random_variables
+from tests.helpers.random_variables import random_variables
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +94,7 @@ def test_a_name_is_found_and_its_file_expected(folder):
 )
 def test_an_absent_file_is_told_with_the_remedy(path, words):
   with pytest.raises(UserError, match=f'no checkpoint at {path}: .*{words}') as e:
-    checkpoint.read(path)
+    parameter_files.read(path)
   assert '\n' not in str(e.value)
 
 
@@ -110,7 +109,9 @@ def workdir(tmp_path):
   path = epath.Path(tmp_path / 'run')
   path.mkdir()
   (path / 'config.json').write_text(configs.to_json(digits.get_config()))
-  checkpoint.export_npy(path / 'checkpoint.npy', *random_variables('wrn-10-1', 10, 1))
+  parameter_files.export_npy(
+    path / 'checkpoint.npy', *random_variables('wrn-10-1', 10, 1)
+  )
   sha256 = hashlib.sha256((path / 'checkpoint.npy').read_bytes()).hexdigest()
   entries = [
     {'protocol': {'suite': 'pgd-40', 'checkpoint_sha256': s}, 'clean_accuracy': a}
@@ -132,17 +133,17 @@ def test_a_workdir_is_known_by_its_config(workdir):
     assert card.model['mean'] == (0.5,)
     assert [x['clean_accuracy'] for x in card.accuracies] == [0.75]
     assert len(card.config_sha256) == 64
-  assert checkpoint.load(file, card.build())
+  assert parameter_files.load(file, card.build())
 
 
 def test_a_card_beside_a_file_and_inside_it(workdir, tmp_path):
   card = cards.from_workdir(workdir)
-  variables = checkpoint.read(workdir)
+  variables = parameter_files.read(workdir)
   file = epath.Path(tmp_path / 'x.safetensors')
-  checkpoint.export(file, *variables, {'card': card.to_json()})
+  parameter_files.export(file, *variables, {'card': card.to_json()})
   assert zoo.find(str(file)) == (card, file)
   other = epath.Path(tmp_path / 'y.npy')
-  checkpoint.export_npy(other, *variables)
+  parameter_files.export_npy(other, *variables)
   assert zoo.find(str(other)) is None
   cards.path_of(other).write_text(card.to_json())
   assert zoo.find(str(other)) == (card, other)
@@ -165,10 +166,10 @@ def test_a_damaged_card_is_told_in_one_line(tmp_path, text):
 
 def test_a_released_file_is_compared_with_its_first_use(folder):
   path = epath.Path(folder / 'mnist_linf_wrn28-10_without.npy')
-  checkpoint.export_npy(path, *random_variables('wrn-10-1', 10, 1))
-  checkpoint.read(path)
-  checkpoint.read(path)
-  checkpoint.export_npy(path, *random_variables('wrn-10-1', 10, 3))
+  parameter_files.export_npy(path, *random_variables('wrn-10-1', 10, 1))
+  parameter_files.read(path)
+  parameter_files.read(path)
+  parameter_files.export_npy(path, *random_variables('wrn-10-1', 10, 3))
   with pytest.raises(UserError, match='is not the file of its first use') as e:
-    checkpoint.read(path)
+    parameter_files.read(path)
   assert '\n' not in str(e.value)

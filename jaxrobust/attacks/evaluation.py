@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrobust import parallel
 from jaxrobust.attacks import attack as attacks
 from jaxrobust.attacks import checks, objectives
 from jaxrobust.attacks.record import STANDING, Record
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 
 # Images may be further than epsilon by the rounding of float32: a share of it in sums,

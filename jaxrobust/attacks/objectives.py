@@ -4,7 +4,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrobust import losses
+
+def log_probabilities(logits: jax.Array) -> jax.Array:
+  """Log-softmax, in single precision or better.
+
+  Args:
+    logits: [B, K].
+
+  Returns:
+    [B, K], at most 0; float32, or the logits' type if that is finer.
+  """
+  dtype = jnp.promote_types(logits.dtype, jnp.float32)
+  return jax.nn.log_softmax(logits.astype(dtype))
 
 
 def cross_entropy(logits: jax.Array, reference: jax.Array) -> jax.Array:
@@ -19,7 +30,7 @@ def cross_entropy(logits: jax.Array, reference: jax.Array) -> jax.Array:
   """
   if reference.ndim == 1:
     reference = jax.nn.one_hot(reference, logits.shape[-1])
-  return losses.cross_entropy(logits, reference)
+  return -jnp.sum(reference * log_probabilities(logits), axis=-1)
 
 
 def kl_divergence(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
@@ -38,7 +49,7 @@ def kl_divergence(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
     [B], in nats, at least 0 up to rounding.
   """
   return optax.losses.kl_divergence(
-    losses.log_probabilities(logits), jax.lax.stop_gradient(probabilities)
+    log_probabilities(logits), jax.lax.stop_gradient(probabilities)
   )
 
 
@@ -52,7 +63,9 @@ def squared_distance(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
   Returns:
     [B], from 0 to 2.
   """
-  return losses.squared_distance(logits, jax.lax.stop_gradient(probabilities))
+  found = jnp.exp(log_probabilities(logits))
+  held = jax.lax.stop_gradient(probabilities)
+  return jnp.sum(jnp.square(found - held), axis=-1)
 
 
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -26,10 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrobust import metrics, parallel
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator, Outcome
 from jaxrobust.attacks.record import Record
+from jaxrobust.distributed import parallel
+from jaxrobust.runs import metrics
 
 
 def evaluate_robustness(

@@ -1,1 +1,1 @@
-"""Datasets, sample sets, the input pipeline and augmentation."""
+"""Real images: data sets, the mix that is trained on, augmentation."""

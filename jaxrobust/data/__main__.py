@@ -12,18 +12,19 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import tqdm
 
-from jaxrobust import cli
-from jaxrobust.data import (
-  datasets,
+from jaxrobust.config import dataset_info
+from jaxrobust.data import datasets
+from jaxrobust.errors import UserError
+from jaxrobust.runs import cli
+from jaxrobust.samples import (
+  host_footprint,
   imports,
   npz,
   pictures,
-  plan,
-  positions,
-  samples,
+  sample_sets,
   selection,
+  stratified,
 )
-from jaxrobust.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.sources,
         args.out,
         metadata={
-          **{field: getattr(args, field) for field in samples.PROVENANCE},
+          **{field: getattr(args, field) for field in sample_sets.PROVENANCE},
           'imported_from': names,
         },
         num_classes=args.num_classes,
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif args.command == 'plan':
       print('\n'.join(_plan(args)))
     else:
-      _use(args, samples.SampleSet.open(args.set))
+      _use(args, sample_sets.SampleSet.open(args.set))
   except KeyboardInterrupt:
     print('interrupted: nothing was written; run it again', file=sys.stderr)
     return cli.INTERRUPTED
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _disk_error(error: Exception) -> UserError | None:
   """As `workdir.disk_error`."""
-  from jaxrobust import workdir  # jax, which few commands need
+  from jaxrobust.runs import workdir  # jax, which few commands need
 
   return workdir.disk_error(error)
 
@@ -83,18 +84,20 @@ def _plan(args: argparse.Namespace) -> list[str]:
   settings = {'batch_size': args.batch_size, 'real_fraction': args.real_fraction}
   if number := re.fullmatch('([0-9][0-9_]*)([kM]?)', args.set):
     count = int(number[1].replace('_', '')) * {'': 1, 'k': 10**3, 'M': 10**6}[number[2]]
-    shape = datasets.INFO[args.dataset].image_shape
-    settings['num_classes'] = datasets.INFO[args.dataset].num_classes
+    shape = dataset_info.INFO[args.dataset].image_shape
+    settings['num_classes'] = dataset_info.INFO[args.dataset].num_classes
   else:
-    found = samples.SampleSet.open(args.set)
+    found = sample_sets.SampleSet.open(args.set)
     count, shape = len(found), found.image_shape
     settings['num_classes'] = found.num_classes
     settings['num_shards'] = len(found.metadata['counts']['per_shard'])
     if dtype := found.metadata.get('confidence'):
       settings['confidence_bytes'] = 2 if dtype == 'float16' else 4
   cache = args.cache * 2**30
-  needs = plan.plan(count, shape, hosts=args.hosts, cache_bytes=cache, **settings)
-  return plan.lines(needs, args.hosts, args.steps_per_second)
+  needs = host_footprint.plan(
+    count, shape, hosts=args.hosts, cache_bytes=cache, **settings
+  )
+  return host_footprint.lines(needs, args.hosts, args.steps_per_second)
 
 
 def _progress(batches: Iterable, total: int) -> Iterator:
@@ -105,7 +108,7 @@ def _progress(batches: Iterable, total: int) -> Iterator:
       bar.update(len(batch[0]))
 
 
-def _use(args: argparse.Namespace, found: samples.SampleSet) -> None:
+def _use(args: argparse.Namespace, found: sample_sets.SampleSet) -> None:
   """The commands on a sample set that exists."""
   if args.command == 'export':
     npz.export_npz(found, args.npz)
@@ -133,9 +136,9 @@ def _use(args: argparse.Namespace, found: samples.SampleSet) -> None:
     print(f'contact sheet: {sheet} (a row for each class)')
 
 
-def _judge(args: argparse.Namespace, found: samples.SampleSet) -> None:
+def _judge(args: argparse.Namespace, found: sample_sets.SampleSet) -> None:
   """Prints how close the set is to the training images, and draws the closest."""
-  from jaxrobust import quality  # jax, which no other command needs
+  from jaxrobust.analysis import quality  # jax, which no other command needs
 
   real = datasets.load(
     args.dataset,
@@ -151,7 +154,7 @@ def _judge(args: argparse.Namespace, found: samples.SampleSet) -> None:
     )
   if args.count < 2:
     raise UserError(f'count = {args.count}: compare at least 2 samples')
-  generated = found.gather(positions.one_of_each_part(len(found), args.count, 0))
+  generated = found.gather(stratified.one_of_each_part(len(found), args.count, 0))
   if args.features.endswith('.npz'):
     name, *features = quality.read_features(args.features)
     rows = [len(real), len(generated)]
@@ -178,7 +181,7 @@ def _judge(args: argparse.Namespace, found: samples.SampleSet) -> None:
   print(f'the closest, each beside its nearest training images: {picture}')
 
 
-def _show(found: samples.SampleSet) -> None:
+def _show(found: sample_sets.SampleSet) -> None:
   """Prints what is known of a set."""
   known = {**found.metadata}
   counts, checked = known.pop('counts'), known.pop('sha256')
@@ -214,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     description='Downloads a data set, or takes its official archives from a folder, '
     "and writes it in the form the programs read (tensorflow-datasets').",
   )
-  command.add_argument('name', help=', '.join(datasets.INFO))
+  command.add_argument('name', help=', '.join(dataset_info.INFO))
   command.add_argument(
     '--data_dir',
     default='',
@@ -249,8 +252,8 @@ def _parser() -> argparse.ArgumentParser:
     help="for a folder of PNG: file with lines NAME LABEL, or EDM's dataset.json "
     '(default: each subfolder is a class)',
   )
-  command.add_argument('--shard_size', type=int, default=samples.SHARD_SIZE)
-  for field in samples.PROVENANCE:
+  command.add_argument('--shard_size', type=int, default=sample_sets.SHARD_SIZE)
+  for field in sample_sets.PROVENANCE:
     command.add_argument(f'--{field}', help='noted in metadata.json')
   command = commands.add_parser('export', help='sample set → .npz (image, label)')
   command.add_argument('set')
@@ -275,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument(
     '--balanced', action='store_true', help='as many of each class as of the others'
   )
-  command.add_argument('--shard_size', type=int, default=samples.SHARD_SIZE)
+  command.add_argument('--shard_size', type=int, default=sample_sets.SHARD_SIZE)
   command = commands.add_parser(
     'plan',
     help='what a sample set asks of each host of a pod',
@@ -289,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument(
     '--dataset',
     default='cifar10',
-    choices=sorted(datasets.INFO),
+    choices=sorted(dataset_info.INFO),
     help='whose image shape a number means (default: cifar10)',
   )
   command.add_argument(
@@ -309,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     'different networks, or of different numbers of images, are not comparable.',
   )
   command.add_argument('set')
-  command.add_argument('--dataset', required=True, choices=sorted(datasets.INFO))
+  command.add_argument('--dataset', required=True, choices=sorted(dataset_info.INFO))
   command.add_argument('--data_dir', default='', help='as of `prepare`')
   command.add_argument(
     '--train_images',
@@ -329,7 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     help='a classifier (workdir, file or released name), whose penultimate layer is '
     'taken; or lpips:FILE (see jaxrobust/models/lpips.py); or .npz with network (a '
     'name), real [n, F] of the training images in their order, generated [m, F] of '
-    'the samples at jaxrobust.data.positions.one_of_each_part(N, m, 0) of the N in '
+    'the samples at jaxrobust.samples.stratified.one_of_each_part(N, m, 0) of the N in '
     'the set, which are all where m = N',
   )
   command.add_argument(

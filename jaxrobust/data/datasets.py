@@ -20,17 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxrobust.config import dataset_info
 from jaxrobust.errors import UserError
-
-
-class DatasetInfo(NamedTuple):
-  """What is known of a dataset without opening it; sizes of the official splits."""
-
-  name: str
-  image_shape: tuple[int, int, int]
-  num_classes: int
-  train_size: int
-  test_size: int
 
 
 class Split(NamedTuple):
@@ -45,17 +36,6 @@ class Split(NamedTuple):
     return f'{zlib.crc32(labels, zlib.crc32(images)):08x}'
 
 
-INFO = {
-  info.name: info
-  for info in (
-    DatasetInfo('digits', (8, 8, 1), 10, 1_000, 797),
-    DatasetInfo('cifar10', (32, 32, 3), 10, 50_000, 10_000),
-    DatasetInfo('cifar100', (32, 32, 3), 100, 50_000, 10_000),
-    DatasetInfo('svhn', (32, 32, 3), 10, 73_257, 26_032),
-    DatasetInfo('mnist', (28, 28, 1), 10, 60_000, 10_000),
-    DatasetInfo('tiny_imagenet', (64, 64, 3), 200, 100_000, 10_000),
-  )
-}
 SPLITS = ('train', 'validation', 'test')
 
 _READ_BATCH = 1_000
@@ -72,7 +52,7 @@ def load(
   """Loads one split of a real dataset into memory.
 
   Args:
-    name: a key of `INFO`.
+    name: a key of `dataset_info.INFO`.
     split: 'train', 'validation' or 'test'.
     data_dir: folder of the prepared tensorflow-datasets, local or `gs://`; '' for
       their default (`$TFDS_DATA_DIR` or `~/tensorflow_datasets`). Digits need none.
@@ -131,7 +111,8 @@ def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
   dataset that is already there is left as it is.
 
   Args:
-    name: a key of `INFO` (digits are part of scikit-learn: nothing happens).
+    name: a key of `dataset_info.INFO`; for the digits, which are part of scikit-learn,
+      nothing happens.
     data_dir: as in `load`.
     archives: folder with the official archives under their official names; then
       nothing is downloaded. '' downloads them.
@@ -188,9 +169,11 @@ def import_tensorflow():
 
 
 def _check_name(name: str) -> None:
-  """Refuses a name that is not in `INFO`."""
-  if name not in INFO:
-    raise UserError(f'unknown dataset {name!r}: choose one of {", ".join(INFO)}')
+  """Refuses a name that is not in `dataset_info.INFO`."""
+  if name not in dataset_info.INFO:
+    raise UserError(
+      f'unknown dataset {name!r}: choose one of {", ".join(dataset_info.INFO)}'
+    )
 
 
 def _open_digits(official_split: str) -> tuple[int, Callable[[int, int], Split]]:
@@ -211,7 +194,7 @@ def _open_digits(official_split: str) -> tuple[int, Callable[[int, int], Split]]
     rank_in_class[members] = np.arange(len(members))
   order = np.lexsort((labels, rank_in_class))
 
-  train_size = INFO['digits'].train_size
+  train_size = dataset_info.INFO['digits'].train_size
   order = order[:train_size] if official_split == 'train' else order[train_size:]
   images = np.rint(greys[order] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
   labels = labels[order].astype(np.int32)

@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxrobust.data import datasets
 from jaxrobust.data.datasets import Split
-from jaxrobust.data.samples import SampleSet
 from jaxrobust.errors import UserError
+from jaxrobust.samples.sample_sets import SampleSet
 
 _REAL, _GENERATED = 0, 1  # the two sources, part of the key of a shuffle
 _PARALLEL_CALLS = 4  # They overlap disk reads; cached reads gain nothing from 2 on.

@@ -17,10 +17,13 @@ import optax
 from etils import epath
 
 from jaxrobust import config as configs
-from jaxrobust import loop, optimizer, parallel, update, workdir
+from jaxrobust.config import dataset_info
 from jaxrobust.data import augment, datasets, pipeline
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.generators import diffusion, samplers, unet
+from jaxrobust.runs import workdir
+from jaxrobust.training import loop, optimizer, update
 
 _SETTINGS = 'settings'  # their name in the saved file, which no Haiku module has
 _MOST_LEFT = 0.01  # of an image's variance, at the end of the process; Ho et al.: 4e-5
@@ -35,13 +38,13 @@ class DDPM:
     info: the data set's.
   """
 
-  def __init__(self, params: Any, settings, info: datasets.DatasetInfo):
+  def __init__(self, params: Any, settings, info: dataset_info.DatasetInfo):
     self.params, self.settings, self.info = params, settings, info
     self._mapped = parallel.pmap(make_draw(settings, info), local=True)
     self._replicated = parallel.replicate(params)
 
   @staticmethod
-  def check(settings, info: datasets.DatasetInfo, fits: bool = False):
+  def check(settings, info: dataset_info.DatasetInfo, fits: bool = False):
     """Raises UserError for settings that cannot be meant for images of `info`."""
     if 'network' not in settings:
       raise UserError(
@@ -96,7 +99,7 @@ class DDPM:
   def fit(
     cls,
     real: datasets.Split,
-    info: datasets.DatasetInfo,
+    info: dataset_info.DatasetInfo,
     settings,
     *,
     folder: epath.Path,
@@ -181,7 +184,7 @@ class DDPM:
     workdir.write(path, buffer.getvalue())
 
   @classmethod
-  def restore(cls, path: epath.Path, settings, info: datasets.DatasetInfo):
+  def restore(cls, path: epath.Path, settings, info: dataset_info.DatasetInfo):
     """Reads what `save` wrote; `settings` may differ in how to sample only."""
     with np.load(io.BytesIO(path.read_bytes())) as file:
       saved = configs.from_json(str(file[_SETTINGS]))
@@ -198,7 +201,7 @@ class DDPM:
     return cls(params, settings, info)
 
 
-def make_network(settings, info: datasets.DatasetInfo) -> hk.Transformed:
+def make_network(settings, info: dataset_info.DatasetInfo) -> hk.Transformed:
   """The network: `apply(params, images, times, classes, rngs) -> noise`."""
   fields = settings.network.to_dict()
   num_classes = info.num_classes if fields.pop('conditional') else 0
@@ -294,7 +297,7 @@ def make_step(settings, info, adam: optax.GradientTransformation, seed: int):
   return step
 
 
-def make_draw(settings, info: datasets.DatasetInfo):
+def make_draw(settings, info: dataset_info.DatasetInfo):
   """Builds the sampler of a device, to be mapped by `parallel.pmap`.
 
   Args:

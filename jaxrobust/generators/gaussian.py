@@ -22,9 +22,11 @@ import numpy as np
 from etils import epath
 from sklearn import covariance, decomposition
 
-from jaxrobust import parallel, workdir
+from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.runs import workdir
 
 ESTIMATORS = {
   'empirical': covariance.EmpiricalCovariance,
@@ -51,7 +53,7 @@ class Gaussian:
     self._replicated = parallel.replicate((means, factors, residuals))
 
   @staticmethod
-  def check(settings, info: datasets.DatasetInfo, fits: bool = False):
+  def check(settings, info: dataset_info.DatasetInfo, fits: bool = False):
     """Raises UserError for an unknown estimator, or a rank that images cannot have."""
     del fits
     if not hasattr(settings, 'covariance'):
@@ -82,7 +84,7 @@ class Gaussian:
   def fit(
     cls,
     real: datasets.Split,
-    info: datasets.DatasetInfo,
+    info: dataset_info.DatasetInfo,
     settings,
     *,
     folder: epath.Path | None = None,

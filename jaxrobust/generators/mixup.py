@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxrobust import parallel, workdir
+from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.runs import workdir
 
 
 class Mixup:
@@ -38,7 +40,7 @@ class Mixup:
     return False
 
   @staticmethod
-  def check(settings, info: datasets.DatasetInfo, fits: bool = False):
+  def check(settings, info: dataset_info.DatasetInfo, fits: bool = False):
     """Raises UserError for an alpha that is no parameter of a Beta distribution."""
     del info, fits
     if not hasattr(settings, 'alpha'):
@@ -55,7 +57,7 @@ class Mixup:
   def fit(
     cls,
     real: datasets.Split,
-    info: datasets.DatasetInfo,
+    info: dataset_info.DatasetInfo,
     settings,
     *,
     folder: epath.Path | None = None,

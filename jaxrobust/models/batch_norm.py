@@ -4,7 +4,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from jaxrobust import parallel
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.models.block import parameter_dtype
 

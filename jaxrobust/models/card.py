@@ -12,10 +12,10 @@ from etils import epath
 
 from jaxrobust import config as configs
 from jaxrobust import models
-from jaxrobust import workdir as workdirs
-from jaxrobust.data import datasets
+from jaxrobust.config import dataset_info
 from jaxrobust.errors import UserError
 from jaxrobust.models.architecture import Architecture
+from jaxrobust.runs import workdir as workdirs
 
 _MODEL_FIELDS = ('name', 'activation', 'mean', 'std', 'padding')
 _NORMS = ('linf', 'l2', 'l1')
@@ -27,7 +27,7 @@ class Card:
 
   Attributes:
     name: of the checkpoint.
-    dataset: a key of `datasets.INFO`.
+    dataset: a key of `dataset_info.INFO`.
     norm: 'linf', 'l2' or 'l1', that it was trained against.
     epsilon: radius, pixels in [0, 1].
     model: name, activation, mean, std and padding as in a config's `model`.
@@ -48,7 +48,7 @@ class Card:
 
   def build(self, group_size: int | None = None) -> models.Model:
     """The network; `group_size` as in `models.build`."""
-    info = datasets.INFO[self.dataset]
+    info = dataset_info.INFO[self.dataset]
     return models.build(
       **self.model,
       num_classes=info.num_classes,
@@ -59,12 +59,12 @@ class Card:
   @property
   def architecture(self) -> Architecture:
     """What the parameters must tell of themselves."""
-    info = datasets.INFO[self.dataset]
+    info = dataset_info.INFO[self.dataset]
     return Architecture(self.model['name'], info.num_classes, info.image_shape[-1])
 
   def to_json(self) -> str:
     """The card's file; it also has the sizes that follow from the data set."""
-    info = datasets.INFO[self.dataset]
+    info = dataset_info.INFO[self.dataset]
     sizes = {'num_classes': info.num_classes, 'image_shape': info.image_shape}
     return json.dumps(dataclasses.asdict(self) | sizes, indent=2) + '\n'
 
@@ -89,7 +89,7 @@ def from_json(text: str, source: str) -> Card:
         'accuracies': tuple(values['accuracies']),
       }
     )
-    if card.dataset not in datasets.INFO or card.norm not in _NORMS:
+    if card.dataset not in dataset_info.INFO or card.norm not in _NORMS:
       raise ValueError(f'{card.dataset} {card.norm}')
   except (ValueError, KeyError, TypeError) as e:
     raise UserError(

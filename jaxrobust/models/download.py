@@ -13,10 +13,10 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from jaxrobust import parallel
-from jaxrobust import workdir as workdirs
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.models import zoo
+from jaxrobust.runs import workdir as workdirs
 
 _CHUNK = 1 << 20  # bytes
 _TIMEOUT = 60  # seconds without a byte

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from jaxrobust.data import datasets
+from jaxrobust.config import dataset_info
 from jaxrobust.models import card as cards
 from jaxrobust.models import safetensors
 
@@ -92,7 +92,7 @@ def _entry(name: str, paper: str, clean: float, robust: float) -> cards.Card:
     'suite': 'autoattack',
     'dataset': dataset,
     'split': 'test',
-    'num_images': datasets.INFO[dataset].test_size,
+    'num_images': dataset_info.INFO[dataset].test_size,
     'norm': norm,
     'epsilon': _EPSILON[dataset, norm],
   }

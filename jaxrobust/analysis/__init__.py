@@ -1,0 +1,1 @@
+"""What sample sets are worth: conditions, complementarity, distances, quality."""

@@ -1,0 +1,1 @@
+"""Devices and collectives; the only room that names pmap and its axis."""

@@ -1,0 +1,1 @@
+"""Files that are not trusted, and how they are read."""

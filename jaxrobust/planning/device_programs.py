@@ -1,0 +1,209 @@
+"""The programs that devices run, with the shapes of what they are given."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrobust import config as configs
+from jaxrobust import models
+from jaxrobust.attacks import norms, suites
+from jaxrobust.attacks.evaluation import Evaluator
+from jaxrobust.config import dataset_info
+from jaxrobust.errors import UserError
+from jaxrobust.generators import ddpm
+from jaxrobust.models import companions
+from jaxrobust.training import optimizer, update
+
+KINDS = ('train', 'evaluate', 'sample')
+
+
+class Program(NamedTuple):
+  """What is compiled.
+
+  Attributes:
+    fn: for one device.
+    arguments: its shapes.
+    donated: arguments that give their memory to results.
+    images: of a device.
+    calls: of it in the whole run, at most.
+    rounds: of a loop in it that stops by itself, at most.
+  """
+
+  fn: object
+  arguments: tuple
+  donated: tuple[int, ...]
+  images: int
+  calls: int
+  rounds: int = 1
+
+
+def name(config) -> str:
+  """The run's name: the experiment's, or that of a generator."""
+  if 'generator' in config:
+    return f'{config.dataset.name}_{config.generator.name}'
+  return configs.experiment_name(config)
+
+
+def batch(config, what: str) -> tuple[str, int]:
+  """The field with the batch size of a program, and its value.
+
+  Of samples it is a device's, else that of the whole run.
+
+  Raises:
+    UserError: if the config has no such program.
+  """
+  fields = {'train': 'data.batch_size', 'evaluate': 'evaluation.batch_size'}
+  if 'generator' in config:
+    if config.generator.name != 'ddpm':
+      raise UserError(
+        f'config.generator.name = {config.generator.name!r} asks nothing of the '
+        'devices worth a plan: give a diffusion experiment, such as '
+        'experiments/cifar10_ddpm.py'
+      )
+    fields = {
+      'train': 'generator.training.batch_size',
+      'sample': 'samples.batch_size',
+    }
+  if what not in fields:
+    raise UserError(
+      f'--what={what}: {name(config)} has no such program; use {" or ".join(fields)}'
+    )
+  if 'generator' not in config and 'data' not in config:
+    raise UserError(
+      'this config has no program worth a plan: give the experiment of a classifier or '
+      'of a diffusion generator'
+    )
+  value = config
+  for part in fields[what].split('.'):
+    value = value[part]
+  return fields[what], value
+
+
+def of(config, what: str, num_devices: int) -> Program:
+  """The program of a config on so many devices.
+
+  Args:
+    config: a classifier's or a generator's, after all overrides.
+    what: one of `KINDS`.
+    num_devices: of the slice.
+
+  Raises:
+    UserError: if the batch does not divide over the devices, or the config has no
+      such program.
+  """
+  field, size = batch(config, what)
+  if what == 'evaluate':
+    found = judging(config, num_devices)
+    if not found:
+      raise UserError(
+        f'config.evaluation.suite = {config.evaluation.suite!r} has no attack to plan: '
+        'use another suite, such as autoattack'
+      )
+    return found[0]
+  images, left = (size, 0) if what == 'sample' else divmod(size, num_devices)
+  if left:
+    raise UserError(
+      f'config.{field}: a batch of {size} does not divide over {num_devices} devices: '
+      'use a multiple of that number, or another --topology'
+    )
+  make = _training
+  if 'generator' in config:
+    make = _sampling if what == 'sample' else _training_of_generator
+  return make(config, dataset_info.INFO[config.dataset.name], images, num_devices)
+
+
+def _batch_of(info, images):
+  """Shapes of a device's batch."""
+  array = lambda kind, *shape: jax.ShapeDtypeStruct((images, *shape), kind)
+  return update.Batch(
+    array(jnp.uint8, *info.image_shape),
+    array(jnp.int32),
+    array(bool),
+    array(jnp.int32),
+  )
+
+
+def _training(config, info, images, num_devices):
+  """The step of a classifier."""
+  del num_devices
+  derived = configs.resolve(config)
+  model = companions.for_training(config, info)
+  sgd = optimizer.make(config.optimizer, derived)
+  state = jax.eval_shape(lambda: update.init_state(config, model, sgd))
+  step = update.make_step(config, model, sgd, info.num_classes)
+  arguments = state, _batch_of(info, images)
+  return Program(step, arguments, (0,), images, derived.num_steps)
+
+
+def _training_of_generator(config, info, images, num_devices):
+  """The step of a diffusion generator."""
+  del num_devices
+  settings, seed = config.generator, config.seed
+  ddpm.DDPM.check(settings, info)
+  adam = ddpm.make_optimizer(settings.training)[0]
+  state = jax.eval_shape(lambda: ddpm.init_state(settings, info, adam, seed))
+  step = ddpm.make_step(settings, info, adam, seed)
+  arguments = state, _batch_of(info, images)
+  return Program(step, arguments, (0,), images, settings.training.num_steps)
+
+
+def _sampling(config, info, images, num_devices):
+  """A batch of samples; the run draws at least as many as the set will hold."""
+  settings, seed = config.generator, config.seed
+  ddpm.DDPM.check(settings, info)
+  adam = ddpm.make_optimizer(settings.training)[0]
+  state = jax.eval_shape(lambda: ddpm.init_state(settings, info, adam, seed))
+  key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(seed)))
+  indices = jax.ShapeDtypeStruct((images,), jnp.int32)
+  return Program(
+    ddpm.make_draw(settings, info),
+    ((state.params, key), indices),
+    (),
+    images,
+    -(-config.samples.count // (images * num_devices)),
+  )
+
+
+def judging(config, num_devices: int) -> list[Program]:
+  """An attempt of each attack of config.evaluation.suite, as `evaluate` runs them.
+
+  Args:
+    config: a classifier's, after all overrides.
+    num_devices: of the slice; they share the batch, the last of them with padding.
+
+  Returns:
+    A Program an attack, as if every image stood until its last attempt.
+  """
+  configs.check(config)
+  settings, info = config.evaluation, dataset_info.INFO[config.dataset.name]
+  model = models.from_config(config.model, info)
+  ball = norms.get(config.threat.norm, config.threat.epsilon)
+  if settings.suite == 'pgd':
+    attacks = [('pgd', suites.attack_from_config(settings.attack, ball))]
+  else:
+    attacks = suites.get(settings.suite, ball)
+  count = settings.num_images or info.test_size
+  size = min(settings.batch_size, count)
+  evaluator = Evaluator(
+    lambda variables, x: model.apply(*variables, x, batch_stats=False)[0],
+    attacks,
+    batch_size=size,
+    seed=config.seed,
+  )
+  images = -(-size // num_devices)
+  pixels, labels, *_ = _batch_of(info, images)
+  variables = jax.eval_shape(model.init, jax.random.key(0))
+  index = jax.ShapeDtypeStruct((), jnp.int32)
+  return [
+    Program(
+      functools.partial(evaluator._attempt_shard, name, attack),
+      (variables, pixels, labels, labels, index),
+      (),
+      images,
+      attack.num_attempts(info.num_classes) * -(-count // size),
+      getattr(attack, 'num_steps', 0) or getattr(attack, 'num_queries', 1),
+    )
+    for name, attack in attacks
+  ]

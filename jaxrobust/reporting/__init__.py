@@ -1,0 +1,1 @@
+"""Planned and finished runs, their tables and figures."""

@@ -1,0 +1,296 @@
+"""Runs as sweeps and tables name them: their commands, and how far each is."""
+
+import functools
+import hashlib
+import json
+import shlex
+from typing import NamedTuple
+
+from etils import epath
+
+from jaxrobust import config as configs
+from jaxrobust.attacks import norms, suites
+from jaxrobust.config import dataset_info, experiments
+from jaxrobust.errors import UserError
+from jaxrobust.reporting.tables import COLUMNS
+from jaxrobust.runs import workdir as workdirs
+from jaxrobust.samples import shards
+
+TABLES = 'experiments/paper.py'
+
+
+class Point(NamedTuple):
+  """A run of a sweep or a table.
+
+  Attributes:
+    name: as the experiment's sweep() calls it, or the workdir's.
+    config: with the point's overrides.
+    workdir: its folder.
+    flags: of its programs, without their names.
+    programs: that make it, in order.
+    suite: that judges it; '' for the config's.
+    preparations: the points to run before it.
+  """
+
+  name: str
+  config: object
+  workdir: epath.Path
+  flags: list[str]
+  programs: tuple[str, ...] = ('train', 'evaluate')
+  suite: str = ''
+  preparations: tuple['Point', ...] = ()
+
+  @property
+  def needs(self) -> tuple[str, ...]:
+    """Names of the points to run before it."""
+    return tuple(point.name for point in self.preparations)
+
+  def commands(self) -> list[tuple[list[str], bool]]:
+    """Its programs with their flags, and whether each is finished."""
+    return [
+      ([program, *self.flags, *self._suite_flag(program)], self.is_finished(program))
+      for program in self.programs
+    ]
+
+  def is_finished(self, program: str = '') -> bool:
+    """Whether a program of it, or all of them, left what they should."""
+    if not program:
+      return all(map(self.is_finished, self.programs))
+    if program == 'train':
+      return (self.workdir / 'checkpoint.npy').exists()
+    if program == 'generate':
+      return shards.is_whole(self.workdir / 'samples')
+    return self.result() is not None
+
+  def result(self) -> dict | None:
+    """The last entry of results.json that answers for the point.
+
+    It is of its own checkpoint, by the attacks of the suite that judges it, on all the
+    images that the config asks for; any one if it is not evaluated but analysed.
+    """
+    found = workdirs.read_results(self.workdir)
+    if found and 'evaluate' in self.programs:
+      wanted = self._protocol()
+      found = [x for x in found if wanted.items() <= x['protocol'].items()]
+    return found[-1] if found else None
+
+  def _protocol(self) -> dict:
+    """What an evaluation that answers for the point says of itself."""
+    settings, dataset = self.config.evaluation, self.config.dataset
+    info, held_out = dataset_info.INFO[dataset.name], dataset.validation_images
+    sizes = {
+      'test': info.test_size,
+      'validation': held_out,
+      'train': dataset.train_images or info.train_size - held_out,
+    }
+    suite = self.suite or settings.suite
+    ball = norms.get(self.config.threat.norm, self.config.threat.epsilon)
+    if suite == 'pgd':
+      suite = f'pgd-{settings.attack.num_steps}'
+      attacks = [{'name': suite, **settings.attack.to_dict()}]
+    else:
+      attacks = [suites.describe(*attack) for attack in suites.get(suite, ball)]
+    path = self.workdir / 'checkpoint.npy'
+    return {
+      'suite': suite,
+      'split': settings.split,
+      'num_images': settings.num_images or sizes[settings.split],
+      'attacks': json.loads(json.dumps(attacks)),
+      'checkpoint_sha256': _sha256(path, path.stat().mtime) if path.exists() else '',
+    }
+
+  def absent_samples(self) -> str:
+    """The sample set that it needs, if it is not there and no point makes it."""
+    settings = self.config.to_dict()
+    source = settings.get('samples') or settings.get('data', {}).get('samples')
+    if not source or not isinstance(source, str) or epath.Path(source).exists():
+      return ''
+    return '' if any(f'/{name}/' in source for name in self.needs) else source
+
+  def state(self) -> tuple[str, str]:
+    """How far it is, and a line on it.
+
+    Returns:
+      'done', 'other' (another config lives in its workdir), 'running', 'interrupted',
+      'preempted', 'failed', 'unfinished' or 'missing'.
+    """
+    if not (self.workdir / 'config.json').exists():
+      return 'missing', ''
+    # The set's folder is in the workdir's name; its spelling depends on --workdir.
+    changed = [
+      line
+      for line in configs.differences(workdirs.read_config(self.workdir), self.config)
+      if not line.startswith(('data.samples:', 'labeller:', 'samples:'))
+    ]
+    if changed:
+      return 'other', '; '.join(changed)
+    for point in self.preparations:  # What was made of another is of another, too.
+      state, message = point.state()
+      if state == 'other':
+        return 'other', f'of {point.name}: {message}'
+    unfinished = [p for p in self.programs if not self.is_finished(p)]
+    if not unfinished:
+      return 'done', ''
+    status = workdirs.read_status(self.workdir)
+    program, *flags = status.get('command') or ['']
+    wanted = self._suite_flag(program)
+    is_this = program == unfinished[0] and set(wanted) <= set(flags)
+    if is_this and status['state'] != 'done':
+      return status['state'], f'{program}: {status["message"]}'.rstrip(': ')
+    return 'unfinished', f'{unfinished[0]} is missing'
+
+  def _suite_flag(self, program: str) -> list[str]:
+    return [f'--suite={self.suite}'] if self.suite and program == 'evaluate' else []
+
+
+@functools.cache
+def _sha256(path: epath.Path, time: float) -> str:
+  """Checksum of a file as it was written at a time."""
+  del time
+  return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def command_line(command: list[str]) -> str:
+  """A command to copy into a shell."""
+  return shlex.join(['python', '-m', f'jaxrobust.{command[0]}', *command[1:]])
+
+
+def with_needs(names: set[str], found: list[Point]) -> list[Point]:
+  """The points of these names and what they need, in the order of `found`.
+
+  Args:
+    names: of the points.
+    found: all points; what a point needs stands before it.
+  """
+  wanted = set(names)
+  for point in reversed(found):
+    if point.name in wanted:
+      wanted |= set(point.needs)
+  return [point for point in found if point.name in wanted]
+
+
+def read_tables(file: str = '') -> tuple[dict, dict]:
+  """The tables and the preparations of a file such as experiments/paper.py.
+
+  Raises:
+    UserError: if there is no such file, or it defines no tables, or wrong ones.
+  """
+  file = file or TABLES
+  if not epath.Path(file).exists():
+    raise UserError(
+      f'{file}: no such file; run from the repository, or give --tables=FILE'
+    )
+  module = experiments.load_file(file)
+  if not hasattr(module, 'TABLES'):
+    raise UserError(f'{file} defines no TABLES: experiments/paper.py shows how')
+  found, preparations = module.TABLES, getattr(module, 'PREPARATIONS', {})
+  for name, table in _items(found, f'{file}: TABLES', 'Table'):
+    where = f'{file}: table {name}'
+    if table.kind not in COLUMNS:
+      raise UserError(f'{where}: kind {table.kind!r}; use one of {", ".join(COLUMNS)}')
+    rows = dict(enumerate(table.rows) if isinstance(table.rows, list) else [])
+    if not rows:
+      raise UserError(f'{where}: rows is no list with a Row')
+    list(_items(rows, f'{where}: rows', 'Row'))
+    try:
+      suites.get(table.suite, norms.get('linf', 0.1))
+    except UserError as e:
+      raise UserError(f'{where}: {e}') from e
+  list(_items(preparations, f'{file}: PREPARATIONS', 'Preparation'))
+  return found, preparations
+
+
+def _items(found, where: str, kind: str):
+  """Yields names and values; UserError for one that is not of a base_table's class."""
+  if not isinstance(found, dict):
+    raise UserError(f'{where} is no dict of {kind}')
+  for name, value in found.items():
+    if type(value).__name__ != kind:
+      raise UserError(
+        f'{where}: {name} is {value!r:.40}, not a {kind} of experiments/base_table.py'
+      )
+    yield name, value
+
+
+def find_table(name: str, tables: dict):
+  """The table of a name; UserError with the names if there is none."""
+  if name not in tables:
+    raise UserError(f'--table={name}: there is none; use one of {", ".join(tables)}')
+  return tables[name]
+
+
+class Maker:
+  """Makes the points of tables' rows below a folder."""
+
+  def __init__(self, workdir: str, preparations: dict, common: list[str] = ()):
+    """Every run's `workdir` is below this one and gets the `common` flags."""
+    self._workdir, self._preparations = workdir, preparations
+    self._common, self._configs = list(common), {}
+
+  def of_table(self, table) -> list[Point]:
+    """What the rows need, then the rows, each run once."""
+    found = {}
+    for row in table.rows:
+      for point in self.of_row(table, row):
+        self._add(point, found)
+    is_row = lambda point: point.name not in self._preparations
+    return sorted(found.values(), key=is_row)
+
+  def of_row(self, table, row) -> list[Point]:
+    """A point for each seed of a row; none if it is published only."""
+    if not row.config:
+      return []
+    if row.analysis:
+      return [self._make(row.analysis, ('analyze',), row.config, row.overrides)]
+    points, overrides = [], dict(row.overrides)
+    # Experiments that share a network and data tell their runs apart by it, too.
+    variant = overrides.pop('variant', self._config(row.config).variant)
+    for seed in table.seeds:
+      own = {'seed': seed, 'variant': f'{variant}_seed-{seed}'.lstrip('_')}
+      point = self._make('', ('train', 'evaluate'), row.config, overrides | own)
+      points.append(point._replace(suite=table.suite))
+    return points
+
+  def _add(self, point: Point, found: dict):
+    """Adds a point after what it needs."""
+    for needed in point.preparations:
+      if needed.name not in found:
+        self._add(needed, found)
+    known = found.setdefault(point.name, point)
+    if changed := configs.differences(known.config, point.config, ignore=()):
+      raise UserError(
+        f'two rows are both named {point.name} ({"; ".join(changed)}): tell them apart '
+        'by the field variant'
+      )
+
+  def _make(self, name: str, programs, path: str, overrides: dict) -> Point:
+    """A point; without a name it has its experiment's."""
+    needs, values = [], {}
+    for field, value in overrides.items():
+      values[field] = value
+      if isinstance(value, str) and value.startswith('{workdir}/'):
+        needs.append(self._prepare(value.split('/')[1], path))
+        values[field] = value.replace('{workdir}', self._workdir.rstrip('/'))
+    config = self._config(path).copy_and_resolve_references().lock()
+    flags = [f'--config.{field}={value}' for field, value in values.items()]
+    try:
+      config.update_from_flattened_dict(values)
+    except (KeyError, TypeError, ValueError) as e:
+      raise UserError(f'{path} {" ".join(flags)}: {e}') from e
+    name = name or configs.experiment_name(config)
+    folder = epath.Path(self._workdir) / name
+    flags = [f'--workdir={folder}', f'--config={path}', *self._common, *flags]
+    return Point(name, config, folder, flags, programs, preparations=tuple(needs))
+
+  def _prepare(self, name: str, path: str) -> Point:
+    """The point of a preparation that an experiment needs."""
+    if name not in self._preparations:
+      raise UserError(f'{path}: no preparation is named {name}')
+    made = self._preparations[name]
+    return self._make(name, (made.program,), made.config, made.overrides)
+
+  def _config(self, path: str):
+    """The config of an experiment, without overrides."""
+    if path not in self._configs:
+      self._configs[path] = experiments.load(path)
+    return self._configs[path]

@@ -1,0 +1,207 @@
+"""Checkpoints that a run resumes from."""
+
+import hashlib
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from jaxrobust.distributed import parallel
+from jaxrobust.errors import UserError
+
+
+class Checkpoints:
+  """The checkpoints of a run, in `workdir/checkpoints`.
+
+  Keeps the last few and the one with the best score. Arrays are saved unreplicated,
+  as numpy, by the one process that writes: a run resumes on any number of devices and
+  processes, and none waits in here for another, whose disk may be full. Saving is
+  asynchronous; a checkpoint counts once it is whole.
+  """
+
+  def __init__(self, folder: epath.Path, keep: int):
+    """Opens the checkpoints.
+
+    Args:
+      folder: the workdir.
+      keep: how many of the last checkpoints to keep.
+
+    Raises:
+      UserError: if the score of every checkpoint is damaged.
+    """
+    policies = ocp.checkpoint_managers
+    score = lambda metrics: metrics['score']
+    folder = epath.Path(folder).absolute() / 'checkpoints'
+    if parallel.is_writer():
+      folder.mkdir(parents=True, exist_ok=True)
+      _set_aside_damaged(folder)
+    parallel.barrier('checkpoints')
+    here = parallel.number()
+    self._manager = ocp.CheckpointManager(
+      folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(
+          [
+            policies.LatestN(keep),
+            policies.BestN(
+              get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
+            ),
+          ]
+        ),
+        best_fn=score,
+        best_mode='max',
+        cleanup_tmp_directories=parallel.is_writer(),
+        create=False,
+        read_only=not parallel.is_writer(),
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          primary_host=here,
+          active_processes={here},
+          barrier_sync_key_prefix=f'process-{here}',
+        ),
+      ),
+    )
+
+  def save(self, step: int, state, score: float | None = None):
+    """Saves the state after `step` updates (a tree of numpy arrays).
+
+    Args:
+      step: completed updates.
+      state: the unreplicated state.
+      score: higher is better; None when it was not evaluated.
+    """
+    if not parallel.is_writer():
+      return
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        digest=ocp.args.JsonSave({'sha256': _digest(state)}),
+      ),
+      metrics=None if score is None else {'score': score},
+    )
+
+  def restore(self, like, step: int | None = None):
+    """The state at `step`, or at the last checkpoint that can be read.
+
+    Args:
+      like: a state of the same structure and shapes.
+      step: completed updates at the best, for the process that writes alone; None for
+        the last.
+
+    Returns:
+      The state as numpy arrays, or None if there is no checkpoint.
+
+    Raises:
+      UserError: if there are checkpoints, and none of them can be read; or if the
+        processes do not find the same ones.
+    """
+    template = jax.tree.map(np.asarray, like)
+    steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+    if step is None:
+      parallel.require_agreement(max(steps, default=-1))
+    damaged = []
+    for candidate in steps:
+      state = self._read(candidate, template)
+      if step is None and not parallel.everywhere(state is not None):
+        if parallel.everywhere(state is not None or not parallel.is_writer()):
+          raise RuntimeError(  # Which a start anew may mend: the file is whole.
+            f'only some processes can read the checkpoint of step {candidate}'
+          )
+        damaged.append(candidate)
+      elif state is None:
+        break
+      else:
+        # Else the run could not save these steps again when it comes by them.
+        if damaged and parallel.is_writer():
+          for unreadable in damaged:
+            _set_aside(self._manager.directory / str(unreadable))
+          self._manager.reload()
+        return jax.tree.map(np.asarray, state)
+    if step is not None:
+      raise UserError(
+        f'the checkpoint of step {step}, which is the best, cannot be read: restore '
+        f'its folder, or remove {self._manager.directory / str(step)} and run the same '
+        'command again, which exports the best of the others'
+      )
+    if damaged:
+      raise UserError(
+        f'none of the checkpoints {steps} in {self._manager.directory} can be read: '
+        'use another --workdir to start anew'
+      )
+    return None
+
+  def _read(self, step: int, template):
+    """The state of a step, None if it cannot be read twice."""
+    items = {'state': ocp.args.StandardRestore(template)}
+    if (self._manager.directory / str(step) / 'digest').exists():  # Older have none.
+      items['digest'] = ocp.args.JsonRestore()
+    for _ in range(2):  # The first error may be of the network.
+      try:
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        if 'digest' in items and found.digest['sha256'] != _digest(found.state):
+          raise ValueError('it is not what was saved, by its sha256')
+        return found.state
+      except (ValueError, OSError, KeyError) as e:
+        logging.warning(
+          'the checkpoint of step %d cannot be read: %s',
+          step,
+          (str(e) or repr(e)).splitlines()[0][:200],
+        )
+    return None
+
+  def best_step(self) -> int | None:
+    """Completed updates at the checkpoint of the highest score, None without one."""
+    return self._manager.best_step()
+
+  def wait(self):
+    """Waits until what was saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self):
+    """Waits and releases the folder."""
+    self._manager.close()
+
+
+def _digest(tree) -> str:
+  """Of all arrays: tensorstore gives a flipped bit of a number back as it is."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(tree):
+    digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def _set_aside_damaged(folder: epath.Path):
+  """Renames checkpoints whose score cannot be read, at which orbax would fail."""
+  steps = [path for path in folder.iterdir() if path.name.isdigit()]
+  damaged = [path for path in steps if not _has_whole_score(path)]
+  if damaged and len(damaged) == len(steps):
+    raise UserError(
+      f'the score of every checkpoint in {folder} is damaged: restore the files '
+      'metrics/metrics, or use another --workdir to start anew'
+    )
+  for path in damaged:
+    logging.warning('the score of %s is damaged', path)
+    _set_aside(path)
+
+
+def _set_aside(step: epath.Path):
+  """Renames a checkpoint, which may be of use still; orbax does not see it then."""
+  aside = step.with_name(f'damaged-{step.name}')
+  if aside.exists():
+    aside.rmtree()
+  step.rename(aside)
+  logging.warning('%s is now %s', step, aside)
+
+
+def _has_whole_score(step: epath.Path) -> bool:
+  """Whether the file of a checkpoint's score, if there is one, can be read."""
+  try:
+    json.loads((step / 'metrics' / 'metrics').read_bytes())['score']
+  except FileNotFoundError:  # It was not evaluated.
+    return True
+  except (ValueError, KeyError, TypeError):
+    return False
+  return True

@@ -1,0 +1,167 @@
+"""Metrics of a run: `metrics.jsonl`, TensorBoard events and the log line."""
+
+import json
+import math
+import sys
+import time
+
+import tqdm
+from absl import logging
+from etils import epath
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from jaxrobust.distributed import parallel
+from jaxrobust.errors import PreemptedError
+from jaxrobust.runs import workdir as workdirs
+
+
+class Writer:
+  """Writes metrics of a step to the workdir, from one process."""
+
+  def __init__(self, folder: epath.Path, step: int):
+    """Opens the files, and forgets what a run that was killed wrote after `step`."""
+    self._path = folder / 'metrics.jsonl'
+    self._lines = [x for x in read(folder) if x['step'] <= step]
+    self._events = None
+    if parallel.is_writer():
+      self._flush()
+      self._events = EventFileWriter(str(folder))
+
+  def write(self, step: int, metrics: dict[str, float]):
+    """Adds a line; figures that are not finite are written as null."""
+    if not self._events:
+      return
+    finite = {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
+    line = {'step': step, **finite}
+    self._lines.append(line)
+    if '://' in str(self._path):  # Object stores cannot append.
+      self._flush()
+    else:
+      with self._path.open('a') as f:
+        f.write(json.dumps(line) + '\n')
+    values = [
+      Summary.Value(tag=k, simple_value=v) for k, v in finite.items() if v is not None
+    ]
+    self._events.add_event(
+      Event(step=step, wall_time=time.time(), summary=Summary(value=values))
+    )
+
+  def _flush(self):
+    workdirs.write(self._path, ''.join(json.dumps(x) + '\n' for x in self._lines))
+
+  def close(self):
+    """Flushes and closes the files."""
+    if self._events:
+      self._events.close()
+
+
+def read(folder: epath.Path) -> list[dict]:
+  """The lines of `metrics.jsonl`; a last line that was cut short is left out."""
+  path = epath.Path(folder) / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  lines = []
+  for line in path.read_text().splitlines():
+    try:
+      lines.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return lines
+
+
+class Progress:
+  """Progress of a long loop: a bar on a terminal, log lines elsewhere."""
+
+  def __init__(
+    self, what: str, total: int, unit: str, done: int = 0, seconds: float = 10.0
+  ):
+    """Starts the clock.
+
+    Args:
+      what: name of the loop.
+      total: units of the whole loop.
+      unit: name of a unit, in the plural.
+      done: units done before now.
+      seconds: least time between two log lines.
+    """
+    self._what, self._total, self._unit = what, total, unit
+    self._seconds, self._done, self._first = seconds, done, None
+    self._start = self._last = time.monotonic()
+    self._bar = None
+    if parallel.is_writer() and sys.stderr.isatty():
+      self._bar = tqdm.tqdm(
+        total=total, initial=done, desc=what, unit=f' {unit}', dynamic_ncols=True
+      )
+
+  def advance(self, count: int = 1, note: str = ''):
+    """Tells that `count` more units are done, with a note such as an accuracy."""
+    self._done += count
+    if self._bar:
+      self._bar.set_postfix_str(note, refresh=False)
+      self._bar.update(count)
+      return
+    now = time.monotonic()
+    if self._first is None:  # The first units compile: the speed is of the others.
+      self._first, self._start = self._done, now
+    if parallel.is_writer() and (
+      now - self._last >= self._seconds or self._done >= self._total
+    ):
+      self._last = now
+      rate = (self._done - self._first) / max(now - self._start, 1e-9)
+      left = (self._total - self._done) / rate if rate else math.inf
+      left = left if self._done < self._total else 0
+      logging.info(
+        '%s: %d of %d %s%s, %s left%s',
+        self._what,
+        self._done,
+        self._total,
+        self._unit,
+        f', {rate:.3g} a second' if rate else '',
+        duration(left),
+        f', {note}' if note else '',
+      )
+
+  def close(self):
+    """Ends the bar's line."""
+    if self._bar:
+      self._bar.close()
+
+
+class Watch:
+  """Makes progress after which a program stops when it was asked to.
+
+  All processes of a run advance equally often: they agree on when to stop.
+  """
+
+  def __enter__(self):
+    self._preemption = parallel.Preemption()
+    return self
+
+  def __exit__(self, *exception):
+    self._preemption.close()
+
+  def progress(self, what: str, total: int, unit: str) -> Progress:
+    """A Progress that raises PreemptedError when it has advanced."""
+    bar = Progress(what, total, unit)
+    advance = bar.advance
+
+    def watched(count, note=''):
+      advance(count, note)
+      if self._preemption.reached():
+        raise PreemptedError(
+          f'stopped during {what}, the state is saved: run the same command again'
+        )
+
+    bar.advance = watched
+    return bar
+
+
+def duration(seconds: float) -> str:
+  """Seconds as h:mm:ss or m:ss."""
+  if not math.isfinite(seconds):
+    return 'unknown time'
+  minutes, seconds = divmod(int(round(seconds)), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

@@ -1,0 +1,273 @@
+"""A folder that is the identity of a run: its config and its results.
+
+Files are written to a temporary name and renamed, so that none is ever half there.
+Paths may be local or `gs://`.
+"""
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+
+from etils import epath
+
+from jaxrobust import config as configs
+from jaxrobust.distributed import parallel
+from jaxrobust.errors import UserError
+
+_PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'numpy')
+_STATUS = {'state', 'message', 'command', 'host', 'pid'}
+_program = {}  # of this process: its command, and the folder that it has claimed
+
+# Errors of a disk that its user can mend; others may be gone at the next start.
+_DISK_ERRORS = (
+  errno.EACCES,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.ENOSPC,
+  errno.EPERM,
+  errno.EROFS,
+)
+# The same of buckets: names of tensorflow's errors, which are no OSError.
+_BUCKET_ERRORS = (
+  'FailedPreconditionError',
+  'InvalidArgumentError',
+  'NotFoundError',
+  'PermissionDeniedError',
+  'UnauthenticatedError',
+)
+
+
+def claim(workdir: str, config, free: tuple[str, ...] = ()) -> epath.Path:
+  """Makes `workdir` the home of `config`, or checks that it is already.
+
+  Args:
+    workdir: a folder, made if absent.
+    config: the resolved config.
+    free: fields on which nothing there depends yet: they may differ, and are replaced.
+
+  Returns:
+    The folder.
+
+  Raises:
+    UserError: if another config lives there; the message shows the difference.
+  """
+  folder = epath.Path(workdir)
+  path = folder / 'config.json'
+  if path.exists():
+    found = configs.differences(read_config(folder), config)
+    if changed := [x for x in found if x.partition(':')[0] not in free]:
+      raise UserError(
+        f'{folder} holds a run with another config ({"; ".join(changed)}): use '
+        'another --workdir, or the same config'
+      )
+    if found and parallel.is_writer():
+      write(path, configs.to_json(config))
+  elif parallel.is_writer():
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      write(path, configs.to_json(config))
+    except OSError as e:
+      raise UserError(f'cannot write to {folder}: {e.strerror or e}') from e
+  if _program:
+    _refuse_second(folder)
+    _program['folder'] = folder
+    write_status('running')
+  return folder
+
+
+def _refuse_second(folder: epath.Path):
+  """Raises UserError if another program of this host is at work in the folder."""
+  status = read_status(folder)
+  if status.get('state') != 'running' or not parallel.is_writer():
+    return
+  number, (program, *flags) = status['pid'], status['command']
+  if status['host'] != platform.node() or number == os.getpid():
+    return
+  # Numbers are used again, in a container that starts anew most of all.
+  words = set()
+  with contextlib.suppress(OSError):
+    words = set(pathlib.Path(f'/proc/{number}/cmdline').read_text().split('\0'))
+  if {f'jaxrobust.{program}', *flags} <= words:
+    raise UserError(
+      f'{folder} is in use by process {number} ({program}): wait for it, or stop it '
+      f'(kill {number})'
+    )
+
+
+def begin(command: list[str]):
+  """Says that this process is a program: what it claims gets a status.json.
+
+  Args:
+    command: the program's name and its flags.
+  """
+  _program.update(command=command, folder=None)
+
+
+def write_status(state: str, message: str = ''):
+  """Writes status.json, if this process is a program that has claimed a workdir.
+
+  Args:
+    state: 'running', 'done', 'preempted' or 'failed'.
+    message: what else there is to say; kept in one line.
+  """
+  folder, command = _program.get('folder'), _program.get('command')
+  if state != 'running':
+    _program.clear()
+  if folder is None or not parallel.is_writer():
+    return
+  status = {
+    'state': state,
+    'message': ' '.join(message.split()),
+    'command': command,
+    'host': platform.node(),
+    'pid': os.getpid(),
+  }
+  with contextlib.suppress(Exception):  # A full disk must not hide a program's error.
+    write(folder / 'status.json', json.dumps(status, indent=2) + '\n')
+
+
+def read_status(folder: epath.Path) -> dict:
+  """What status.json says; {} if it is absent or damaged.
+
+  A program that runs no more, though the file says so, is 'interrupted'. Only its own
+  host can tell.
+  """
+  path = folder / 'status.json'
+  try:
+    status = json.loads(path.read_text()) if path.exists() else {}
+  except ValueError:
+    return {}
+  if not isinstance(status, dict) or not status.keys() >= _STATUS:
+    return {}
+  if status.get('state') == 'running' and status['host'] == platform.node():
+    try:
+      os.kill(status['pid'], 0)
+    except ProcessLookupError:
+      status['state'] = 'interrupted'
+    except PermissionError:  # It runs, and is of another user.
+      pass
+  return status
+
+
+def read_config(folder: str | epath.Path):
+  """The config of the run in `folder`; UserError if there is none, or a broken one."""
+  path = epath.Path(folder) / 'config.json'
+  if not path.exists():
+    raise UserError(f'{path} is absent: give the workdir of a run')
+  try:
+    return configs.from_json(path.read_text())
+  except ValueError as e:
+    raise UserError(
+      f'{path} is damaged ({e}): restore it, or use another --workdir'
+    ) from e
+
+
+def write(path: epath.Path, content: str | bytes):
+  """Writes a whole file, or nothing."""
+  temporary = path.with_name(f'{path.name}.tmp')
+  try:
+    if isinstance(content, bytes):
+      temporary.write_bytes(content)
+    else:
+      temporary.write_text(content)
+    temporary.replace(path)
+  except BaseException:
+    with contextlib.suppress(Exception):  # The first error tells more.
+      temporary.unlink(missing_ok=True)
+    raise
+
+
+def cache_folder(kind: str) -> epath.Path:
+  """Where this machine keeps what it would compute or fetch again, of a kind."""
+  home = os.environ.get('JAXROBUST_CACHE') or '~/.cache/jaxrobust'
+  return epath.Path(home).expanduser() / kind
+
+
+def read_results(folder: epath.Path) -> list[dict]:
+  """The entries of `results.json`, one an evaluation; none if it is absent."""
+  path = folder / 'results.json'
+  try:
+    return json.loads(path.read_text()) if path.exists() else []
+  except ValueError as e:
+    raise UserError(
+      f'{path} is damaged ({e}): restore it, or remove it to judge again'
+    ) from e
+
+
+def find_result(folder: epath.Path, protocol: dict) -> dict | None:
+  """The entry of an evaluation by the same protocol, if it was made."""
+  protocol = json.loads(json.dumps(protocol))
+  matches = (r for r in read_results(folder) if r['protocol'] == protocol)
+  return next(matches, None)
+
+
+def add_result(folder: epath.Path, protocol: dict, figures: dict) -> dict:
+  """Adds an evaluation to `results.json`.
+
+  Args:
+    folder: the workdir.
+    protocol: what was evaluated and how (JSON values).
+    figures: counts and accuracies as fractions.
+
+  Returns:
+    The entry: protocol, figures and versions. No date, so that an evaluation that
+    was interrupted ends with the same file.
+  """
+  entry = {
+    'protocol': protocol,
+    **figures,
+    'versions': versions(),
+  }
+  results = [*read_results(folder), entry]
+  write(folder / 'results.json', json.dumps(results, indent=2) + '\n')
+  return entry
+
+
+def disk_error(e: Exception, workdir: str | None = None) -> UserError | None:
+  """One line on a disk or bucket that may not be used, or is full; else None.
+
+  Args:
+    e: the error.
+    workdir: to be named if the error names no file.
+  """
+  kind = type(e)
+  if kind.__module__.startswith('tensorflow.') and kind.__name__ in _BUCKET_ERRORS:
+    text = ' '.join(str(e).split())[:200]
+    return UserError(
+      f'cannot use a bucket: {kind.__name__}: {text}; what was saved before is whole: '
+      'give access, or correct its name, and run the same command again'
+    )
+  path, number = getattr(e, 'filename', None), getattr(e, 'errno', None)
+  if found := re.search(r"os_error_code='(\d+)'", str(e)):  # As tensorstore says it.
+    number = int(found[1])
+    path = re.search(r'local file "([^"]*)"', str(e))
+    path = path and path[1]
+  if number not in _DISK_ERRORS:
+    return None
+  return UserError(
+    f'cannot write {path or workdir or "to a disk"}: {os.strerror(number)}; what was '
+    'saved before is whole: make room, or give access, and run the same command again'
+  )
+
+
+def package_versions() -> dict[str, str]:
+  """Of the libraries that the numbers depend on."""
+  return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def versions() -> dict:
+  """Versions of this package and of what the numbers depend on, and the device."""
+  from jaxrobust import __version__
+
+  return {
+    'jaxrobust': __version__,
+    'python': platform.python_version(),
+    **package_versions(),
+    'device': parallel.kind_of_device(),
+    'num_devices': parallel.num_devices(),
+  }

@@ -1,0 +1,1 @@
+"""Sample sets: format, shards, writing, selection, imports, buckets."""

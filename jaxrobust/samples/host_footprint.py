@@ -1,0 +1,122 @@
+"""What a sample set asks of each host of a pod, computed before it is copied there.
+
+Training shuffles a set as a whole, so that a run does not depend on its hosts: an image
+may be the next one of any host, hence each host holds every shard. What is divided
+among hosts is the reading. Each image is read once in an epoch of the set, at random:
+only images that stay in the page cache from one epoch to the next save a read, so the
+share of reads that reach the disk is the share of the set that the cache cannot hold.
+"""
+
+import math
+from typing import NamedTuple
+
+from jaxrobust.errors import UserError
+from jaxrobust.samples import sample_sets
+
+_PAGE = 4_096
+_HEADER = 128  # bytes before the data of an .npy file
+_LABEL = 4
+
+
+class Plan(NamedTuple):
+  """The needs of one host; all hosts have the same.
+
+  Attributes:
+    num_shards: Shards it holds: all of the set.
+    disk_bytes: Size of the set's files.
+    label_bytes: Memory for the labels of the set, a byte or two each.
+    images_per_step: Generated images that it reads in a step.
+    steps_per_epoch: Steps until every image was read once, by some host.
+    cached_fraction: Share of the set that the page cache can hold.
+    reads_per_step: Pages of 4 KiB that come from disk in a step.
+  """
+
+  num_shards: int
+  disk_bytes: int
+  label_bytes: int
+  images_per_step: float
+  steps_per_epoch: float
+  cached_fraction: float
+  reads_per_step: float
+
+
+def plan(
+  num_images: int,
+  image_shape: tuple[int, int, int],
+  *,
+  hosts: int,
+  cache_bytes: float,
+  num_shards: int | None = None,
+  num_classes: int = 10,
+  confidence_bytes: int = 0,
+  batch_size: int = 1_024,
+  real_fraction: float = 0.3,
+) -> Plan:
+  """Computes what each host needs.
+
+  Args:
+    num_images: Images of the set, at least 1.
+    image_shape: (H, W, C).
+    hosts: Number of hosts, at least 1.
+    cache_bytes: Memory of a host that is left for the page cache.
+    num_shards: Shards; by default those that `samples.write` makes.
+    num_classes: Number of classes K.
+    confidence_bytes: Bytes of a confidence, 0 for a set without them.
+    batch_size: Images in a global batch.
+    real_fraction: Share of real images in it, below 1.
+
+  Returns:
+    The needs of one host.
+
+  Raises:
+    UserError: A number is out of range.
+  """
+  if min(num_images, hosts, batch_size, *image_shape) < 1 or not 0 <= real_fraction < 1:
+    raise UserError(
+      f'{num_images} images {list(image_shape)}, {hosts} hosts, batches of '
+      f'{batch_size} with {real_fraction:g} real ones: give numbers from 1, and a '
+      'share of real images from 0 to below 1'
+    )
+  num_shards = num_shards or math.ceil(num_images / sample_sets.SHARD_SIZE)
+  size = math.prod(image_shape)
+  image_bytes = num_images * size
+  kinds = 3 if confidence_bytes else 2
+  columns = num_images * (_LABEL + confidence_bytes)
+  generated = batch_size * (1 - real_fraction)
+  cached = min(1.0, max(0.0, cache_bytes) / image_bytes)
+  # An image that starts anywhere touches this many pages on average.
+  pages = (size - 1) / _PAGE + 1
+  return Plan(
+    num_shards=num_shards,
+    disk_bytes=image_bytes + columns + num_shards * kinds * _HEADER,
+    label_bytes=num_images * (1 if num_classes <= 256 else 2),
+    images_per_step=generated / hosts,
+    steps_per_epoch=num_images / generated,
+    cached_fraction=cached,
+    reads_per_step=generated / hosts * pages * (1 - cached),
+  )
+
+
+def lines(found: Plan, hosts: int, steps_per_second: float) -> list[str]:
+  """The plan in words, for training at a given speed; UserError for one below 0."""
+  if not steps_per_second >= 0:
+    raise UserError(f'steps_per_second = {steps_per_second:g}: give 0 or more')
+  last = f'{found.num_shards - 1:05d}-of-{found.num_shards:05d}'
+  reads = found.reads_per_step * steps_per_second
+  shards = f'all {found.num_shards} shards (images-00000 … {last})'
+  if found.num_shards == 1:
+    shards = f'the one shard (images-{last})'
+  return [
+    f'{f"each of {hosts} hosts" if hosts > 1 else "the one host"} holds {shards}',
+    f'disk of a host: {found.disk_bytes / 1e9:,.1f} GB; all hosts: '
+    f'{found.disk_bytes * hosts / 1e9:,.1f} GB, or one read-only disk attached to all',
+    f'open files: {found.num_shards} of a process (`ulimit -n`)',
+    f'memory of a process: {found.label_bytes / 1e9:.2f} GB of labels (twice that '
+    'while it opens the set), up to 0.5 GiB of mapped images',
+    f'page cache: holds {100 * found.cached_fraction:.0f} % of the images; '
+    f'{100 * (1 - found.cached_fraction):.0f} % of reads reach the disk',
+    f'a step: {found.images_per_step:,.1f} generated images a host, '
+    f'{found.reads_per_step:,.1f} reads of 4 KiB from disk; at {steps_per_second:g} '
+    f'steps a second {reads:,.0f} reads a second, {reads * _PAGE / 1e6:,.1f} MB/s',
+    f'every image is used once in {found.steps_per_epoch:,.0f} steps',
+  ]

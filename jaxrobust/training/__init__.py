@@ -1,0 +1,1 @@
+"""The training step, its losses and optimizers, and the loop round it."""

@@ -1,0 +1,195 @@
+"""The training loop: restore, step, log, evaluate, save, stop when asked to.
+
+It knows a state that has `step`, a step function and batches, not what they mean:
+classifiers and generators train by the same loop, so that both resume exactly.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from jaxrobust.distributed import parallel
+from jaxrobust.errors import PreemptedError, UserError
+from jaxrobust.runs import checkpoints, metrics
+
+_NOT_FINITE = (
+  '{}: the last good checkpoint is kept; lower the learning rate in a new --workdir'
+)
+
+
+class Intervals(NamedTuple):
+  """How long to train, and how often to write; all in updates.
+
+  Attributes:
+    num_steps: of the whole run.
+    log: between two lines of metrics.
+    checkpoint: between two checkpoints.
+    evaluation: between two evaluations, each of which saves a checkpoint too; 0 if
+      there are none.
+  """
+
+  num_steps: int
+  log: int
+  checkpoints: int
+  evaluation: int = 0
+
+
+class Loop:
+  """A run in its workdir: its state, and what the loop writes.
+
+  Attributes:
+    start: updates that were done when the run was opened.
+    state: on all local devices.
+    checkpoints: of the run.
+  """
+
+  def __init__(self, folder: epath.Path, fresh, *, keep: int):
+    """Opens a run at its last checkpoint, or else at the beginning.
+
+    Args:
+      folder: the workdir.
+      fresh: the state before the first update; `fresh.step` counts updates.
+      keep: how many of the last checkpoints to keep.
+
+    Raises:
+      UserError: if none of the checkpoints can be read, or processes disagree.
+    """
+    self.checkpoints = checkpoints.Checkpoints(folder, keep)
+    restored = self.checkpoints.restore(fresh)
+    state = fresh if restored is None else restored
+    self.start = int(state.step)
+    if restored is not None:
+      logging.info('resuming after step %d', self.start)
+    self.state = parallel.replicate(state)
+    self._writer = metrics.Writer(folder, self.start)
+
+  def train(
+    self,
+    step_fn: Callable,
+    batches: Iterable,
+    *,
+    intervals: Intervals,
+    batch_size: int,
+    learning_rate_fn: Callable[[int], Any],
+    note_fn: Callable[[dict[str, float]], str],
+    evaluate_fn: Callable | None = None,
+  ):
+    """Trains from `start` to the last step.
+
+    Args:
+      step_fn: `(state, batch) -> (state, metrics)` of `parallel.pmap`; metrics hold
+        `train/loss`.
+      batches: of the steps from `start` on, trees of numpy arrays of this process.
+      intervals: see Intervals.
+      batch_size: images of an update, for the speed.
+      learning_rate_fn: `completed updates -> learning rate`.
+      note_fn: `figures -> text` for the progress line.
+      evaluate_fn: `state -> (figures, score)`, higher is better; None for none.
+
+    Raises:
+      PreemptedError: after a checkpoint, because the process was asked to stop.
+      UserError: for a loss or a parameter that is not finite.
+    """
+    preemption = parallel.Preemption()
+    progress = metrics.Progress('train', intervals.num_steps, 'steps', self.start)
+    window = _Window(self.start, batch_size)
+    pending = None
+    try:
+      for step, batch in enumerate(batches, start=self.start + 1):
+        self.state, current = step_fn(self.state, parallel.shard(batch))
+        # Metrics of step t - 1 are fetched while step t runs.
+        window.add(step - 1, pending)
+        pending = current
+        last = step == intervals.num_steps
+        stop = not last and preemption.reached()
+        due = lambda interval, step=step, last=last: step % interval == 0 or last
+        evaluate = evaluate_fn is not None and due(intervals.evaluation)
+        save = due(intervals.checkpoint) or evaluate or stop
+        note = ''
+        if save or due(intervals.log):
+          window.add(step, pending)
+          pending = None
+          if window.count:
+            figures = window.take(step)
+            figures['train/learning_rate'] = float(learning_rate_fn(step - 1))
+            self._writer.write(step, figures)
+            note = note_fn(figures)
+        progress.advance(1, note)
+        if save:
+          started = time.monotonic()
+          self._save(step, evaluate_fn if evaluate else None)
+          window.skip(time.monotonic() - started)
+        if stop:
+          self.checkpoints.wait()
+          parallel.barrier('saved')
+          raise PreemptedError(
+            f'stopped after step {step}, which is saved: run the same command again'
+          )
+    finally:
+      preemption.close()
+      progress.close()
+      self._writer.close()
+      self.checkpoints.wait()
+
+  def _save(self, step: int, evaluate_fn: Callable | None):
+    """Saves a checkpoint, with its score when an evaluation is due."""
+    state = parallel.unreplicate(self.state)
+    # The loss of this step is of the parameters before it.
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(state)):
+      raise UserError(
+        _NOT_FINITE.format(f'a parameter is not finite after step {step}')
+      )
+    score = None
+    if evaluate_fn is not None:
+      figures, score = evaluate_fn(self.state)
+      self._writer.write(step, figures)
+      logging.info(
+        'step %d, validation: %s',
+        step,
+        ', '.join(f'{k} {v:.1%}' for k, v in figures.items()),
+      )
+    self.checkpoints.save(step, state, score)
+
+
+class _Window:
+  """Means of the metrics since the last log line, and the speed."""
+
+  def __init__(self, first: int, batch_size: int):
+    """`first` updates were done at the last log line."""
+    self._first, self._batch_size = first, batch_size
+    self._sums, self.count = {}, 0
+    self._started = time.monotonic()
+
+  def add(self, step: int, values):
+    """Adds the metrics of `step` (or None); a loss that is not finite ends the run."""
+    if values is None:
+      return
+    values = parallel.unreplicate(values)
+    if not math.isfinite(values['train/loss']):
+      raise UserError(
+        _NOT_FINITE.format(f'the loss is {values["train/loss"]} at step {step}')
+      )
+    for name, value in values.items():
+      self._sums[name] = self._sums.get(name, 0.0) + float(value)
+    self.count += 1
+
+  def skip(self, seconds: float):
+    """Leaves time that was not spent on training out of the speed."""
+    self._started += seconds
+
+  def take(self, step: int) -> dict[str, float]:
+    """The means, and images a second; starts the next window."""
+    now = time.monotonic()
+    figures = {name: total / self.count for name, total in self._sums.items()}
+    figures['time/images_per_second'] = (
+      (step - self._first) * self._batch_size / max(now - self._started, 1e-9)
+    )
+    self._first, self._started = step, now
+    self._sums, self.count = {}, 0
+    return figures
