@@ -394,7 +394,8 @@ def test_tensorflow_leaves_the_gpu_alone(prepared, monkeypatch):
 def test_import_is_light_and_loading_is_quiet(prepared):
   _, data_dir, _ = prepared('cifar10')
   program = (
-    'import sys; from jaxrobust.data import datasets; '
+    'import sys; from jaxrobust.config import dataset_info; '
+    'from jaxrobust.data import datasets; '
     "heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn'} & set(sys.modules); "
     "assert not heavy, heavy; assert dataset_info.INFO['svhn'].num_classes == 10; "
     f"datasets.load('cifar10', 'test', data_dir={data_dir!r})"

@@ -175,7 +175,8 @@ def test_devices_change_no_bit_of_the_samples(finished, labeller, call, tmp_path
 
 KILLED = """
 import os, signal
-from jaxrobust import cli, generate, workdir
+from jaxrobust import generate
+from jaxrobust.runs import cli, workdir
 write = workdir.write
 def dying(path, content):
   if path.name == '000001.npz':

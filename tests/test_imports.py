@@ -247,11 +247,11 @@ def test_other_files_are_named(tmp_path, name):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from jaxrobust.data import samples
+from jaxrobust.samples import sample_sets
 def batches():
   yield np.zeros((9, 4, 6, 3), np.uint8), np.zeros(9, int)
   os.kill(os.getpid(), signal.SIGKILL)
-samples.write(sys.argv[1], batches(), metadata={}, num_classes=2, shard_size=5)
+sample_sets.write(sys.argv[1], batches(), metadata={}, num_classes=2, shard_size=5)
 """
 
 
