@@ -187,7 +187,7 @@ def test_a_writer_that_changes_numbers_is_caught(call, source, tmp_path, monkeyp
     params = {m: {k: x * 1.001 for k, x in v.items()} for m, v in params.items()}
     export(path, params, net_state, metadata)
 
-  monkeypatch.setattr(checkpoints, 'export', careless)
+  monkeypatch.setattr(parameter_files, 'export', careless)
   code, out, err = call(f'--from={source}', f'--to={tmp_path / "x.npy"}', CONFIG)
   assert code == 134
   assert out == ''

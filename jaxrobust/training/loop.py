@@ -36,7 +36,7 @@ class Intervals(NamedTuple):
 
   num_steps: int
   log: int
-  checkpoints: int
+  checkpoint: int
   evaluation: int = 0
 
 
