@@ -273,19 +273,19 @@ def _curves(figure, groups: dict):
 
 def _draw_run(clean_axis, robust_axis, folder: epath.Path, color, name):
   """Validation accuracy of a run, and the accuracy on its training batches, dotted."""
-  lines = metrics.read(folder)
+  lines, clean = metrics.read(folder), metrics.eval_accuracy(metrics.EVAL_EMA)
   attack = next(
     (
       k
       for line in lines
       for k in line
-      if k.startswith('eval_ema/') and 'clean' not in k
+      if k.startswith(f'{metrics.EVAL_EMA}/') and k != clean
     ),
     None,
   )
   for axis, validation, training in (
-    (clean_axis, 'eval_ema/clean_accuracy', 'train/clean_accuracy'),
-    (robust_axis, attack, 'train/adv_accuracy'),
+    (clean_axis, clean, metrics.TRAIN_CLEAN),
+    (robust_axis, attack, metrics.TRAIN_ADV),
   ):
     for key, line_style, label in ((validation, '-', name), (training, ':', None)):
       points = [(x['step'], x[key]) for x in lines if x.get(key) is not None]

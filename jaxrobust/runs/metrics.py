@@ -16,6 +16,25 @@ from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError
 from jaxrobust.runs import workdir as workdirs
 
+# The names of figures, for what writes them and what reads them. Fractions in [0, 1].
+TRAIN_LOSS = 'train/loss'
+TRAIN_CLEAN = 'train/clean_accuracy'
+TRAIN_ADV = 'train/adv_accuracy'
+TRAIN_NATURAL = 'train/natural_accuracy'
+LEARNING_RATE = 'train/learning_rate'
+SPEED = 'time/images_per_second'
+EVAL, EVAL_EMA = 'eval', 'eval_ema'  # of the parameters, and of their average
+
+
+def eval_accuracy(parameters: str, attack: str = 'clean') -> str:
+  """The name of an accuracy on the validation images.
+
+  Args:
+    parameters: EVAL or EVAL_EMA.
+    attack: what the images went through, such as `pgd40`.
+  """
+  return f'{parameters}/{attack}_accuracy'
+
 
 class Writer:
   """Writes metrics of a step to the workdir, from one process."""
