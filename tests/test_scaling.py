@@ -13,6 +13,7 @@ import pytest
 from experiments import digits
 from jaxrobust.distributed import parallel
 from jaxrobust.planning import device_programs, program_cost
+from jaxrobust.runs import process_group
 from tests.conftest import ROOT, ends, free_port
 
 
@@ -23,7 +24,7 @@ def measure(counts, coordinator='', processes=1, process=0):
   others end with it.
   """
   if coordinator:
-    processes.join(coordinator, processes, process)
+    process_group.join(coordinator, processes, process)
   assert jax.device_count() == max(counts)
   if process:
     return
