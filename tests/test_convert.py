@@ -16,7 +16,7 @@ from jaxrobust import convert
 from jaxrobust.data import datasets
 from jaxrobust.models import card as cards
 from jaxrobust.models import parameter_files
-from jaxrobust.runs import checkpoints, cli
+from jaxrobust.runs import cli
 from tests.helpers.random_variables import assert_same, random_variables
 
 ROOT = pathlib.Path(__file__).parent.parent
