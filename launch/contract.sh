@@ -1,12 +1,30 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: what a program of several processes is.
 
+# A word for a message; what a terminal would obey is escaped.
+one_line() {
+  case $1 in
+    *[![:print:]]*) printf %q "$1" ;;
+    *) printf %s "$1" ;;
+  esac
+}
+
+# Sets `grace`, seconds. Bash would run a $( ) in what it reckons with.
+require_grace() {
+  grace=${JAXROBUST_GRACE:-120}
+  if ! [[ $grace =~ ^[0-9]{1,6}$ ]]; then
+    echo "error: JAXROBUST_GRACE=$(one_line "$grace"): give seconds, 0 to 999999" >&2
+    exit 1
+  fi
+  grace=$((10#$grace))
+}
+
 require_program() {
   case $1 in
     train | evaluate | generate | analyze | report | convert | sweep | plan) ;;
     data | models.download) ;;
     *)
-      echo "error: ${1:-nothing}: give a program here: train, evaluate, generate," \
+      echo "error: $(one_line "${1:-nothing}"): give a program here: train, evaluate, generate," \
         'analyze, report, convert, sweep, plan, data or models.download' >&2
       exit 1
       ;;

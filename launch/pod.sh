@@ -10,31 +10,39 @@
 # $JAXROBUST_GRACE seconds (120) to end, then get TERM, and as long again, then KILL.
 # Exit code: 1 if any process has 1, else that of a crash, else 42 if any has it, else 0.
 set -euo pipefail
+unset CDPATH
 here=$(dirname "$0")
+# shellcheck source=launch/contract.sh
+. "$here/contract.sh"
 devices=1
 case ${1:-} in
   -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
   [1-9] | [1-9][0-9]) processes=$1; shift ;;
-  *) echo "error: ${1:-no argument}: give the number of processes, 1 to 99" >&2; exit 1 ;;
+  *)
+    echo "error: $(one_line "${1:-no argument}"): give the number of processes, 1 to 99" >&2
+    exit 1
+    ;;
 esac
 case ${1:-} in
   --devices=[1-9] | --devices=[1-9][0-9]) devices=${1#--devices=}; shift ;;
-  --devices*) echo "error: $1: write --devices=M, M from 1 to 99" >&2; exit 1 ;;
+  --devices*)
+    echo "error: $(one_line "$1"): write --devices=M, M from 1 to 99" >&2
+    exit 1
+    ;;
 esac
 if [ "${1:-} ${2:-}" = 'python -m' ]; then  # as sweeps print it
   shift 2
-  set -- "${1#jaxrobust.}" "${@:2}"
+  first=${1:-}
+  set -- "${first#jaxrobust.}" "${@:2}"
 fi
-# shellcheck source=launch/contract.sh
-. "$here/contract.sh"
 require_program "${1:-}"
+require_grace
 if ! joins "$1"; then
   echo "error: $1 runs on one host, for itself: bash launch/worker.sh $1 …" >&2
   exit 1
 fi
 # shellcheck source=launch/environment.sh
 . "$here/environment.sh"
-grace=${JAXROBUST_GRACE:-120}
 records=$(mktemp -d)
 trap 'rm -rf "$records"' EXIT
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices

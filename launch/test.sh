@@ -4,6 +4,7 @@
 #
 #   bash launch/test.sh [-k NAME] [-m 'not slow'] [-n 0] …
 set -euo pipefail
+unset CDPATH
 # shellcheck source=launch/environment.sh
 . "$(dirname "$0")/environment.sh"
 exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \

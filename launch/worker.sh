@@ -14,7 +14,9 @@
 # extra, and the programs of several hosts find each other (--coordinator=auto).
 # $JAXROBUST_TPU=1 or 0 says whether this is a TPU, where /dev does not.
 set -euo pipefail
+unset CDPATH
 state=${JAXROBUST_STATE:-$HOME/.jaxrobust}
+case $state in /*) ;; *) state=$PWD/$state ;; esac
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/contract.sh
 . "$here/contract.sh"
@@ -29,6 +31,7 @@ esac > /dev/null
 # Whether the recorded process still runs, and is ours: numbers are used again.
 alive() {
   pid=$(cat "$state/pid" 2> /dev/null) || return 1
+  [[ $pid =~ ^[1-9][0-9]{0,9}$ ]] || return 1
   case $(ps -ww -o args= -p "$pid" 2> /dev/null || true) in
     *'-m jaxrobust.'* | *worker.sh*) ;;
     *) return 1 ;;
@@ -36,7 +39,8 @@ alive() {
 }
 
 stop() {
-  local deadline=$((SECONDS + ${JAXROBUST_GRACE:-120}))
+  require_grace
+  local deadline=$((SECONDS + grace))
   if ! alive || [ "$pid" = $$ ]; then return; fi
   echo "stopping process $pid" >&2
   kill -TERM "$pid" 2> /dev/null || true  # It may just have ended.
@@ -54,7 +58,8 @@ status() {
     what="exit $(cat "$state/exit")"
   fi
   echo "== $(uname -n): $what"
-  tail -n 10 "$state/log" 2> /dev/null || true
+  # Indented, so that nothing in there is taken for a line of this function.
+  tail -n 10 "$state/log" 2> /dev/null | sed 's/^/  /' || true
 }
 
 setup() {
@@ -72,8 +77,12 @@ setup() {
 
 # On a TPU the processes of all its hosts join; jax finds them.
 coordinator() {
-  case "$on_tpu $*" in ' '* | *' --coordinator'[\ =]*) return ;; esac
-  if joins "$1"; then echo --coordinator=auto; fi
+  local word
+  if [ -z "$on_tpu" ] || ! joins "$1"; then return; fi
+  for word; do
+    case $word in --coordinator | --coordinator=*) return ;; esac
+  done
+  echo --coordinator=auto
 }
 
 # Passes a signal on to the program, which may be about to start.
@@ -111,7 +120,8 @@ run() {
   flag=$(coordinator "$@")
   if [ -n "$on_tpu" ]; then rm -f /tmp/libtpu_lockfile || true; fi
   setup
-  echo "== $(date -u '+%Y-%m-%d %H:%M:%S') $*" >> "$state/log"
+  printf '== %s%s\n' "$(date -u '+%Y-%m-%d %H:%M:%S')" "$(printf ' %q' "$@")" \
+    >> "$state/log"
   # In a group of its own, so that a Ctrl-C reaches it once, from here.
   set -m
   program "$@" ${flag:+"$flag"} &
@@ -133,7 +143,8 @@ case ${1:-} in
 esac
 if [ "${1:-} ${2:-}" = 'python -m' ]; then
   shift 2
-  set -- "${1#jaxrobust.}" "${@:2}"
+  first=${1:-}
+  set -- "${first#jaxrobust.}" "${@:2}"
 fi
 require_program "${1:-}"
 if [ -n "$start" ]; then

@@ -1,13 +1,16 @@
 """The JobSet and the SkyPilot task that tpu.sh prints, and the schema of the first."""
 
+import json
 import os
-import pathlib
+import random
+import re
 import subprocess
 
 import pytest
 import yaml
 
-ROOT = pathlib.Path(__file__).parent.parent
+from launch import LaunchError, manifests, text, tpu
+
 WORDS = ('train', '--workdir=gs://b/a b', '--x="\\')
 
 # The fields that may stand in a JobSet and what it holds, of the published schemas
@@ -94,22 +97,29 @@ def assert_fits(value, schema, where=''):
     )
 
 
-def manifest(verb, *flags, words=WORDS):
-  """What tpu.sh prints; it needs no gcloud, and would not find one."""
-  done = subprocess.run(
-    ['bash', str(ROOT / 'launch' / 'tpu.sh'), verb, 'x', *flags, *words],
-    env={'PATH': '/usr/bin:/bin'},
-    capture_output=True,
-    text=True,
-  )
-  assert (done.returncode, done.stderr) == (0, '')
-  return yaml.safe_load(done.stdout)
+@pytest.fixture
+def manifest(capfd, monkeypatch):
+  """Reads what tpu.sh prints; it needs no gcloud, and would not find one."""
+
+  def read(verb, *flags, words=WORDS):
+    with monkeypatch.context() as patch:
+      patch.setenv('PATH', '/usr/bin:/bin')
+      code = tpu.main([verb, 'x', *flags, *words])
+    out, err = capfd.readouterr()
+    assert (code, err) == (0, '')
+    return yaml.safe_load(out)
+
+  return read
 
 
-def jobset(*flags):
-  found = manifest('jobset', '--image=i', *flags)
-  assert_fits(found, JOBSET)
-  return found
+@pytest.fixture
+def jobset(manifest):
+  def read(*flags, words=WORDS):
+    found = manifest('jobset', '--image=i', *flags, words=words)
+    assert_fits(found, JOBSET)
+    return found
+
+  return read
 
 
 @pytest.mark.parametrize(
@@ -124,7 +134,7 @@ def jobset(*flags):
     ('v6e-1', '1x1', 1, 1, 'tpu-v6e-slice'),
   ],
 )
-def test_jobset(accelerator, topology, hosts, chips, name):
+def test_jobset(jobset, accelerator, topology, hosts, chips, name):
   found = jobset(f'--type={accelerator}', f'--topology={topology}')
   assert found['metadata']['annotations'] == {
     'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'
@@ -147,7 +157,7 @@ def test_jobset(accelerator, topology, hosts, chips, name):
   assert pod['terminationGracePeriodSeconds'] >= 120
 
 
-def test_jobset_restarts_by_the_exit_code():
+def test_jobset_restarts_by_the_exit_code(jobset):
   spec = jobset('--type=v4-8', '--topology=2x2x1', '--attempts=7')['spec']
   assert spec['failurePolicy']['maxRestarts'] == 7
   # A Job fails at its first failed pod, with reason PodFailurePolicy for these codes.
@@ -170,7 +180,7 @@ def test_jobset_restarts_by_the_exit_code():
   ]
 
 
-def test_jobset_on_spot_nodes_with_data():
+def test_jobset_on_spot_nodes_with_data(jobset):
   found = jobset('--type=v4-8', '--topology=2x2x1', '--spot', '--data=gs://b/c/d')
   template = found['spec']['replicatedJobs'][0]['template']['spec']['template']
   assert template['metadata']['annotations'] == {
@@ -190,7 +200,7 @@ def test_jobset_on_spot_nodes_with_data():
   }
 
 
-def test_skypilot(tmp_path):
+def test_skypilot(manifest, tmp_path):
   task = manifest(
     *('skypilot', '--type=v5litepod-16', '--spot', '--zone=us-west4-a'),
     '--data=gs://b/d',
@@ -224,8 +234,82 @@ def test_skypilot(tmp_path):
     assert done.stdout.split('\0')[:-1] == list(WORDS)
 
 
-def test_on_demand_without_data():
+def test_on_demand_without_data(manifest):
   task = manifest('skypilot', '--type=v4-8', words=['train'])
   assert task['resources']['use_spot'] is False
   assert task['resources']['infra'] == 'gcp'
   assert 'file_mounts' not in task
+
+
+# What is more than text to YAML, to a shell, to Kubernetes or to a terminal.
+PIECES = (
+  *('"', "'", '\\', '\n', '\r', '\t', ' ', ': ', ' #', '- ', '? ', '|', '>', '&', '*'),
+  *('{', '}', '[', ']', ',', '%', '@', '`', '!', '~', '$', '$$', '$(X)', '$$(X)'),
+  *('\x01', '\x07', '\x1b', '\x7f', '\x80', '\x85', '\xa0', '\u2028', '\ufeff'),
+  *('\ufffe', '\uffff', 'ü', '\U0001f600', '\U0010ffff', 'yes', 'null', '0x1', '---'),
+  *('\n---\n', '\n  privileged: true', '<<: *a', '!!python/object', 'a', '1', '(', ')'),
+)
+
+
+def hostile_words(count, seed=0):
+  chosen = random.Random(seed)
+  return [''.join(chosen.choices(PIECES, k=chosen.randrange(12))) for _ in range(count)]
+
+
+def test_any_text_is_a_scalar():
+  for word in hostile_words(400):
+    quoted = manifests.quoted(word)
+    assert yaml.safe_load(f'a: {quoted}\nb: [{quoted}]') == {'a': word, 'b': [word]}
+    if all(ord(c) < 0x10000 for c in word):  # JSON has no \\U.
+      assert json.loads(quoted) == word
+
+
+def test_bytes_that_are_not_utf8_are_refused():
+  with pytest.raises(LaunchError, match='not UTF-8'):
+    manifests.quoted(os.fsdecode(b'a\xff'))
+
+
+def test_a_line_that_is_shown_says_the_same_to_bash():
+  words = [*hostile_words(400, seed=1), os.fsdecode(b'a\xffb'), '\x1bf', '']
+  lines = [text.shown(word) for word in words]
+  assert all(line.isprintable() for line in lines)
+  script = 'printf "%s\\0" ' + ' '.join(lines)
+  done = subprocess.run(['bash', '-c', script], capture_output=True, check=True)
+  assert [os.fsdecode(x) for x in done.stdout.split(b'\0')[:-1]] == words
+
+
+def expanded(word, variables):
+  """What Kubernetes makes of an argument, by its documentation."""
+  return re.sub(
+    r'\$\$|\$\(([^)]*)\)',
+    lambda m: '$' if m[0] == '$$' else variables.get(m[1], m[0]),
+    word,
+  )
+
+
+def test_words_of_a_program_change_no_structure(jobset, manifest, tmp_path):
+  words = ['train', *hostile_words(300, seed=2), '--x=$(JAXROBUST_TPU)']
+  flags = ('--type=v4-8', '--topology=2x2x1', '--data=gs://b/d', '--spot')
+  plain, found = (jobset(*flags, words=w) for w in (['train'], words))
+  containers = [
+    m['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']['containers']
+    for m in (plain, found)
+  ]
+  args = containers[1][0].pop('args')
+  variables = {x['name']: x['value'] for x in containers[1][0]['env']}
+  assert [expanded(word, variables) for word in args] == words
+  assert containers[0][0].pop('args') == ['train']
+  assert plain == found
+  plain, found = (
+    manifest('skypilot', '--type=v4-8', '--data=gs://b/d', words=w)
+    for w in (['train'], words)
+  )
+  worker = tmp_path / 'launch' / 'worker.sh'
+  worker.parent.mkdir()
+  worker.write_text('printf "%s\\0" "$@"\n')
+  done = subprocess.run(
+    ['bash', '-c', found.pop('run')], cwd=tmp_path, capture_output=True, check=True
+  )
+  assert [os.fsdecode(x) for x in done.stdout.split(b'\0')[:-1]] == words
+  plain.pop('run')
+  assert plain == found

@@ -145,13 +145,27 @@ def test_scripts_are_clean(script):
   assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize(
+  'grace', ['a[$(touch "$HOME/X")0]', '-1', '1.5', '1\n', '9' * 9]
+)
+@pytest.mark.parametrize('args', [('pod.sh', '1', 'train'), ('worker.sh', 'train')])
+def test_a_grace_that_is_no_number_is_refused(call, record, tmp_path, args, grace):
+  """Bash would run what stands in an expression."""
+  done = call(*args, JAXROBUST_GRACE=grace)
+  assert done.returncode == 1
+  assert done.stderr.startswith('error: JAXROBUST_GRACE=')
+  assert 'give seconds, 0 to 999999' in done.stderr and done.stderr.count('\n') == 1
+  assert record() == []
+  assert not (tmp_path / 'X').exists()
+
+
 needs_ps = pytest.mark.skipif(not shutil.which('ps'), reason='ps is not installed')
 needs_full = pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
 
 
 def test_the_scripts_know_every_program():
   script = (ROOT / 'launch' / 'contract.sh').read_text()
-  names = re.search(r'case \$1 in\n(.*?)\*\)', script, re.S)[1]
+  names = re.search(r'require_program.*?case \$1 in\n(.*?)\*\)', script, re.S)[1]
   programs = {
     p.stem for p in (ROOT / 'jaxrobust').glob('*.py') if 'cli.run(' in p.read_text()
   }
@@ -266,6 +280,9 @@ class TestPod:
     'args, message',
     [
       ((), 'no argument: give the number of processes'),
+      (('2\n',), r"$'2\n': give the number of processes"),
+      (('2', '--devices=2\n', 'train'), r"$'--devices=2\n': write --devices=M"),
+      (('2', 'python', '-m'), 'nothing: give a program'),
       (('x',), 'x: give the number of processes'),
       (('2',), 'nothing: give a program'),
       (('2', '--fast', 'train'), '--fast: give a program'),
@@ -278,6 +295,7 @@ class TestPod:
     done = call('pod.sh', *args)
     assert done.returncode == 1
     assert done.stderr.startswith(f'error: {message}')
+    assert done.stderr.count('\n') == 1
 
 
 @needs_ps
@@ -288,11 +306,11 @@ class TestWorker:
     assert record() == ['-m jaxrobust.train --workdir=a b']
     assert done.stdout == 'devices none\n'
     header, line = (tmp_path / 'state' / 'log').read_text().splitlines()
-    assert header.endswith(' train --workdir=a b')
+    assert header.endswith(r' train --workdir=a\ b')
     assert line == 'devices none'
     status = call('worker.sh', '--status').stdout.splitlines()
     assert status[0] == f'== {os.uname().nodename}: exit 42'
-    assert status[1:] == [header, line]
+    assert status[1:] == [f'  {header}', f'  {line}']
 
   @needs_full
   @pytest.mark.parametrize('code', [0, 42, 134])
@@ -328,7 +346,7 @@ class TestWorker:
     assert worker.returncode == 42
     status = call('worker.sh', '--status').stdout.splitlines()
     assert status[0].endswith(': exit 42')
-    assert status[-1] == 'saved'
+    assert status[-1] == '  saved'
 
   def test_the_one_before_is_stopped_first(self, start, call, record):
     before = start('worker.sh', 'train', ready=1, MODE='polite')
@@ -368,11 +386,40 @@ class TestWorker:
     # The script writes the code as soon as the program has ended.
     until(lambda: ': exit 42\n' in call('worker.sh', '--status').stdout)
 
+  def test_words_of_a_program_are_no_lines_of_the_status(self, call, tmp_path):
+    """They, and what it prints, stand in the log, whose end the status shows."""
+    words = ('--x=\n== a: exit 1', '--config.name=y: running', '$(touch X)')
+    assert call('worker.sh', 'train', *words).returncode == 0
+    with open(tmp_path / 'state' / 'log', 'a') as log:
+      log.write('== b: exit 1\n')
+    first, *rest = call('worker.sh', '--status').stdout.splitlines()
+    assert first == f'== {os.uname().nodename}: exit 0'
+    assert len(rest) == 3 and all(line.startswith('  ') for line in rest)
+
+  def test_the_state_may_be_in_a_folder_of_this_one(self, call, record, tmp_path):
+    relative = os.path.relpath(tmp_path / "a 'b", os.getcwd())
+    done = call('worker.sh', 'train', JAXROBUST_STATE=relative, CDPATH='/')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a 'b" / 'exit').read_text() == '0\n'
+
+  def test_a_record_that_is_no_process_is_left_alone(self, call, tmp_path):
+    (tmp_path / 'state').mkdir()
+    for pid in ('-1', '1 2', '$(touch X)', ''):
+      (tmp_path / 'state' / 'pid').write_text(pid)
+      done = call('worker.sh', '--stop')
+      assert (done.returncode, done.stderr) == (0, '')
+
   def test_refusals(self, call):
-    for args, given in (((), 'nothing'), (('--fast',), '--fast')):
+    for args, given in (
+      ((), 'nothing'),
+      (('--fast',), '--fast'),
+      (('python', '-m'), 'nothing'),
+      (('x\ny\x1b',), r"$'x\ny\E'"),
+    ):
       done = call('worker.sh', *args)
       assert done.returncode == 1
       assert done.stderr.startswith(f'error: {given}: give a program')
+      assert done.stderr.count('\n') == 1
 
 
 class TestWorkerOnTPU:
@@ -388,6 +435,12 @@ class TestWorkerOnTPU:
       ('report', [], ['--coordinator=auto']),
       ('train', ['--coordinator=a:1'], ['--coordinator=a:1']),
       ('train', ['--coordinator', 'a:1'], ['--coordinator', 'a:1']),
+      # A word of another flag.
+      (
+        'train',
+        ['--x= --coordinator '],
+        ['--x=', '--coordinator', '--coordinator=auto'],
+      ),
       # They know no such flag.
       ('data', [], []),
       ('models.download', [], []),
