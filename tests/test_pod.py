@@ -402,6 +402,16 @@ class TestWorker:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a 'b" / 'exit').read_text() == '0\n'
 
+  def test_folders_where_cd_looks_are_not_taken_for_this_one(self, environment):
+    done = subprocess.run(
+      ['bash', 'launch/worker.sh', 'train'],
+      cwd=ROOT,
+      env={**environment, 'CDPATH': str(ROOT)},
+      capture_output=True,
+      text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, 'devices none\n'), done.stderr
+
   def test_a_record_that_is_no_process_is_left_alone(self, call, tmp_path):
     (tmp_path / 'state').mkdir()
     for pid in ('-1', '1 2', '$(touch X)', ''):

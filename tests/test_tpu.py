@@ -377,6 +377,19 @@ class TestHostileValues:
       assert f'--command={command}' in done.stdout.split('\0')
     assert [path.name for path in tmp_path.iterdir()] == ['jaxrobust']
 
+  def test_data_are_quoted_even_if_they_were_not_checked(self, call, monkeypatch):
+    call('status', 'x')
+    for value in HOSTILE:
+      play = Play({})
+      monkeypatch.setattr(gcloud, 'execute', play.execute)
+      with gcloud.Pod(tpu.Command('setup', 'x', [], data=value)) as pod:
+        assert pod.setup() == 0
+      echo = play.commands[0].split('--setup && gcloud ')[1]
+      done = subprocess.run(
+        ['bash', '-c', f'printf "%s\\0" {echo}'], capture_output=True, text=True
+      )
+      assert done.stdout.split('\0')[3] == value
+
   def test_a_worker_refuses_an_experiment_by_any_name(self, call, copy, tmp_path):
     """Its name stands in what the worker's shell tests and says."""
     home = tmp_path / 'home'
