@@ -115,7 +115,9 @@ def main(config, workdir, stage=''):
   rng = jax.random.key(config.seed)
   with _Stop() as stop:
     while True:
-      num_files, complete = files.plan(info.num_classes, settings.max_draws_factor)
+      num_files, complete = files.num_needed(
+        info.num_classes, settings.max_draws_factor
+      )
       if complete or stage == 'select':
         break
       if stage != 'label':
@@ -325,7 +327,7 @@ def select(config, folder, files: candidates.Draws, num_files, labeller, k, stop
 
 def _write(config, folder, files, num_files, labeller, k, stop):
   """Writes the sample set, or nothing where `stop` raises."""
-  batches, described = files.select(num_files, k)
+  batches, described = files.choose(num_files, k)
   sample_sets.write(
     str(folder / 'samples'),
     _shown(batches, config.samples.count, stop),

@@ -115,8 +115,8 @@ HEAD = "{'descr': '%s', 'fortran_order': False, 'shape': (%s), }"
 @pytest.mark.parametrize(
   'content, message',
   [
-    (b'', 'begin'),
-    (b'\x93NUMPY\4\0', 'begin'),
+    (b'', 'no .npy file'),
+    (b'\x93NUMPY\4\0', 'no .npy file'),
     (header(HEAD % ('<f4', '3,'), bytes(11)), 'truncated'),
     (header(HEAD % ('<f4', '3,'), bytes(13)), 'appended'),
     (header(HEAD % ('<f4', '-1,')), 'no header'),

@@ -116,11 +116,13 @@ def test_what_was_cut_short_is_no_set(bucket, tmp_path, monkeypatch):
 
 
 def test_metadata_name_no_file_elsewhere(bucket):
+  write('gs://b/set')
   folder = epath.Path('gs://b/set')
-  folder.mkdir(parents=True)
+  metadata = json.loads((folder / 'metadata.json').read_text())
   for content, words in (
-    ('{"sha256": {"../../x": ""}}', "names '../../x', which is no file of it"),
-    ('{}', 'is damaged'),
+    (json.dumps(metadata | {'sha256': {'../../x': ''}}), 'contradicts itself'),
+    ('{}', 'metadata.json is damaged'),
+    ('[' * 10_000, 'metadata.json is not JSON'),
   ):
     (folder / 'metadata.json').write_text(content)
     with pytest.raises(UserError, match=words):

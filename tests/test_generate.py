@@ -43,11 +43,11 @@ class Run:
     """Numbers of files by round, values and labels of the selected, the metadata."""
     rounds, complete = [], False
     while not complete:
-      num_files, complete = self.files.plan(3, max_draws_factor)
+      num_files, complete = self.files.num_needed(3, max_draws_factor)
       rounds.append(num_files)
       self.files.draw(num_files, self.sample, 3, stop)
       self.files.label(num_files, self.label, 3, stop)
-    batches, described = self.files.select(num_files, 3)
+    batches, described = self.files.choose(num_files, 3)
     images, labels, confidence = map(np.concatenate, zip(*batches, strict=True))
     np.testing.assert_array_equal(confidence, np.float32(labels / 4))
     return rounds, images[:, 0, 0, 0], labels, described

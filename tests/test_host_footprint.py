@@ -1,5 +1,7 @@
 """The plan for a pod, against sizes by hand and files on disk."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -7,11 +9,13 @@ from jaxrobust.data import __main__ as command_line
 from jaxrobust.errors import UserError
 from jaxrobust.samples import host_footprint, sample_sets
 
+estimate = functools.partial(
+  host_footprint.estimate, batch_size=1_024, real_fraction=0.3125
+)
+
 
 def test_100_million_cifar_images_by_hand():
-  found = host_footprint.plan(
-    10**8, (32, 32, 3), hosts=4, cache_bytes=76.8e9, real_fraction=0.25
-  )
+  found = estimate(10**8, (32, 32, 3), hosts=4, cache_bytes=76.8e9, real_fraction=0.25)
   assert found.num_shards == 382  # 381.47 of 2**18
   assert found.disk_bytes == 307_200_000_000 + 400_000_000 + 382 * 2 * 128
   assert found.label_bytes == 10**8
@@ -25,7 +29,7 @@ def test_100_million_cifar_images_by_hand():
 def test_pages_of_an_image_counted_one_by_one():
   starts = 128 + 192 * np.arange(4096)
   pages = (starts + 191) // 4096 - starts // 4096 + 1
-  found = host_footprint.plan(4096, (8, 8, 3), hosts=1, cache_bytes=0, real_fraction=0)
+  found = estimate(4096, (8, 8, 3), hosts=1, cache_bytes=0, real_fraction=0)
   # Starts are multiples of 64, which touch fewer pages than starts anywhere: by 63
   # bytes of 4,096 at most.
   assert found.reads_per_step / 1024 == pytest.approx(pages.mean(), abs=64 / 4096)
@@ -40,7 +44,7 @@ def test_disk_is_what_the_files_take(tmp_path, capsys, confidence):
     tmp_path / 'set', [batch], metadata={}, num_classes=3, shard_size=10
   )
   size = sum(file.stat().st_size for file in (tmp_path / 'set').glob('*.npy'))
-  found = host_footprint.plan(
+  found = estimate(
     n,
     (8, 8, 3),
     hosts=2,
@@ -61,10 +65,12 @@ def test_command_line(capsys):
   assert 'each of 4 hosts holds all 382 shards' in shown
   assert command_line.main(['plan', '100M', '--hosts=4', '--cache=300']) == 0
   assert capsys.readouterr().out == shown
+  # 1,024 images, of which 0.3125 are real, as in the config of a run.
+  assert 'a step: 176.0 generated images a host' in shown
   assert command_line.main(['plan', '100k', '--hosts=1']) == 0
   assert 'the one host holds the one shard (images-00' in capsys.readouterr().out
   assert command_line.main(['plan', '1k', '--hosts=1', '--steps_per_second=-1']) == 1
   assert 'steps_per_second = -1: give 0 or more' in capsys.readouterr().err
   assert command_line.main(['plan', '100', '--hosts=0']) == 1
   with pytest.raises(UserError, match='0 images'):
-    host_footprint.plan(0, (8, 8, 3), hosts=1, cache_bytes=0)
+    estimate(0, (8, 8, 3), hosts=1, cache_bytes=0)

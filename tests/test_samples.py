@@ -12,7 +12,14 @@ import pytest
 
 from jaxrobust.data import __main__ as command_line
 from jaxrobust.errors import UserError
-from jaxrobust.samples import imports, npz, pictures, sample_sets, shards
+from jaxrobust.samples import (
+  import_source,
+  imports,
+  npz,
+  pictures,
+  sample_sets,
+  shards,
+)
 
 N, SHAPE, K = 23, (4, 6, 3), 5
 METADATA = {'generator': 'noise', 'seed': 7, 'labeller': None, 'selection': 'none'}
@@ -161,8 +168,11 @@ def relabel(path, label):
   [
     (lambda p: truncate(p, IMAGES), f'{IMAGES} has .* bytes'),
     (lambda p: truncate(p, LABELS), f'{LABELS} has .* bytes'),
-    (lambda p: (p / IMAGES).write_bytes(b''), f'{IMAGES} is no .npy file'),
-    (lambda p: (p / IMAGES).write_bytes(b'x' * 999), f'{IMAGES} is no .npy file'),
+    (lambda p: (p / IMAGES).write_bytes(b''), f'{IMAGES} is damaged .*no .npy file'),
+    (
+      lambda p: (p / IMAGES).write_bytes(b'x' * 999),
+      f'{IMAGES} is damaged .*no .npy file',
+    ),
     (lambda p: (p / IMAGES).unlink(), f'{IMAGES} is missing'),
     (lambda p: (p / LABELS).unlink(), f'{LABELS} is missing'),
     (
@@ -184,8 +194,8 @@ def relabel(path, label):
     (lambda p: relabel(p, lambda _: -1), f'{LABELS} holds labels -1'),
     (lambda p: relabel(p, lambda y: (y + 1) % K), 'mislabelled'),
     (lambda p: (p / 'metadata.json').unlink(), 'no metadata.json'),
-    (lambda p: (p / 'metadata.json').write_text('{'), 'metadata.json is damaged'),
-    (lambda p: edit_metadata(p, lambda m: m.pop('counts')), "damaged .*'counts'"),
+    (lambda p: (p / 'metadata.json').write_text('{'), 'metadata.json is not JSON'),
+    (lambda p: edit_metadata(p, lambda m: m.pop('counts')), 'damaged: counts is None'),
     (
       lambda p: edit_metadata(p, lambda m: m.update(format_version=2)),
       'format_version 2',
@@ -262,7 +272,7 @@ def test_gather_notices_a_file_that_shrinks(tmp_path):
 @pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
 @pytest.mark.parametrize('chunk', [7, 100])
 def test_npz_import_and_export(tmp_path, save, chunk, monkeypatch):
-  monkeypatch.setattr(npz, '_CHUNK', chunk)
+  monkeypatch.setattr(import_source, '_CHUNK_BYTES', chunk * 72)
   images, labels = make_arrays()
   labels[0] = K - 1
   names = ('image', 'label') if chunk == 7 else ('images', 'labels')
@@ -291,12 +301,15 @@ def flip_a_byte(path):
 @pytest.mark.parametrize(
   'arrays, message',
   [
-    ({'image': make_arrays()[0]}, r"\['image'\]; it needs one of image, .* label,"),
+    ({'image': make_arrays()[0]}, 'in.npz holds image; it needs image, .* with label,'),
     ({'image': make_arrays()[0], 'label': np.zeros(N - 1, int)}, r'int64 \[22\]'),
     ({'image': make_arrays()[0] / 1.0, 'label': np.zeros(N, int)}, 'images float64'),
     ({'image': make_arrays()[0], 'label': np.zeros(N)}, 'labels float64'),
     ({'image': make_arrays()[0], 'label': np.zeros((N, 2), int)}, r'int64 \[23, 2\]'),
-    ({'image': make_arrays()[0], 'label': np.array([None] * N)}, 'labels object'),
+    (
+      {'image': make_arrays()[0], 'label': np.array([None] * N)},
+      'no header of numbers.*O',
+    ),
     ({'image': make_arrays()[0], 'label': np.arange(N) - 1}, 'has the label -1'),
     ({'image': make_arrays()[0][..., :2], 'label': np.zeros(N, int)}, 'C = 1 or 3'),
   ],

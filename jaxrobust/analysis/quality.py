@@ -8,7 +8,6 @@ This coverage is Naeem's, not the share of the paper's coverage table.
 """
 
 import os
-import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from jaxrobust.analysis import distances
 from jaxrobust.config import dataset_info
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays
 from jaxrobust.models import lpips, parameter_files, zoo
 from jaxrobust.samples import pictures, stratified
 
@@ -267,6 +267,35 @@ def network(path: str, batch_size: int = 256, dataset: str = '') -> Network:
   )
 
 
+def features_of(
+  source: str, real: np.ndarray, generated: np.ndarray, dataset: str = ''
+) -> tuple[str, np.ndarray, np.ndarray]:
+  """The features of real and generated images, by a network or from a file.
+
+  Args:
+    source: an `.npz` as of `read_features`, or a network as of `network`.
+    real, generated: uint8 [n, H, W, C].
+    dataset: as of `find_classifier`.
+
+  Returns:
+    (name of the network, features [n, F] of real, and of generated).
+
+  Raises:
+    UserError: as `read_features` or `network`; the file is of other numbers of images.
+  """
+  if not source.endswith('.npz'):
+    name, features_fn = network(source, dataset=dataset)
+    return name, features_fn(real), features_fn(generated)
+  name, *features = read_features(source)
+  rows = [len(real), len(generated)]
+  if [len(x) for x in features] != rows:
+    raise UserError(
+      f'{source} has features of {[len(x) for x in features]} real and generated '
+      f'images; it needs {rows}'
+    )
+  return name, *features
+
+
 def read_features(
   path: str | os.PathLike, sets: tuple[str, ...] = ('real', 'generated')
 ) -> tuple[str, ...]:
@@ -274,25 +303,21 @@ def read_features(
 
   Args:
     path: `.npz` with `network` (its name), and float [n, F] for each of the sets.
-    sets: Their names; F is the same for all.
+    sets: their names; F is the same for all.
 
   Returns:
     (network, features of each set).
 
   Raises:
-    UserError: The file is absent, damaged or holds something else.
+    UserError: the file is absent, damaged or holds something else.
   """
-  try:
-    with np.load(path, allow_pickle=False) as arrays:
-      name, *found = (arrays[key] for key in ('network', *sets))
-  except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-    raise UserError(
-      f'{path} gives no features ({error}): it needs network, {" and ".join(sets)}'
-    ) from None
-  if {x.ndim for x in found} != {2} or len({x.shape[1] for x in found}) > 1:
+  expected = {'network': ('U', 0), **{name: ('fiu', 2) for name in sets}}
+  content = arrays.read_npz(path, expected)
+  found = [content[name] for name in sets]
+  if len({x.shape[1] for x in found}) > 1 or not found[0].shape[1]:
     shapes = zip(sets, (list(x.shape) for x in found), strict=True)
     raise UserError(
       f'{path} holds {" and ".join(f"{name} {shape}" for name, shape in shapes)}: '
       'they must be [n, F], of one F'
     )
-  return str(name), *found
+  return str(content['network']), *found

@@ -23,6 +23,7 @@ from jaxrobust.samples import (
   pictures,
   sample_sets,
   selection,
+  shards,
   stratified,
 )
 
@@ -38,28 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """
   try:
     args = _parser().parse_args(arguments)
-    if args.command == 'prepare':
-      datasets.prepare(args.name, data_dir=args.data_dir, archives=args.archives)
-      print(f'{args.name} is ready')
-    elif args.command == 'import':
-      names = [pathlib.Path(source).name for source in args.sources]
-      found = imports.import_samples(
-        args.sources,
-        args.out,
-        metadata={
-          **{field: getattr(args, field) for field in sample_sets.PROVENANCE},
-          'imported_from': names,
-        },
-        num_classes=args.num_classes,
-        shard_size=args.shard_size,
-        labels=args.labels,
-        progress=_progress,
-      )
-      print(f'{found.path}: {len(found)} images')
-    elif args.command == 'plan':
-      print('\n'.join(_plan(args)))
-    else:
-      _use(args, sample_sets.SampleSet.open(args.set))
+    _COMMANDS[args.command](args)
   except KeyboardInterrupt:
     print('interrupted: nothing was written; run it again', file=sys.stderr)
     return cli.INTERRUPTED
@@ -79,25 +59,82 @@ def _disk_error(error: Exception) -> UserError | None:
   return workdir.disk_error(error)
 
 
-def _plan(args: argparse.Namespace) -> list[str]:
+def _prepare(args: argparse.Namespace) -> None:
+  """A data set, downloaded or from its archives."""
+  datasets.prepare(args.name, data_dir=args.data_dir, archives=args.archives)
+  print(f'{args.name} is ready')
+
+
+def _import(args: argparse.Namespace) -> None:
+  """A sample set of what others made."""
+  found = imports.import_samples(
+    args.sources,
+    args.out,
+    metadata={
+      **{field: getattr(args, field) for field in shards.PROVENANCE},
+      'imported_from': [pathlib.Path(source).name for source in args.sources],
+    },
+    num_classes=args.num_classes,
+    shard_size=args.shard_size,
+    labels=args.labels,
+    progress=_progress,
+  )
+  print(f'{found.path}: {len(found)} images')
+
+
+def _export(args: argparse.Namespace) -> None:
+  """An `.npz` of a sample set."""
+  npz.export_npz(sample_sets.SampleSet.open(args.set), args.npz)
+
+
+def _select(args: argparse.Namespace) -> None:
+  """A sample set of some of the samples of another."""
+  found = sample_sets.SampleSet.open(args.set)
+  made = selection.select(
+    found,
+    args.out,
+    count=args.count,
+    top_fraction=args.top_fraction,
+    balanced=args.balanced,
+    seed=args.seed,
+    shard_size=args.shard_size,
+    progress=_progress,
+  )
+  print(f'{made.path}: {len(made)} of {len(found)} images')
+
+
+def _verify(args: argparse.Namespace) -> None:
+  """The checksums of a sample set."""
+  found = sample_sets.SampleSet.open(args.set)
+  found.verify(tqdm.tqdm, anew=True)
+  print(f'{found.path}: {len(found)} images, every file as written')
+
+
+def _plan(args: argparse.Namespace) -> None:
   """What the set, or a set of so many images, asks of each host."""
-  settings = {'batch_size': args.batch_size, 'real_fraction': args.real_fraction}
   if number := re.fullmatch('([0-9][0-9_]*)([kM]?)', args.set):
     count = int(number[1].replace('_', '')) * {'': 1, 'k': 10**3, 'M': 10**6}[number[2]]
-    shape = dataset_info.INFO[args.dataset].image_shape
-    settings['num_classes'] = dataset_info.INFO[args.dataset].num_classes
+    info = dataset_info.INFO[args.dataset]
+    of_set = {'num_classes': info.num_classes}
+    shape = info.image_shape
   else:
     found = sample_sets.SampleSet.open(args.set)
     count, shape = len(found), found.image_shape
-    settings['num_classes'] = found.num_classes
-    settings['num_shards'] = len(found.metadata['counts']['per_shard'])
-    if dtype := found.metadata.get('confidence'):
-      settings['confidence_bytes'] = 2 if dtype == 'float16' else 4
-  cache = args.cache * 2**30
-  needs = host_footprint.plan(
-    count, shape, hosts=args.hosts, cache_bytes=cache, **settings
+    of_set = {
+      'num_classes': found.num_classes,
+      'num_shards': len(found.metadata['counts']['per_shard']),
+      'confidence_bytes': found.confidence_bytes,
+    }
+  needs = host_footprint.estimate(
+    count,
+    shape,
+    hosts=args.hosts,
+    cache_bytes=args.cache * 2**30,
+    batch_size=args.batch_size,
+    real_fraction=args.real_fraction,
+    **of_set,
   )
-  return host_footprint.lines(needs, args.hosts, args.steps_per_second)
+  print('\n'.join(host_footprint.lines(needs, args.hosts, args.steps_per_second)))
 
 
 def _progress(batches: Iterable, total: int) -> Iterator:
@@ -108,38 +145,11 @@ def _progress(batches: Iterable, total: int) -> Iterator:
       bar.update(len(batch[0]))
 
 
-def _use(args: argparse.Namespace, found: sample_sets.SampleSet) -> None:
-  """The commands on a sample set that exists."""
-  if args.command == 'export':
-    npz.export_npz(found, args.npz)
-  elif args.command == 'quality':
-    _judge(args, found)
-  elif args.command == 'select':
-    made = selection.select(
-      found,
-      args.out,
-      count=args.count,
-      top_fraction=args.top_fraction,
-      balanced=args.balanced,
-      seed=args.seed,
-      shard_size=args.shard_size,
-      progress=_progress,
-    )
-    print(f'{made.path}: {len(made)} of {len(found)} images')
-  elif args.command == 'verify':
-    found.verify(tqdm.tqdm, anew=True)
-    print(f'{found.path}: {len(found)} images, every file as written')
-  else:
-    _show(found)
-    sheet = args.sheet or found.path / 'contact_sheet.png'
-    pictures.save(pictures.contact_sheet(found), sheet)
-    print(f'contact sheet: {sheet} (a row for each class)')
-
-
-def _judge(args: argparse.Namespace, found: sample_sets.SampleSet) -> None:
-  """Prints how close the set is to the training images, and draws the closest."""
+def _judge(args: argparse.Namespace) -> None:
+  """How close a sample set is to the training images; draws the closest."""
   from jaxrobust.analysis import quality  # jax, which no other command needs
 
+  found = sample_sets.SampleSet.open(args.set)
   real = datasets.load(
     args.dataset,
     'train',
@@ -155,17 +165,9 @@ def _judge(args: argparse.Namespace, found: sample_sets.SampleSet) -> None:
   if args.count < 2:
     raise UserError(f'count = {args.count}: compare at least 2 samples')
   generated = found.gather(stratified.one_of_each_part(len(found), args.count, 0))
-  if args.features.endswith('.npz'):
-    name, *features = quality.read_features(args.features)
-    rows = [len(real), len(generated)]
-    if [len(x) for x in features] != rows:
-      raise UserError(
-        f'{args.features} has features of {[len(x) for x in features]} real and '
-        f'generated images; it needs {rows}'
-      )
-  else:
-    name, features_fn = quality.network(args.features, dataset=args.dataset)
-    features = [features_fn(real), features_fn(generated)]
+  name, *features = quality.features_of(
+    args.features, real, generated, dataset=args.dataset
+  )
   figures = quality.compare(*features)
   print(f'features: {name}, {features[0].shape[1]} of each image')
   print(f'images: {len(real)} of {args.dataset} train, {len(generated)} generated')
@@ -181,12 +183,14 @@ def _judge(args: argparse.Namespace, found: sample_sets.SampleSet) -> None:
   print(f'the closest, each beside its nearest training images: {picture}')
 
 
-def _show(found: sample_sets.SampleSet) -> None:
-  """Prints what is known of a set."""
+def _show(args: argparse.Namespace) -> None:
+  """What is known of a sample set, and some of each class."""
+  found = sample_sets.SampleSet.open(args.set)
   known = {**found.metadata}
   counts, checked = known.pop('counts'), known.pop('sha256')
-  shards = len(counts['per_shard'])
-  print(f'{found.path}: {len(found)} images in {shards} shard{"s" * (shards > 1)}')
+  num_shards = len(counts['per_shard'])
+  plural = 's' * (num_shards > 1)
+  print(f'{found.path}: {len(found)} images in {num_shards} shard{plural}')
   state = 'verified' if found.is_verified() else 'not verified (`verify` does it)'
   print(f'checksums: {len(checked)} files, {state}')
   for field, value in known.items():
@@ -195,10 +199,25 @@ def _show(found: sample_sets.SampleSet) -> None:
   for label, count in enumerate(counts['per_class']):
     bar = '#' * round(40 * count / largest)
     print(f'class {label:3d} {count:12,d} {100 * count / len(found):6.2f} % {bar}')
+  sheet = args.sheet or found.path / 'contact_sheet.png'
+  pictures.save(pictures.contact_sheet(found), sheet)
+  print(f'contact sheet: {sheet} (a row for each class)')
+
+
+_COMMANDS = {
+  'prepare': _prepare,
+  'import': _import,
+  'export': _export,
+  'select': _select,
+  'plan': _plan,
+  'quality': _judge,
+  'info': _show,
+  'verify': _verify,
+}
 
 
 class _Parser(argparse.ArgumentParser):
-  """Tells mistakes as the programs do: in one line, with the exit code of an error."""
+  """Reports mistakes as the programs do: in one line, with their exit code."""
 
   def error(self, message):
     raise UserError(f'{message} (`{self.prog} --help` shows how to use it)')
@@ -232,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   command = commands.add_parser(
     'import',
-    help='.npz (image, label), pickles or folders of PNG → sample set',
+    help='.npz, .npy, pickles, folders or .zip of PNG → sample set',
     description='Makes one sample set of any number of files and folders, streamed. '
     'Order does not matter: training shuffles the set as a whole. Only a pickle is '
     'held in memory whole. Nothing is left behind when it is interrupted, and a killed '
@@ -241,19 +260,20 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument(
     'sources',
     nargs='+',
-    help='.npz with image and label; .pickle with data and extrapolated_targets, or '
-    'image and label (it cannot run anything); folders of PNG',
+    help='.npz with image and label (or x and y, arr_0 and arr_1); .npy of images and '
+    'then of their labels; .pickle with data and extrapolated_targets, or image and '
+    'label (it cannot run anything); folders or .zip of PNG',
   )
   command.add_argument('out', help='the folder to make')
   command.add_argument('--num_classes', type=int, help='default: largest label + 1')
   command.add_argument(
     '--labels',
     default='',
-    help="for a folder of PNG: file with lines NAME LABEL, or EDM's dataset.json "
-    '(default: each subfolder is a class)',
+    help="for PNG: file with lines NAME LABEL, or EDM's dataset.json (default: the "
+    'dataset.json beside the images; without one each folder is a class)',
   )
   command.add_argument('--shard_size', type=int, default=sample_sets.SHARD_SIZE)
-  for field in sample_sets.PROVENANCE:
+  for field in shards.PROVENANCE:
     command.add_argument(f'--{field}', help='noted in metadata.json')
   command = commands.add_parser('export', help='sample set → .npz (image, label)')
   command.add_argument('set')
@@ -302,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     help='GiB of memory of a host left for the page cache (default: 64)',
   )
   command.add_argument('--batch_size', type=int, default=1_024)
-  command.add_argument('--real_fraction', type=float, default=0.3)
+  command.add_argument('--real_fraction', type=float, default=0.3125)
   command.add_argument('--steps_per_second', type=float, default=1.0)
   command = commands.add_parser(
     'quality',

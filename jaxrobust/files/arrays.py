@@ -15,7 +15,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from etils import epath
@@ -37,44 +37,25 @@ _ITEM_SIZES = {'b': (1,), 'i': (1, 2, 4, 8), 'u': (1, 2, 4, 8), 'f': (2, 4, 8)}
 _WORDS = {'b': 'booleans', 'i': 'integers', 'u': 'integers', 'f': 'floats', 'U': 'text'}
 
 
-class Header(NamedTuple):
-  """What the header of a `.npy` file says.
-
-  Attributes:
-    shape: of the array.
-    dtype: of the array: booleans, integers, floats or text.
-    is_fortran: whether the first axis varies fastest, and there are several.
-    offset: bytes before the data.
-  """
-
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  is_fortran: bool
-  offset: int
-
-  @property
-  def size(self) -> int:
-    """Bytes of a file that holds this array and nothing else."""
-    return self.offset + math.prod(self.shape) * self.dtype.itemsize
-
-
 class Stream:
   """An array in an open file, read from its first row to its last.
 
   Attributes:
     name: of the array, for messages.
     shape, dtype: of the array.
+    is_fortran: whether its first axis varies fastest, so that it has no rows.
+    offset: bytes before its data.
   """
 
   def __init__(self, file: BinaryIO, size: int, name: str):
     """Reads the header of the array that fills `file`, which has `size` bytes."""
-    header = read_header(file, name)
-    self.name, self.shape, self.dtype = name, header.shape, header.dtype
-    self._file, self._is_fortran = file, header.is_fortran
-    self._left = header.size - header.offset
-    if size != header.size:
+    self.name, self._file = name, file
+    with naming(name):
+      self.shape, self.dtype, self.is_fortran, self.offset = _read_header(file)
+    self._left = math.prod(self.shape) * self.dtype.itemsize
+    if size != (right := self.offset + self._left):
       raise UserError(
-        f'{name} has {size} bytes, {header.size} are right for {self.dtype} '
+        f'{name} has {size} bytes, {right} are right for {self.dtype} '
         f'{list(self.shape)} (truncated or appended to); fetch or make it again'
       )
 
@@ -90,13 +71,13 @@ class Stream:
     Raises:
       UserError: the file is damaged, or in Fortran order, which has no rows.
     """
-    if self._is_fortran:
+    if self.is_fortran:
       raise UserError(f'{self.name} is in Fortran order; save it in C order')
     return self._read((count, *self.shape[1:]))
 
   def whole(self) -> np.ndarray:
     """Reads all of the array; UserError if the file is damaged."""
-    if self._is_fortran:
+    if self.is_fortran:
       return self._read(self.shape[::-1]).T
     return self._read(self.shape)
 
@@ -105,7 +86,7 @@ class Stream:
     found = np.empty(shape, self.dtype)
     content = memoryview(found.reshape(-1).view(np.uint8))
     self._left -= len(content)
-    with _damage(self.name):
+    with naming(self.name):
       while content:
         part = self._file.read(min(len(content), 2**20))
         if not part:
@@ -129,7 +110,7 @@ class Archive:
   def __init__(self, file: BinaryIO, name: str):
     """Reads the list of members."""
     self.name = name
-    with _damage(name):
+    with naming(name):
       self._zip = zipfile.ZipFile(file)
       members = self._zip.infolist()
     self._members = {x.filename: x for x in members}
@@ -143,7 +124,7 @@ class Archive:
   def open(self, key: str) -> Iterator[Stream]:
     """Opens one of its arrays; UserError if its header is damaged."""
     member, name = self._members[f'{key}.npy'], f'{key} in {self.name}'
-    with _damage(name):
+    with naming(name):
       if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f'compressed by method {member.compress_type}')
       file = self._zip.open(member)
@@ -179,6 +160,37 @@ class Archive:
 
 
 @contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+  """Turns what reading a damaged file may raise into a UserError that names it.
+
+  Args:
+    name: of the file, for the message.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except FileNotFoundError:
+    raise UserError(f'{name} does not exist; give the path of a file') from None
+  except OSError as error:
+    raise UserError(
+      f'{name} cannot be read ({error.strerror or error}); give access, or another file'
+    ) from None
+  except (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    ValueError,
+    OverflowError,
+    NotImplementedError,  # A method or version that zipfile does not know.
+    RuntimeError,  # It is encrypted.
+  ) as error:
+    reason = _printable(str(error))[:150]
+    raise UserError(f'{name} is damaged ({reason}); fetch or make it again') from None
+
+
+@contextlib.contextmanager
 def open_npz(path: str | os.PathLike) -> Iterator[Archive]:
   """Opens an `.npz` file, local or `gs://`; UserError if it is absent or damaged."""
   with open_file(path) as file:
@@ -207,7 +219,7 @@ def open_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
   Raises:
     UserError: it is absent, no regular file, or may not be read.
   """
-  with _damage(str(path)):
+  with naming(str(path)):
     if '://' in str(path):
       file = io.BytesIO(epath.Path(path).read_bytes())
     elif pathlib.Path(path).exists() and not pathlib.Path(path).is_file():
@@ -221,8 +233,8 @@ def open_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def read_npz(
   path: str | os.PathLike,
   expected: Mapping[str, tuple[str, int | None]],
-  *,
   optional: Mapping[str, tuple[str, int | None]] | None = None,
+  *,
   others: str = '',
 ) -> dict[str, np.ndarray]:
   """Reads arrays of an `.npz` file, which are checked before memory is taken for them.
@@ -268,43 +280,6 @@ def npz_bytes(**arrays: np.ndarray) -> bytes:
   return buffer.getvalue()
 
 
-def read_header(file: BinaryIO, name: str) -> Header:
-  """Reads the header of a `.npy` file.
-
-  Args:
-    file: open at its start; it is left at the data.
-    name: of the file, for messages.
-
-  Returns:
-    What it says.
-
-  Raises:
-    UserError: it is no `.npy` file, or one of objects, records, complex numbers, ….
-  """
-  with _damage(name):
-    start = file.read(8)
-    version = {b'\1\0': 2, b'\2\0': 4, b'\3\0': 4}.get(start[6:])
-    if start[:6] != b'\x93NUMPY' or version is None:
-      raise ValueError('it does not begin as a .npy file')
-    length = int.from_bytes(size := file.read(version), 'little')
-    text = file.read(min(length, _MAX_HEADER)).decode('latin1')
-    if len(size) != version or len(text) != length:
-      raise ValueError('its header is cut short, or has no end')
-    if not (match := _HEADER.fullmatch(text)):
-      raise ValueError(f'no header of numbers, booleans or text: {text[:80]}')
-    order, kind, item, fortran, axes = match.groups()
-    item = int(item)
-    shape = tuple(int(x.strip(' L')) for x in axes.split(',') if x.strip())
-    if item not in _ITEM_SIZES.get(kind, (item,)) or not item:
-      raise ValueError(f'it has the type {kind}{item}')
-    dtype = np.dtype(f'{order}{kind}{item}')
-    nonzero = math.prod(max(x, 1) for x in shape) * dtype.itemsize
-    if len(shape) > _MAX_AXES or nonzero > _MAX_BYTES:
-      raise ValueError(f'it has {len(shape)} axes and {nonzero:.1e} bytes')
-  is_fortran = fortran == 'True' and len(shape) > 1
-  return Header(shape, dtype, is_fortran, 8 + version + length)
-
-
 def check_kind(stream: Stream, kinds: str, ndim: int | None = None) -> None:
   """Refuses an array of other kinds or another number of axes."""
   if stream.dtype.kind not in kinds or ndim not in (None, len(stream.shape)):
@@ -329,6 +304,32 @@ def _printable(text: str) -> str:
   return ''.join(c if c.isprintable() else '?' for c in ' '.join(text.split()))
 
 
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+  """(shape, dtype, whether it is in Fortran order, bytes) of the header of a file."""
+  start = file.read(8)
+  version = {b'\1\0': 2, b'\2\0': 4, b'\3\0': 4}.get(start[6:])
+  if start[:6] != b'\x93NUMPY' or version is None:
+    raise ValueError('this is no .npy file')
+  size = file.read(version)
+  length = int.from_bytes(size, 'little')
+  text = file.read(min(length, _MAX_HEADER)).decode('latin1')
+  if len(size) != version or len(text) != length:
+    raise ValueError('its header is cut short, or has no end')
+  if not (match := _HEADER.fullmatch(text)):
+    raise ValueError(f'no header of numbers, booleans or text: {text[:80]}')
+  order, kind, item, fortran, axes = match.groups()
+  item = int(item)
+  shape = tuple(int(x.strip(' L')) for x in axes.split(',') if x.strip())
+  if item not in _ITEM_SIZES.get(kind, (item,)) or not item:
+    raise ValueError(f'it has the type {kind}{item}')
+  dtype = np.dtype(f'{order}{kind}{item}')
+  nonzero = math.prod(max(x, 1) for x in shape) * dtype.itemsize
+  if len(shape) > _MAX_AXES or nonzero > _MAX_BYTES:
+    raise ValueError(f'it has {len(shape)} axes and {nonzero:.1e} bytes')
+  is_fortran = fortran == 'True' and len(shape) > 1
+  return shape, dtype, is_fortran, 8 + version + length
+
+
 def _check_values(values: np.ndarray, name: str) -> None:
   """Refuses bytes that are no booleans, or no text."""
   if values.dtype.kind == 'b' and (values.view(np.uint8) > 1).any():
@@ -337,30 +338,3 @@ def _check_values(values: np.ndarray, name: str) -> None:
     codes = np.ascontiguousarray(values).reshape(-1).view(f'{values.dtype.str[0]}u4')
     if ((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000))).any():
       raise UserError(f'{name} is damaged (it is no text); fetch or make it again')
-
-
-@contextlib.contextmanager
-def _damage(name: str):
-  """What is wrong with a file becomes a UserError."""
-  try:
-    yield
-  except UserError:
-    raise
-  except FileNotFoundError:
-    raise UserError(f'{name} does not exist; give the path of a file') from None
-  except OSError as error:
-    raise UserError(
-      f'{name} cannot be read ({error.strerror or error}); give access, or another file'
-    ) from None
-  except (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    ValueError,
-    OverflowError,
-    NotImplementedError,  # A method or version that zipfile does not know.
-    RuntimeError,  # It is encrypted.
-  ) as error:
-    reason = _printable(str(error))[:150]
-    raise UserError(f'{name} is damaged ({reason}); fetch or make it again') from None

@@ -7,18 +7,16 @@ whole once it has its metadata.json, which is written last.
 import concurrent.futures
 import contextlib
 import fcntl
-import json
 import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Iterable
 
 from etils import epath
 
 from jaxrobust.errors import UserError
 from jaxrobust.runs import metrics, workdir
-from jaxrobust.samples import sample_sets, shards
+from jaxrobust.samples import shards
 
 _COPIES_AT_A_TIME = 8
 
@@ -43,7 +41,7 @@ def fetch(path: str | os.PathLike) -> pathlib.Path:
     raise UserError(
       f'{path} is no sample set, or is being written: it has no {shards.METADATA}'
     )
-  content = (remote / shards.METADATA).read_bytes()
+  content = shards.metadata_bytes(remote)
   local = _copy_of(remote, content)
   if local.exists():
     return local
@@ -61,40 +59,45 @@ def fetch(path: str | os.PathLike) -> pathlib.Path:
   return local
 
 
-def write(
-  path: str | os.PathLike, batches: Iterable, **options
-) -> sample_sets.SampleSet:
-  """`samples.write` to a bucket: to this host's disk first, which keeps its copy.
+def draft(path: str | os.PathLike) -> pathlib.Path:
+  """Where on this host's disk a set is written before it is stored.
 
   Args:
-    path: of the folder to make.
-    batches, options: as of `samples.write`.
+    path: of the folder that will be made in the bucket.
 
   Returns:
-    The set, opened.
+    The folder to make; there is none.
 
   Raises:
-    UserError: as `samples.write`.
+    UserError: there is a set in the bucket.
   """
   if shards.is_whole(path):
     raise UserError(
       f'{path} exists; a sample set is never overwritten: remove it '
       'or choose another folder'
     )
+  folder = _home() / f'draft-{zlib.crc32(str(path).encode()):08x}'
+  shutil.rmtree(folder, ignore_errors=True)  # Of a process that was killed.
+  return folder
+
+
+def store(folder: pathlib.Path, path: str | os.PathLike) -> None:
+  """Copies a set that was written in `draft(path)` to there; it becomes the copy here.
+
+  Args:
+    folder: of the set.
+    path: of the folder to make in the bucket.
+  """
   remote = epath.Path(path)
-  draft = _home() / f'draft-{zlib.crc32(str(path).encode()):08x}'
-  shutil.rmtree(draft, ignore_errors=True)  # Of a process that was killed.
-  sample_sets.write(draft, batches, **options)
-  content = (draft / shards.METADATA).read_bytes()
+  content = shards.metadata_bytes(folder)
   remote.mkdir(parents=True, exist_ok=True)
-  copy = lambda name: epath.Path(draft / name).copy(remote / name, overwrite=True)
-  _each('store', copy, _names(draft, content))
+  copy = lambda name: epath.Path(folder / name).copy(remote / name, overwrite=True)
+  _each('store', copy, _names(folder, content))
   workdir.write(remote / shards.METADATA, content)
   local = _copy_of(remote, content)
   with _alone(local):
     if not local.exists():
-      draft.rename(local)
-  return sample_sets.SampleSet.open(path)
+      folder.rename(local)
 
 
 def _copy_of(remote: epath.Path, content: bytes) -> pathlib.Path:
@@ -110,19 +113,7 @@ def _home() -> pathlib.Path:
 
 def _names(where, content: bytes) -> list[str]:
   """Of the files of a set, by its metadata."""
-  try:
-    names = sorted(json.loads(content)['sha256'])
-  except (ValueError, KeyError, TypeError) as e:
-    raise UserError(
-      f'{where}/{shards.METADATA} is damaged ({type(e).__name__}: {e}): make the set '
-      'again'
-    ) from e
-  for name in names:
-    if pathlib.PurePosixPath(name).name != name:
-      raise UserError(
-        f'{where}/{shards.METADATA} names {name!r}, which is no file of it'
-      )
-  return names
+  return sorted(shards.parse_metadata(content, f'{where}/{shards.METADATA}')['sha256'])
 
 
 def _each(what: str, copy, names: list[str]):

@@ -6,7 +6,6 @@ whole or not at all, by whichever process has its turn, so that work goes on fro
 files that are there. What is in a file depends on its number only.
 """
 
-import io
 import math
 from collections.abc import Callable, Iterator
 
@@ -15,10 +14,16 @@ from etils import epath
 
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays
 from jaxrobust.runs import metrics, workdir
 from jaxrobust.samples import selection
 
 _DRAWN, _LABELLED = 'drawn', 'labelled'
+_ARRAYS = {  # Those that are there, and those that may be; as of `arrays.read_npz`.
+  _DRAWN: ({'images': ('u', 4), 'classes': ('i', 1)}, {}),
+  _LABELLED: ({'labels': ('i', 1), 'classes': ('i', 1)}, {'confidence': ('f', 1)}),
+}
+_REMEDY = 'remove it, and the same command makes it again'
 
 
 class Draws:
@@ -33,7 +38,7 @@ class Draws:
     self._folder, self._rule = folder, rule
     self.size = min(draw_size, rule.count)
 
-  def plan(self, num_classes: int, max_draws_factor: float) -> tuple[int, bool]:
+  def num_needed(self, num_classes: int, max_draws_factor: float) -> tuple[int, bool]:
     """How many files are needed, by the labels there are.
 
     The number grows by rounds, each from the labels of the whole round before: it is
@@ -52,13 +57,13 @@ class Draws:
     candidates = self._rule.count / self._rule.top_fraction
     files = lambda count: math.ceil(count / self.size - 1e-6)
     num_files, most = files(candidates), files(candidates * max_draws_factor)
-    parallel.barrier('plan')  # What the others were writing is there.
+    parallel.barrier('num_needed')  # What the others were writing is there.
     done = self._num_labelled()
     per_class = np.zeros(num_classes, int)
     counted = 0
     while num_files <= done:
       for number in range(counted, num_files):
-        labels = self._read(_LABELLED, number)['labels']
+        labels = self._labelled(number, num_classes)['labels']
         per_class += np.bincount(labels, minlength=num_classes)
       counted = num_files
       short, times = self._rule.shortfall(per_class)
@@ -126,14 +131,17 @@ class Draws:
       )
     self._fill(_LABELLED, num_files, open_file, at_once, stop)
 
-  def select(self, num_files: int, num_classes: int) -> tuple[Iterator[tuple], dict]:
+  def choose(self, num_files: int, num_classes: int) -> tuple[Iterator[tuple], dict]:
     """Chooses among the samples of so many files.
 
     Returns:
-      Batches for `samples.write`, and the selection's description for its metadata,
+      Batches for `sample_sets.write`, and the selection's description for its metadata,
       with the share of the chosen whose label is the class they were drawn for.
     """
-    parts = [dict(self._read(_LABELLED, number)) for number in range(num_files)]
+    parts = [self._labelled(number, num_classes) for number in range(num_files)]
+    for number, part in enumerate(parts):
+      if ('confidence' in part) != ('confidence' in parts[0]):
+        self._refuse(_LABELLED, number, 'differs from others in having a confidence')
     column = lambda name: np.concatenate([part[name] for part in parts])
     labels, classes = column('labels'), column('classes')
     confidence = column('confidence') if 'confidence' in parts[0] else None
@@ -178,9 +186,7 @@ class Draws:
           progress.advance(len(rows))
       if parts:
         columns = {x: np.concatenate([part[x] for part in parts]) for x in parts[0]}
-        buffer = io.BytesIO()
-        np.savez(buffer, **columns)
-        workdir.write(self._path(kind, number), buffer.getvalue())
+        workdir.write(self._path(kind, number), arrays.npz_bytes(**columns))
     progress.close()
 
   def _path(self, kind, number):
@@ -188,8 +194,29 @@ class Draws:
 
   def _read(self, kind, number):
     """The arrays of a file."""
-    with np.load(io.BytesIO(self._path(kind, number).read_bytes())) as file:
-      return {name: file[name] for name in file.files}
+    try:
+      found = arrays.read_npz(self._path(kind, number), *_ARRAYS[kind])
+    except UserError as error:
+      raise UserError(f'{error} ({_REMEDY})') from None
+    if any(len(column) != self.size for column in found.values()):
+      self._refuse(kind, number, f'does not hold {self.size} samples')
+    return found
+
+  def _labelled(self, number, num_classes):
+    """The arrays of a file of labels."""
+    found = self._read(_LABELLED, number)
+    labels = found['labels']
+    if labels.min() < 0 or labels.max() >= num_classes:
+      self._refuse(
+        _LABELLED,
+        number,
+        f'has labels {labels.min()}..{labels.max()}, and {num_classes} classes allow '
+        f'0..{num_classes - 1}',
+      )
+    return found
+
+  def _refuse(self, kind, number, reason):
+    raise UserError(f'{self._path(kind, number)} {reason}: {_REMEDY}')
 
   def _missing(self, kind, num_files):
     """Numbers of the files that are not there, the same in every process."""

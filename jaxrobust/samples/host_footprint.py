@@ -18,17 +18,17 @@ _HEADER = 128  # bytes before the data of an .npy file
 _LABEL = 4
 
 
-class Plan(NamedTuple):
+class Footprint(NamedTuple):
   """The needs of one host; all hosts have the same.
 
   Attributes:
-    num_shards: Shards it holds: all of the set.
-    disk_bytes: Size of the set's files.
-    label_bytes: Memory for the labels of the set, a byte or two each.
-    images_per_step: Generated images that it reads in a step.
-    steps_per_epoch: Steps until every image was read once, by some host.
-    cached_fraction: Share of the set that the page cache can hold.
-    reads_per_step: Pages of 4 KiB that come from disk in a step.
+    num_shards: shards it holds: all of the set.
+    disk_bytes: size of the set's files.
+    label_bytes: memory for the labels of the set, a byte or two each.
+    images_per_step: generated images that it reads in a step.
+    steps_per_epoch: steps until every image was read once, by some host.
+    cached_fraction: share of the set that the page cache can hold.
+    reads_per_step: pages of 4 KiB that come from disk in a step.
   """
 
   num_shards: int
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
   reads_per_step: float
 
 
-def plan(
+def estimate(
   num_images: int,
   image_shape: tuple[int, int, int],
   *,
@@ -49,21 +49,21 @@ def plan(
   num_shards: int | None = None,
   num_classes: int = 10,
   confidence_bytes: int = 0,
-  batch_size: int = 1_024,
-  real_fraction: float = 0.3,
-) -> Plan:
+  batch_size: int,
+  real_fraction: float,
+) -> Footprint:
   """Computes what each host needs.
 
   Args:
-    num_images: Images of the set, at least 1.
+    num_images: images of the set, at least 1.
     image_shape: (H, W, C).
-    hosts: Number of hosts, at least 1.
-    cache_bytes: Memory of a host that is left for the page cache.
-    num_shards: Shards; by default those that `samples.write` makes.
-    num_classes: Number of classes K.
-    confidence_bytes: Bytes of a confidence, 0 for a set without them.
-    batch_size: Images in a global batch.
-    real_fraction: Share of real images in it, below 1.
+    hosts: number of hosts, at least 1.
+    cache_bytes: memory of a host that is left for the page cache.
+    num_shards: shards; by default those that `sample_sets.write` makes.
+    num_classes: number of classes K.
+    confidence_bytes: bytes of a confidence, 0 for a set without them.
+    batch_size: images in a global batch.
+    real_fraction: share of real images in it, below 1.
 
   Returns:
     The needs of one host.
@@ -86,7 +86,7 @@ def plan(
   cached = min(1.0, max(0.0, cache_bytes) / image_bytes)
   # An image that starts anywhere touches this many pages on average.
   pages = (size - 1) / _PAGE + 1
-  return Plan(
+  return Footprint(
     num_shards=num_shards,
     disk_bytes=image_bytes + columns + num_shards * kinds * _HEADER,
     label_bytes=num_images * (1 if num_classes <= 256 else 2),
@@ -97,8 +97,8 @@ def plan(
   )
 
 
-def lines(found: Plan, hosts: int, steps_per_second: float) -> list[str]:
-  """The plan in words, for training at a given speed; UserError for one below 0."""
+def lines(found: Footprint, hosts: int, steps_per_second: float) -> list[str]:
+  """The needs in words, for training at a given speed; UserError for one below 0."""
   if not steps_per_second >= 0:
     raise UserError(f'steps_per_second = {steps_per_second:g}: give 0 or more')
   last = f'{found.num_shards - 1:05d}-of-{found.num_shards:05d}'

@@ -15,10 +15,9 @@ import numpy as np
 
 from jaxrobust.errors import UserError
 from jaxrobust.files import pickles
-from jaxrobust.samples import import_source, npz, pictures, sample_sets, shards
+from jaxrobust.samples import import_source, npz, png_files, sample_sets, shards
 
 _PICKLES = ('.pickle', '.pkl', '.p')
-_CHUNK = 2**13
 
 
 def import_samples(
@@ -33,77 +32,103 @@ def import_samples(
 ) -> sample_sets.SampleSet:
   """Makes one sample set of files and folders, in the order given.
 
-  An `.npz` (see `npz.open_npz`) and a folder of PNG files (see
-  `pictures.open_folder`) are streamed. A `.pickle` holds a dictionary with uint8
-  [n, H, W, C] and int [n] under the same names as an `.npz`, or a pair of those
-  arrays; it is held in memory whole, and can run nothing. An import that is killed
-  starts over.
+  An `.npz` and a pair of `.npy` (see `npz`) and PNG files in a folder or `.zip` (see
+  `png_files`) are streamed. A `.pickle` holds a dictionary with uint8 [n, H, W, C] and
+  int [n] under the same names as an `.npz`, or a pair of those arrays; it is held in
+  memory whole, and can run nothing. An import that is killed starts over.
 
   Args:
-    paths: What to read, at least one.
-    out: The folder to make.
-    metadata: As for `samples.write`.
-    num_classes: Number of classes K; by default the largest label plus 1. Folders
+    paths: what to read, at least one; a `.npy` of images is followed by its labels'.
+    out: the folder to make.
+    metadata: as for `sample_sets.write`.
+    num_classes: number of classes K; by default the largest label plus 1. Folders
       of PNG whose names are numbers with gaps need it.
-    shard_size: Images in a file of the set.
-    labels: As for `pictures.open_folder`.
-    progress: Wraps the batches of images and labels, given the number of images.
+    shard_size: images in a file of the set.
+    labels: file that names the PNG files of all folders and `.zip`; see `label_files`.
+      By default it is the `dataset.json` among them, or their folders are classes.
+    progress: wraps the batches of images and labels, given the number of images.
 
   Returns:
     The set, opened.
 
   Raises:
-    UserError: A file is absent, damaged or holds something else, the classes of
-      folders are in doubt, a label is beyond the classes, or `samples.write` refuses.
+    UserError: a file is absent, damaged or holds something else, the classes of
+      folders are in doubt, a label is beyond the classes, or `sample_sets.write`
+      refuses.
   """
   if shards.local_path(out).exists():  # Before hours of reading.
     raise UserError(f'{out} exists; remove it or choose another folder')
-  if num_classes is not None and num_classes < 1:
-    raise UserError(f'num_classes = {num_classes}: give the number of classes, from 1')
-  paths = [pathlib.Path(path) for path in paths]
-  classes = {}
-  if not labels and (folders := [path for path in paths if path.is_dir()]):
-    classes = pictures.number_classes(folders, has_gaps=num_classes is not None)
-    if not next(iter(classes)).isdecimal():
-      if others := [path for path in paths if path not in folders]:
-        raise UserError(
-          f'{folders[0]} names its classes and {others[0]} numbers them: which are the '
-          'same is not known; rename the folders to the numbers'
-        )
-      metadata = {'class_names': list(classes), **metadata}
-  opened = [_open(path, labels, classes) for path in paths]
-  needed = max(source.num_classes for source in opened)
+  if num_classes is not None:
+    shards.check_num_classes(num_classes)
+  opened, class_names = _open_all(
+    [pathlib.Path(path) for path in paths], labels, num_classes is not None
+  )
+  if class_names:
+    metadata = {'class_names': class_names, **metadata}
+  name, needed = max(
+    ((name, source.num_classes) for name, source in opened), key=lambda x: x[1]
+  )
   if num_classes is not None and num_classes < needed:
-    path = next(
-      p for p, x in zip(paths, opened, strict=True) if x.num_classes == needed
-    )
     raise UserError(
-      f'{path} has labels up to {needed - 1}; num_classes = {num_classes} allows '
+      f'{name} has labels up to {needed - 1}; num_classes = {num_classes} allows '
       f'0..{num_classes - 1}: give {needed} or more'
     )
-  batches = (batch for source in opened for batch in source.batches())
+  batches = (batch for _, source in opened for batch in source.batches())
   return sample_sets.write(
     out,
-    progress(batches, sum(source.count for source in opened)),
+    progress(batches, sum(source.count for _, source in opened)),
     metadata=metadata,
     num_classes=num_classes or needed,
     shard_size=shard_size,
   )
 
 
-def _open(path: pathlib.Path, labels, classes: dict[str, int]) -> import_source.Source:
-  """The samples of a file or folder, by its kind."""
-  if path.is_dir():
-    return pictures.open_folder(path, classes, labels)
-  if labels:
-    raise UserError(f'{path} has labels of its own: --labels is for folders of PNG')
-  if path.suffix in _PICKLES:
-    return _open_pickle(path)
-  if path.suffix == '.npz':
-    return npz.open_npz(path)
-  raise UserError(
-    f'{path}: give .npz, {", ".join(_PICKLES)} or a folder of PNG files that exists'
-  )
+def _open_all(
+  paths: Sequence[pathlib.Path], labels, has_gaps: bool
+) -> tuple[list[tuple[pathlib.Path, import_source.Source]], list[str]]:
+  """The samples of each path by its kind, and names of the classes where they have."""
+  pngs = {
+    path: png_files.PngFiles(path, labels)
+    for path in paths
+    if path.is_dir() or path.suffix == '.zip'
+  }
+  in_folders = [files for files in pngs.values() if files.listed is None]
+  classes = png_files.number_classes(in_folders, has_gaps) if in_folders else {}
+  class_names = [] if next(iter(classes), '0').isdecimal() else list(classes)
+  others = [p for p in paths if p not in pngs or pngs[p].listed is not None]
+  if class_names and others:
+    raise UserError(
+      f'{in_folders[0].path} names its classes and {others[0]} numbers them: which '
+      'are the same is not known; rename the folders to the numbers'
+    )
+  opened, left = [], iter(paths)
+  for path in left:
+    if path in pngs:
+      source = pngs[path].source(classes)
+    elif labels:
+      raise UserError(f'{path} has labels of its own: --labels is for PNG files')
+    elif path.suffix == '.npy':
+      source = _open_pair(path, next(left, None))
+    elif path.suffix == '.npz':
+      source = npz.open_npz(path)
+    elif path.suffix in _PICKLES:
+      source = _open_pickle(path)
+    else:
+      raise UserError(
+        f'{path}: give .npz, two .npy (images, then their labels), '
+        f'{", ".join(_PICKLES)}, or a folder or .zip of PNG files that exists'
+      )
+    opened.append((path, source))
+  return opened, class_names
+
+
+def _open_pair(images: pathlib.Path, labels: pathlib.Path | None):
+  """The samples of two `.npy` files."""
+  if labels is None or labels.suffix != '.npy':
+    raise UserError(
+      f'{images} holds one array: give the .npy file of its labels after it'
+    )
+  return npz.open_npy(images, labels)
 
 
 def _open_pickle(path: pathlib.Path) -> import_source.Source:
@@ -131,13 +156,9 @@ def _open_pickle(path: pathlib.Path) -> import_source.Source:
       f'{path} is not taken ({type(error).__name__}: {error}): it needs '
       f'{import_source.NEEDED}'
     ) from None
-  import_source.check_arrays(
-    path, images.shape, images.dtype, labels.shape, labels.dtype
-  )
-  import_source.check_labels(path, int(labels.min()))
-  return import_source.Source(
-    len(images), int(labels.max()) + 1, lambda: _slices(images, labels)
-  )
+  import_source.check_arrays(path, images, labels)
+  num_classes = import_source.check_labels(path, int(labels.min()), int(labels.max()))
+  return import_source.Source(len(images), num_classes, lambda: _slices(images, labels))
 
 
 def _available_memory() -> float:
@@ -152,5 +173,7 @@ def _available_memory() -> float:
 
 def _slices(images, labels) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields arrays in parts."""
-  for start in range(0, len(images), _CHUNK):
-    yield images[start : start + _CHUNK], labels[start : start + _CHUNK]
+  start = 0
+  for n in import_source.chunks(len(images), images.shape[1:]):
+    yield images[start : start + n], labels[start : start + n]
+    start += n

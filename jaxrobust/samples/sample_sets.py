@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays, json_files
 from jaxrobust.samples import shards, writing
 
 SHARD_SIZE = 2**18  # 0.8 GB of 32x32x3; 100M images stay under 1,024 open files.
-PROVENANCE = ('generator', 'seed', 'labeller', 'selection')
 RESERVED = (
   'format_version',
   'image_shape',
@@ -52,10 +52,10 @@ class SampleSet:
   memory, so they are given back regularly.
 
   Attributes:
-    path: The folder.
-    metadata: The content of `metadata.json`.
+    path: the folder.
+    metadata: the content of `metadata.json`.
     image_shape: (H, W, C).
-    num_classes: Number of classes K; labels lie in [0, K).
+    num_classes: number of classes K; labels lie in [0, K).
   """
 
   def __init__(self, path, metadata, files, offsets, labels):
@@ -83,20 +83,18 @@ class SampleSet:
     """Opens a set and checks all but the bytes of the images (see `verify`).
 
     Args:
-      path: A sample set folder, on local disk or in a bucket: see `bucket.fetch`.
+      path: a sample set folder, on local disk or in a bucket: see `bucket.fetch`.
 
     Returns:
       The set.
 
     Raises:
-      UserError: The folder is absent or no sample set, or a file of it
+      UserError: the folder is absent or no sample set, or a file of it
         is missing, superfluous, truncated, of the wrong shape or type, or holds
         labels outside the classes or other than the metadata counts.
     """
     if shards.is_remote(path):
-      from jaxrobust.samples import bucket  # As in `write`.
-
-      path = bucket.fetch(path)
+      path = _bucket().fetch(path)
     path = pathlib.Path(path)
     metadata = shards.read_metadata(path)
     counts, num_classes = metadata['counts'], metadata['num_classes']
@@ -158,15 +156,15 @@ class SampleSet:
     """Reads images by index, in any order; other threads run meanwhile.
 
     Args:
-      indices: Which images, int [n] in [0, len(self)).
-      out: Where to put them, contiguous uint8 [m, H, W, C]; a new array by default.
-      rows: Where in `out`, int [n]; the first n rows by default.
+      indices: which images, int [n] in [0, len(self)).
+      out: where to put them, contiguous uint8 [m, H, W, C]; a new array by default.
+      rows: where in `out`, int [n]; the first n rows by default.
 
     Returns:
       out.
 
     Raises:
-      IndexError: An index is outside the set.
+      IndexError: an index is outside the set.
       UserError: A file has shrunk since the set was opened.
     """
     indices = np.asarray(indices, np.int64)
@@ -206,7 +204,19 @@ class SampleSet:
     if not dtype:
       return None
     names = shards.shard_names(len(self._files), ('confidence',))
-    return np.concatenate([np.load(self.path / name) for (name,) in names])
+    parts = [arrays.read_npy(self.path / name, 'f', 1) for (name,) in names]
+    found = np.concatenate(parts)
+    if not ((found >= 0) & (found <= 1)).all():
+      raise UserError(
+        f'{self.path} has confidences outside [0, 1]; fetch or make the set again'
+      )
+    return found
+
+  @property
+  def confidence_bytes(self) -> int:
+    """Bytes of a confidence; 0 for a set without them."""
+    dtype = self.metadata.get('confidence')
+    return np.dtype(dtype).itemsize if dtype else 0
 
   def is_verified(self) -> bool:
     """Whether `verify` has found the files as they were written, and as they are."""
@@ -233,12 +243,12 @@ class SampleSet:
     and holds until a file changes size or time of modification.
 
     Args:
-      progress: Wraps the list of files, as `tqdm.tqdm` does.
-      anew: Whether to read files that were verified before: bits that a disk has lost
+      progress: wraps the list of files, as `tqdm.tqdm` does.
+      anew: whether to read files that were verified before: bits that a disk has lost
         change neither.
 
     Raises:
-      UserError: Files are corrupt; the message names each of them.
+      UserError: files are corrupt; the message names each of them.
     """
     if not anew and self.is_verified():
       return
@@ -279,28 +289,29 @@ def write(
   takes for a set and the next `write` of the same path removes.
 
   Args:
-    path: The folder to make, on local disk or in a bucket; it must not exist.
-    batches: Pairs of images uint8 [n, H, W, C] and labels int [n] in
+    path: the folder to make, on local disk or in a bucket; it must not exist.
+    batches: pairs of images uint8 [n, H, W, C] and labels int [n] in
       [0, num_classes); n may vary. For arrays pass `[(images, labels)]`. Or triples,
       with the labels' confidences in [0, 1], float16 or float32 [n].
-    metadata: What made the images: `generator`, `seed`, `labeller`, `selection`
+    metadata: what made the images: `generator`, `seed`, `labeller`, `selection`
       (null where absent), and any other field as JSON.
-    num_classes: Number of classes K.
-    shard_size: Images in a file, at least 1; the last file takes the rest.
+    num_classes: number of classes K.
+    shard_size: images in a file, at least 1; the last file takes the rest.
 
   Returns:
     The set, opened.
 
   Raises:
-    UserError: The folder exists or is being written by another process, or the
+    UserError: the folder exists or is being written by another process, or the
       images, labels or metadata are not as above.
   """
   if shards.is_remote(path):
-    from jaxrobust.samples import bucket  # Imports jax, which other sets do without.
-
-    return bucket.write(
-      path, batches, metadata=metadata, num_classes=num_classes, shard_size=shard_size
+    draft = _bucket().draft(path)
+    write(
+      draft, batches, metadata=metadata, num_classes=num_classes, shard_size=shard_size
     )
+    _bucket().store(draft, path)
+    return SampleSet.open(path)
   path = pathlib.Path(path)
   if path.exists():
     raise UserError(
@@ -311,6 +322,9 @@ def write(
     raise UserError(f'shard_size = {shard_size}; it must be at least 1')
   if reserved := sorted(set(metadata) & set(RESERVED)):
     raise UserError(f'metadata fields {reserved} are computed; leave them out')
+  shards.check_num_classes(num_classes)
+  # What could not be read again is noticed before hours of writing.
+  json_files.parse(json.dumps(metadata), f'metadata of {path}')
   writing.make_parent(path)
   folder = shards.partial(path)
   lock = writing.claim(folder)
@@ -327,7 +341,7 @@ def write(
         sha256[name] = digests[f'{kind}-{shard}']
     content = {
       'format_version': shards.FORMAT_VERSION,
-      **dict.fromkeys(PROVENANCE),
+      **dict.fromkeys(shards.PROVENANCE),
       **metadata,
       'image_shape': image_shape,
       'num_classes': num_classes,
@@ -347,3 +361,10 @@ def write(
   finally:
     os.close(lock)
   return SampleSet.open(path)
+
+
+def _bucket():
+  """The module of sets in buckets, which imports jax: others do without."""
+  from jaxrobust.samples import bucket
+
+  return bucket

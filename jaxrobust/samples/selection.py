@@ -28,10 +28,10 @@ class Rule(NamedTuple):
   each class are kept, or all. What was drawn beyond the candidates changes nothing.
 
   Attributes:
-    count: Samples to keep.
-    balanced: Whether as many of each class as of the others (where they do not divide
+    count: samples to keep.
+    balanced: whether as many of each class as of the others (where they do not divide
       the number, one more of the first ones), the authors' way.
-    top_fraction: Share of the candidates to keep, in (0, 1], those of each class with
+    top_fraction: share of the candidates to keep, in (0, 1], those of each class with
       the highest confidence. 1, the authors' way, needs no confidences.
   """
 
@@ -101,22 +101,22 @@ def select(
   """Makes a sample set of some of the samples of another, in the same order.
 
   Args:
-    source: The pool.
-    out: The folder to make.
-    count: Keep this many, drawn at random from each class.
-    top_fraction: Or keep this share of each class, in (0, 1], those with the highest
+    source: the pool.
+    out: the folder to make.
+    count: keep this many, drawn at random from each class.
+    top_fraction: or keep this share of each class, in (0, 1], those with the highest
       confidence; the first ones among equals.
-    balanced: Keep as many of each class as of the others (where they do not divide
+    balanced: keep as many of each class as of the others (where they do not divide
       the number, one more of the first ones); else the same share of each.
-    seed: Of what is drawn at random, from 0.
-    shard_size: Images in a file of the set.
-    progress: Wraps the batches, given the number of images.
+    seed: of what is drawn at random, from 0.
+    shard_size: images in a file of the set.
+    progress: wraps the batches, given the number of images.
 
   Returns:
     The new set; its metadata says how it was selected, and from what.
 
   Raises:
-    UserError: Not one of count and top_fraction is given, one is out of range, the
+    UserError: not one of count and top_fraction is given, one is out of range, the
       pool has no confidences or too few of a class, or `samples.write` refuses.
   """
   if (count is None) == (top_fraction is None):
@@ -177,9 +177,9 @@ def class_quotas(per_class: Iterable[int], count: int, balanced: bool) -> np.nda
   """How many samples of each class to keep.
 
   Args:
-    per_class: Samples of each class in the pool, [K].
-    count: Samples to keep, at most as many as there are.
-    balanced: Whether the classes get equal numbers, or the same share of each, rounded
+    per_class: samples of each class in the pool, [K].
+    count: samples to keep, at most as many as there are.
+    balanced: whether the classes get equal numbers, or the same share of each, rounded
       by largest remainders.
 
   Returns:
@@ -214,7 +214,7 @@ def choose(
 
   Args:
     labels: int [n] in [0, K).
-    quotas: How many of each class, int [K].
+    quotas: how many of each class, int [K].
     confidence: [n]; keeps the highest of each class, the first among equals. By
       default the first of each class.
 

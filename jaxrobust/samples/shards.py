@@ -1,7 +1,7 @@
 """The files of a sample set: their names, checksums and `.npy` headers."""
 
 import hashlib
-import json
+import math
 import os
 import pathlib
 
@@ -9,9 +9,15 @@ import numpy as np
 from etils import epath
 
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays, json_files
 
 METADATA = 'metadata.json'
 FORMAT_VERSION = 1
+PROVENANCE = ('generator', 'seed', 'labeller', 'selection')
+# What a set may hold. A label beyond is a number that was not meant as one; an image
+# beyond is not one of those that classifiers are trained on.
+MAX_CLASSES = 2**16
+MAX_IMAGE_BYTES = 2**26
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -57,32 +63,6 @@ def sha256(path):
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def read_header(file, name):
-  """Reads the header of a .npy file.
-
-  Args:
-    file: The file, open at its start; it is left at the data.
-    name: How errors name it.
-
-  Returns:
-    (shape, dtype) of the array.
-
-  Raises:
-    UserError: It is in Fortran order or of a version that numpy.save rarely writes.
-    ValueError: It is no .npy file.
-  """
-  version = np.lib.format.read_magic(file)
-  if version != (1, 0):
-    raise UserError(
-      f'{name} is .npy version {version}; version (1, 0) is read: '
-      'save it again with numpy.save'
-    )
-  shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-  if fortran and len(shape) > 1:
-    raise UserError(f'{name} is in Fortran order; save it in C order')
-  return shape, dtype
-
-
 def write_header(file, shape):
   """Writes the .npy header of images uint8 of `shape` to an open file."""
   header = {'descr': '|u1', 'fortran_order': False, 'shape': tuple(shape)}
@@ -93,40 +73,35 @@ def check_array(path, shape, dtype):
   """Checks header and size of a .npy file; returns the offset of its data."""
   if not path.is_file():
     raise UserError(f'{path} is missing; fetch or make the sample set again')
-  with open(path, 'rb') as file:
-    try:
-      found_shape, found_dtype = read_header(file, path)
-    except UserError:
-      raise
-    except ValueError as error:
-      raise UserError(f'{path} is no .npy file ({error}); fetch it again') from None
-    offset = file.tell()
-  if found_shape != tuple(shape) or found_dtype != dtype:
-    raise UserError(
-      f'{path} holds {found_dtype} {list(found_shape)}; its metadata.json says '
-      f'{np.dtype(dtype)} {list(shape)}; fetch or make the set again'
-    )
-  size = offset + int(np.prod(shape)) * np.dtype(dtype).itemsize
-  if path.stat().st_size != size:
-    raise UserError(
-      f'{path} has {path.stat().st_size} bytes, {size} are right '
-      '(truncated or appended to); fetch or make it again'
-    )
-  return offset
+  with arrays.open_npy(path) as stream:
+    if stream.is_fortran:
+      raise UserError(f'{path} is in Fortran order; save it in C order')
+    if stream.shape != tuple(shape) or stream.dtype != dtype:
+      raise UserError(
+        f'{path} holds {stream.dtype} {list(stream.shape)}; its metadata.json says '
+        f'{np.dtype(dtype)} {list(shape)}; fetch or make the set again'
+      )
+    return stream.offset
 
 
 def read_metadata(path) -> dict:
   """Reads and checks the metadata of a set, on local disk or in a bucket.
 
   Args:
-    path: The folder, as pathlib's or epath's.
+    path: the folder, as pathlib's or epath's.
 
   Returns:
-    The content of metadata.json.
+    The content of metadata.json, with None for what it does not say of how the set was
+    made.
 
   Raises:
-    UserError: There is no whole set, or its metadata are damaged.
+    UserError: there is no whole set, or its metadata are damaged.
   """
+  return parse_metadata(metadata_bytes(path), f'{path / METADATA}')
+
+
+def metadata_bytes(path) -> bytes:
+  """The content of a set's metadata.json; UserError if there is no whole set."""
   file = path / METADATA
   if not path.exists() and partial(path).exists():
     raise UserError(
@@ -135,36 +110,76 @@ def read_metadata(path) -> dict:
     )
   if not file.is_file():
     raise UserError(
-      f'{path} is no sample set: it has no metadata.json; make one by '
+      f'{path} is no sample set: it has no {METADATA}; make one by '
       '`python -m jaxrobust.generate` or `python -m jaxrobust.data import`'
     )
-  try:
-    metadata = json.loads(file.read_text())
-    if metadata['format_version'] != FORMAT_VERSION:
+  with file.open('rb') as opened:
+    return opened.read(json_files.MAX_BYTES + 1)
+
+
+def parse_metadata(content: bytes, name: str) -> dict:
+  """Checks the content of a metadata.json, called `name` in messages."""
+  metadata = json_files.parse(content, name)
+  version = metadata.get('format_version')
+  if type(version) is int and version != FORMAT_VERSION:
+    raise UserError(
+      f'{name} has format_version {version}; this program reads {FORMAT_VERSION}: '
+      'update it or make the set again'
+    )
+  for field, is_right in _FIELDS.items():
+    value = metadata
+    for key in field.split('.'):
+      value = value.get(key) if isinstance(value, dict) else None
+    if not is_right(value):
       raise UserError(
-        f'{file} has format_version {metadata["format_version"]}; this program '
-        f'reads {FORMAT_VERSION}: update it or make the set again'
+        f'{name} is damaged: {field} is {str(value)[:40]}; fetch or make the set again'
       )
-    counts, num_classes = metadata['counts'], metadata['num_classes']
-    sizes = counts['per_shard']
-    rows = shard_names(len(sizes), kinds(metadata))
-    names = {name for row in rows for name in row}
-    consistent = (
-      len(metadata['image_shape']) == 3
-      and min(len(sizes), *sizes, *metadata['image_shape'], num_classes) > 0
-      and len(counts['per_class']) == num_classes
-      and sum(counts['per_class']) == sum(sizes) == counts['total']
-      and set(metadata['sha256']) == names
-      and metadata.get('confidence') in (None, 'float16', 'float32')
-    )
-  except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+  counts, num_classes = metadata['counts'], metadata['num_classes']
+  rows = shard_names(len(counts['per_shard']), kinds(metadata))
+  if (
+    len(counts['per_class']) != num_classes
+    or not sum(counts['per_class']) == sum(counts['per_shard']) == counts['total']
+    or set(metadata['sha256']) != {file for row in rows for file in row}
+  ):
     raise UserError(
-      f'{file} is damaged ({type(error).__name__}: {error}); '
-      'fetch or make the set again'
-    ) from None
-  if not consistent:
-    raise UserError(
-      f'{file} contradicts itself (shapes, classes, counts or file '
-      'names); fetch or make the set again'
+      f'{name} contradicts itself (classes, counts or file names); fetch or make the '
+      'set again'
     )
-  return metadata
+  return {**dict.fromkeys(PROVENANCE), **metadata}
+
+
+def check_num_classes(num_classes: int) -> None:
+  """Refuses a number of classes that cannot be meant."""
+  if not 1 <= num_classes <= MAX_CLASSES:
+    raise UserError(
+      f'num_classes = {num_classes}: give the number of classes, from 1 to '
+      f'{MAX_CLASSES}'
+    )
+
+
+def is_image_shape(shape) -> bool:
+  """Whether images may be [H, W, C]."""
+  sides = list(shape)
+  return (
+    len(sides) == 3 and _are_counts(1)(sides) and math.prod(sides) <= MAX_IMAGE_BYTES
+  )
+
+
+def _are_counts(least: int):
+  """A check for lists of integers from `least`, which a file can count."""
+  return lambda x: (
+    isinstance(x, list) and all(type(n) is int and least <= n <= 2**50 for n in x)
+  )
+
+
+_FIELDS = {
+  'format_version': lambda x: type(x) is int,
+  'image_shape': lambda x: isinstance(x, list) and is_image_shape(x),
+  'num_classes': lambda x: type(x) is int and 0 < x <= MAX_CLASSES,
+  'confidence': lambda x: x in (None, 'float16', 'float32'),
+  'counts': lambda x: isinstance(x, dict),
+  'counts.total': lambda x: type(x) is int,
+  'counts.per_class': _are_counts(0),
+  'counts.per_shard': lambda x: _are_counts(1)(x) and x,
+  'sha256': lambda x: isinstance(x, dict) and all(type(y) is str for y in x.values()),
+}

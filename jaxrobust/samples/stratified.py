@@ -10,9 +10,9 @@ def one_of_each_part(total: int, count: int, seed: int) -> np.ndarray:
   the first ones would do.
 
   Args:
-    total: Images in the set.
-    count: Positions to draw; all of them where there are no more.
-    seed: The same one draws the same positions.
+    total: images in the set.
+    count: positions to draw; all of them where there are no more.
+    seed: the same one draws the same positions.
 
   Returns:
     int [min(count, total)], all different, in ascending order.

@@ -17,7 +17,7 @@ def make_parent(path: pathlib.Path) -> None:
   """Makes the folder that `path` is to be in; UserError where a file is in its place.
 
   Args:
-    path: Of what will be written.
+    path: of what will be written.
   """
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,13 +31,13 @@ def claim(folder: pathlib.Path) -> int:
   """Makes an empty folder for this process, removing what a killed one left there.
 
   Args:
-    folder: To make; its parent exists.
+    folder: to make; its parent exists.
 
   Returns:
     A descriptor that holds the folder until it is closed.
 
   Raises:
-    UserError: Another process is writing there, or the folder cannot be locked.
+    UserError: another process is writing there, or the folder cannot be locked.
   """
   folder.mkdir(exist_ok=True)
   lock = os.open(folder, os.O_RDONLY)
