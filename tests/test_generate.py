@@ -11,6 +11,7 @@ from jaxrobust import generate
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
 from jaxrobust.samples import candidates, selection
+from tests.helpers.mutations import mutations
 
 
 def make_config(**samples):
@@ -188,3 +189,47 @@ def test_the_generator_alone_survives_its_file(module):
   """As a fitted one keeps its settings."""
   settings = module.get_config().generator
   assert not configs.differences(configs.from_json(configs.to_json(settings)), settings)
+
+
+@pytest.mark.parametrize('kind', ['drawn', 'labelled'])
+def test_damaged_files_of_draws(tmp_path, kind):
+  """Each is as it was, or refused in a line that says what to do."""
+  run = Run(tmp_path, selection.Rule(12, True), common)
+  _, *whole = run.finish()
+  path = tmp_path / kind / '000000.npz'
+  taken = 0
+  for damaged in mutations(path.read_bytes(), 200, seed=9):
+    path.write_bytes(damaged)
+    try:
+      _, *found = run.finish()
+    except UserError as error:
+      line = str(error)
+      assert str(path) in line and 'remove it' in line and '\n' not in line
+    else:
+      taken += 1
+      for x, y in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(x, y)
+  assert taken < 120
+
+
+@pytest.mark.parametrize(
+  'name, changed, message',
+  [
+    ('labels', np.int32([0, 1, 2, 3, 0, 0, 0, 0]), r'labels 0\.\.3'),
+    ('labels', np.int32([0, 1, 2, -1, 0, 0, 0, 0]), 'labels -1'),
+    ('labels', np.zeros(7, np.int32), 'does not hold 8 samples'),
+    ('labels', np.zeros(8), 'integers of 1 axis'),
+    ('confidence', np.zeros((8, 1), np.float32), 'floats of 1 axis'),
+    ('confidence', None, 'confidence'),
+    ('classes', None, 'lacks classes'),
+  ],
+)
+def test_files_of_labels_that_are_refused(tmp_path, name, changed, message):
+  run = Run(tmp_path, selection.Rule(12, True), common)
+  run.finish()
+  path = tmp_path / 'labelled' / '000001.npz'
+  with np.load(path) as file:
+    content = {**file, name: changed}
+  np.savez(path, **{x: y for x, y in content.items() if y is not None})
+  with pytest.raises(UserError, match=f'{path}.*{message}.*remove it'):
+    run.finish()

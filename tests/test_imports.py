@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from jaxrobust.data import __main__ as command_line
 from jaxrobust.errors import UserError
 from jaxrobust.samples import imports, sample_sets, shards
+from tests.helpers.mutations import mutations
 
 SHAPE = (4, 6, 3)
 
@@ -297,3 +299,135 @@ def test_interrupted_command(tmp_path, capsys, monkeypatch):
   assert command_line.main(command) == 130
   assert 'run it again' in capsys.readouterr().err
   assert [file.name for file in tmp_path.iterdir()] == ['in.npz']
+
+
+def npz_of(path, **members):
+  np.savez(path, **members)
+  return path
+
+
+@pytest.mark.parametrize(
+  'names', [('x', 'y'), ('arr_0', 'arr_1'), ('images', 'labels'), ('data', 'label')]
+)
+def test_names_of_arrays(tmp_path, names):
+  content = dict(zip(names, arrays(12), strict=True))
+  path = npz_of(tmp_path / 'in.npz', **content, other=np.zeros(3), arr_2=np.zeros(1))
+  check(take(path, out=tmp_path / 'set'), *arrays(12))
+
+
+@pytest.mark.parametrize(
+  'members, message',
+  [
+    (['image', 'images', 'label'], 'holds image, images, label; it needs'),
+    (['x', 'label'], 'holds x, label; it needs'),
+    (['image', 'x', 'y'], 'holds image, x, y; it needs'),
+    (['arr_0'], 'holds arr_0; it needs'),
+    ([], 'holds no arrays; it needs'),
+  ],
+)
+def test_names_in_doubt_are_listed(tmp_path, members, message):
+  path = npz_of(tmp_path / 'in.npz', **dict.fromkeys(members, arrays(5)[0]))
+  with pytest.raises(UserError, match=f'in.npz {message}'):
+    take(path, out=tmp_path / 'set')
+
+
+def test_pairs_of_npy(tmp_path):
+  first, second = arrays(13), arrays(9, seed=1)
+  paths = [tmp_path / f'{i}.npy' for i in range(4)]
+  for path, array in zip(paths, (*first, *second), strict=True):
+    np.save(path, array)
+  joined = [np.concatenate(pair) for pair in zip(first, second, strict=True)]
+  check(take(*paths, out=tmp_path / 'set'), *joined)
+  for given, message in (
+    (paths[:1], '0.npy holds one array: .* labels after it'),
+    (paths[1::-1], r'1.npy with .*0.npy holds images int64 \[13\]'),
+    (paths[:2] + paths[:1] + paths[3:], r'labels int64 \[9\]'),
+  ):
+    with pytest.raises(UserError, match=message):
+      take(*given, out=tmp_path / 'other')
+  assert not (tmp_path / 'other').exists()
+
+
+@pytest.mark.parametrize(
+  'labels, message',
+  [
+    (np.array([0, -1, 2], np.int64), 'label -1'),
+    (np.array([0, -1, 2]).astype(np.uint32), 'label 4294967295.*unsigned'),
+    (np.array([0, -1, 2]).astype(np.uint64), 'label 18446744073709551615'),
+    (np.array([0, 2**28, 2]), 'label 268435456'),
+    (np.array([0, 3 * 10**8, 2]), 'label 300000000'),
+    (np.array([0, 2**16, 2]), 'label 65536.*up to 65535'),
+  ],
+)
+def test_labels_that_cannot_be_meant(tmp_path, labels, message):
+  images = arrays(3)[0]
+  np.save(tmp_path / 'images.npy', images)
+  np.save(tmp_path / 'labels.npy', labels)
+  (tmp_path / 'in.pickle').write_bytes(pickle.dumps((images, labels)))
+  npz_of(tmp_path / 'in.npz', image=images, label=labels)
+  for names in (['in.npz'], ['in.pickle'], ['images.npy', 'labels.npy']):
+    with pytest.raises(UserError, match=message):
+      take(*(tmp_path / name for name in names), out=tmp_path / 'set')
+  assert not list(tmp_path.glob('*set*'))
+
+
+@pytest.mark.parametrize('count', [2**16 + 1, 10**12])
+def test_numbers_of_classes_that_cannot_be_meant(tmp_path, count):
+  path = npz_of(tmp_path / 'in.npz', image=arrays(5)[0], label=arrays(5)[1])
+  with pytest.raises(UserError, match=f'num_classes = {count}: give .* 65536'):
+    take(path, out=tmp_path / 'set', num_classes=count)
+  with pytest.raises(UserError, match=f'num_classes = {count}: give .* 65536'):
+    sample_sets.write(tmp_path / 'set', [arrays(5)], metadata={}, num_classes=count)
+
+
+@pytest.mark.parametrize(
+  'shape', [(0, 6, 3), (4, 0, 3), (4, 6, 0), (2**13, 2**13, 3), (2**31, 2**31, 1)]
+)
+def test_images_that_cannot_be_meant(tmp_path, shape):
+  """Of which no unusable set is left."""
+  with zipfile.ZipFile(tmp_path / 'in.npz', 'w', zipfile.ZIP_DEFLATED) as archive:
+    with archive.open('image.npy', 'w') as member:
+      shards.write_header(member, (2, *shape))
+      member.write(bytes(min(2 * int(np.prod(shape, dtype=object)), 2**20)))
+    with archive.open('label.npy', 'w') as member:
+      np.lib.format.write_array(member, np.array([0, 1]))
+  with pytest.raises(UserError, match='in.npz'):
+    take(tmp_path / 'in.npz', out=tmp_path / 'set')
+  assert [file.name for file in tmp_path.iterdir()] == ['in.npz']
+
+
+def test_large_images_stream_too(tmp_path):
+  """A chunk is bounded by its bytes: 200 images of 1 MB here."""
+  with zipfile.ZipFile(tmp_path / 'in.npz', 'w', zipfile.ZIP_DEFLATED, True, 1) as file:
+    with file.open('image.npy', 'w') as member:
+      shards.write_header(member, (200, 1_000, 1_000, 1))
+      for _ in range(200):
+        member.write(bytes(1_000_000))
+    with file.open('label.npy', 'w') as member:
+      np.lib.format.write_array(member, np.zeros(200, np.int64))
+  tracemalloc.start()
+  take(tmp_path / 'in.npz', out=tmp_path / 'set')
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 80e6
+
+
+@pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
+def test_damaged_npz(tmp_path, save):
+  """A set, or a line, and nothing left behind."""
+  path = tmp_path / 'in.npz'
+  save(path, image=arrays(4)[0], label=arrays(4)[1])
+  taken = 0
+  for damaged in mutations(path.read_bytes(), 200, seed=7):
+    path.write_bytes(damaged)
+    try:
+      found = take(path, out=tmp_path / 'set')
+    except UserError as error:
+      line = str(error)
+      assert str(path) in line and '\n' not in line and len(line) < len(str(path)) + 350
+      assert [file.name for file in tmp_path.iterdir()] == ['in.npz']
+    else:
+      taken += 1
+      check(found, *arrays(4))
+      shutil.rmtree(tmp_path / 'set')
+  assert taken < 100

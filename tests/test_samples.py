@@ -20,6 +20,7 @@ from jaxrobust.samples import (
   sample_sets,
   shards,
 )
+from tests.helpers.mutations import mutations
 
 N, SHAPE, K = 23, (4, 6, 3), 5
 METADATA = {'generator': 'noise', 'seed': 7, 'labeller': None, 'selection': 'none'}
@@ -415,3 +416,73 @@ def test_contact_sheet_has_a_row_for_each_class(tmp_path):
       shown = sheet[2 + row * 34 :, 2 + column * 50 :][:32:8, :48:8]
       np.testing.assert_array_equal(shown, images[index])
   assert (sheet[2 + (K - 1) * 34 :] == 255).all()
+
+
+@pytest.mark.parametrize(
+  'edit',
+  [
+    lambda m: m.update(num_classes=10**9),
+    lambda m: m.update(num_classes=5.0),
+    lambda m: m.update(num_classes=True),
+    lambda m: m.update(image_shape=[4, 0, 3]),
+    lambda m: m.update(image_shape=[4, 6, 3, 1]),
+    lambda m: m.update(image_shape=[2**20, 2**20, 3]),
+    lambda m: m.update(image_shape='463'),
+    lambda m: m.update(confidence='float64'),
+    lambda m: m.update(confidence=[]),
+    lambda m: m.update(sha256=[]),
+    lambda m: m.update(sha256={}),
+    lambda m: m.update(format_version='1'),
+    lambda m: m['counts'].update(per_shard=[10, 10, -3]),
+    lambda m: m['counts'].update(per_shard=[]),
+    lambda m: m['counts'].update(per_shard=[10**400]),
+    lambda m: m['counts'].update(per_class=None),
+    lambda m: m['counts'].update(total=[N]),
+    lambda m: m.update(counts=[1]),
+  ],
+  ids=range(18),
+)
+def test_metadata_of_wrong_types(tmp_path, edit):
+  write(tmp_path / 'set')
+  edit_metadata(tmp_path / 'set', edit)
+  with pytest.raises(
+    UserError, match='metadata.json (is damaged|contradicts)'
+  ) as caught:
+    sample_sets.SampleSet.open(tmp_path / 'set')
+  assert '\n' not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize('name', ['metadata.json', IMAGES, LABELS])
+def test_damaged_sets(tmp_path, name):
+  """Each is the set, or refused in one line that names the file."""
+  images, labels = make_arrays()
+  path = tmp_path / 'set'
+  write(path)
+  content = (path / name).read_bytes()
+  if name != 'metadata.json':  # Of the data `verify` says whether they are as written.
+    content, data = content[:128], content[128:]
+  for damaged in mutations(content, 250, seed=8):
+    (path / name).write_bytes(damaged if name == 'metadata.json' else damaged + data)
+    try:
+      found = sample_sets.SampleSet.open(path)
+    except UserError as error:
+      line = str(error)
+      assert str(path) in line and '\n' not in line and len(line) < len(str(path)) + 300
+    else:
+      np.testing.assert_array_equal(found.gather(np.arange(N)), images)
+      np.testing.assert_array_equal(found.gather_labels(np.arange(N)), labels)
+
+
+def test_metadata_that_could_not_be_read_again(tmp_path):
+  """They are refused before the images are made."""
+  for value in (float('nan'), '\udcff'):
+    with pytest.raises(UserError, match='metadata of .*set'):
+      write(tmp_path / 'set', iter(()), metadata={'generator': value})
+  assert not list(tmp_path.iterdir())
+
+
+def test_metadata_that_do_not_say_how_a_set_was_made(tmp_path):
+  write(tmp_path / 'set')
+  edit_metadata(tmp_path / 'set', lambda m: (m.pop('labeller'), m.pop('selection')))
+  found = sample_sets.SampleSet.open(tmp_path / 'set')
+  assert found.metadata['labeller'] is found.metadata['selection'] is None

@@ -186,7 +186,7 @@ def naming(name: str) -> Iterator[None]:
     NotImplementedError,  # A method or version that zipfile does not know.
     RuntimeError,  # It is encrypted.
   ) as error:
-    reason = _printable(str(error))[:150]
+    reason = printable(str(error))[:150]
     raise UserError(f'{name} is damaged ({reason}); fetch or make it again') from None
 
 
@@ -219,11 +219,11 @@ def open_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
   Raises:
     UserError: it is absent, no regular file, or may not be read.
   """
-  with naming(str(path)):
+  with naming(name := printable(str(path))):
     if '://' in str(path):
       file = io.BytesIO(epath.Path(path).read_bytes())
     elif pathlib.Path(path).exists() and not pathlib.Path(path).is_file():
-      raise UserError(f'{path} is no file; give the path of a file')  # It might block.
+      raise UserError(f'{name} is no file; give the path of a file')  # It might block.
     else:
       file = open(path, 'rb')  # noqa: SIM115
   with file:
@@ -291,17 +291,17 @@ def check_kind(stream: Stream, kinds: str, ndim: int | None = None) -> None:
     )
 
 
+def printable(text: str) -> str:
+  """Text of a file as it may stand in a message of one line."""
+  return ''.join(c if c.isprintable() else ' ' for c in text)
+
+
 def listed(keys: Iterable[str]) -> str:
   """Names found in a file, in words that fit a line."""
-  keys = [_printable(key)[:40] for key in keys]
+  keys = [printable(key)[:40] for key in keys]
   more = [f'{len(keys) - 8} more'] if len(keys) > 9 else []
   shown = [*keys[:8], *more] if more else keys
   return ', '.join(shown) or 'no arrays'
-
-
-def _printable(text: str) -> str:
-  """Text of a file that may stand in a message of one line."""
-  return ''.join(c if c.isprintable() else '?' for c in ' '.join(text.split()))
 
 
 def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype, bool, int]:

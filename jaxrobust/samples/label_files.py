@@ -107,5 +107,7 @@ def _checked(found: Labels, path: str) -> Labels:
   if len(set(name for name, _ in found)) < len(found):
     seen = set()
     twice = next(name for name, _ in found if name in seen or seen.add(name))
-    raise UserError(f'{path} names {twice[:60]} twice: give each image one label')
+    raise UserError(
+      f'{path} names {arrays.printable(twice)[:60]} twice: give each image one label'
+    )
   return found

@@ -52,8 +52,7 @@ class PngFiles:
     if labels:
       self.listed = label_files.read(labels)
     elif self._has(_LIST):
-      name = f'{self.path / _LIST}'
-      self.listed = label_files.parse_json(self._read(_LIST), name)
+      self.listed = label_files.parse_json(self._read(_LIST), self._where(_LIST))
 
   def class_names(self) -> list[str]:
     """The folders directly inside that hold PNG files and are not hidden, sorted."""
@@ -93,7 +92,7 @@ class PngFiles:
 
   def _read(self, name: str) -> bytes:
     """The content of a file in the folder or `.zip`."""
-    where = f'{self.path / name}'
+    where = self._where(name)
     with arrays.naming(where):
       if self._zip:
         if name not in self._members:
@@ -103,10 +102,10 @@ class PngFiles:
           raise ValueError(f'compressed by method {member.compress_type}')
         opened = self._zip.open(member)
       else:
-        inside = os.path.realpath(self.path)
-        if os.path.commonpath([inside, os.path.realpath(where)]) != inside:
+        inside, real = map(os.path.realpath, (self.path, self.path / name))
+        if os.path.commonpath([inside, real]) != inside:
           raise UserError(f'{where} leads out of {self.path}: copy the file into it')
-        opened = arrays.open_file(where)
+        opened = arrays.open_file(real)
       with opened as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
@@ -116,13 +115,17 @@ class PngFiles:
       )
     return content
 
+  def _where(self, name: str) -> str:
+    """What a file is called in messages."""
+    return arrays.printable(f'{self.path / name}')
+
   def _batches(self, named: Iterable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (images, labels) of (name, label) pairs, decoded by threads."""
     named = iter(named)
     first, label = next(named)
-    image = decode(self._read(first), f'{self.path / first}')
+    image = decode(self._read(first), self._where(first))
     yield image[None], np.array([label])
-    read = lambda name: decode(self._read(name), f'{self.path / name}', image.shape)
+    read = lambda name: decode(self._read(name), self._where(name), image.shape)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       size = next(import_source.chunks(2**30, image.shape))
       while chunk := list(itertools.islice(named, min(size, 1_024))):
@@ -161,8 +164,8 @@ def number_classes(found: Sequence[PngFiles], has_gaps: bool = False) -> dict[st
     return {name: number for number, name in enumerate(names)}
   if words := [name for name in names if name not in numbered]:
     raise UserError(
-      f'{where}: the folders {numbered[0]} and {words[0]} are classes by number and by '
-      'name; rename them, or give --labels=FILE'
+      f'{where}: the folders {numbered[0]} and {arrays.printable(words[0])} are '
+      'classes by number and by name; rename them, or give --labels=FILE'
     )
   classes = {name: int(name) for name in names}
   numbers = set(classes.values())
