@@ -114,6 +114,7 @@ class Bomb:
   [
     (lambda p: pickle.dumps({'data': Bomb(p / 'ran')}), 'mkdir, which is refused'),
     (lambda p: pickle.dumps({'data': arrays(3)[0]}), 'extrapolated_targets'),
+    (lambda p: pickle.dumps({1: arrays(3)[0], (): 2}), r'holds 1, \(\); it needs'),
     (lambda p: pickle.dumps((arrays(3)[0][..., [0, 0]], np.zeros(3, int))), 'C = 1 or'),
     (lambda p: pickle.dumps((arrays(3)[0], np.array([0, -1, 1]))), 'has the label -1'),
     (lambda p: pickle.dumps(arrays(12))[:-20], 'not taken'),
@@ -240,7 +241,18 @@ def test_folders_that_are_refused(tmp_path, damage, message):
   assert [file.name for file in tmp_path.iterdir()] == ['in']
 
 
-@pytest.mark.parametrize('name', ['in.tar', 'absent.npz', 'absent.pickle', 'absent'])
+@pytest.mark.parametrize('name', ['in.npz', 'in.npy', 'in.pickle', 'in.zip'])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+  os.mkfifo(tmp_path / name)
+  paths = [tmp_path / name] * (1 + name.endswith('npy'))
+  with pytest.raises(UserError, match=f'{name} is no file'):
+    take(*paths, out=tmp_path / 'set')
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['in.tar', 'absent.npz', 'absent.npy', 'absent.pickle', 'absent.zip', 'absent'],
+)
 def test_other_files_are_named(tmp_path, name):
   with pytest.raises(UserError, match=name):
     take(tmp_path / name, out=tmp_path / 'set')

@@ -40,7 +40,7 @@ class Source(NamedTuple):
 
 def find_keys(path, keys: Iterable[str]) -> tuple[str, str]:
   """The names of the images and of the labels among those of arrays in a file."""
-  keys = list(keys)
+  keys = list(map(str, keys))  # Those of a pickle may be anything.
   for row in _KEYS:
     found = [[key for key in known if key in keys] for known in row]
     if [len(names) for names in found] == [1, 1]:

@@ -133,6 +133,8 @@ def _open_pair(images: pathlib.Path, labels: pathlib.Path | None):
 
 def _open_pickle(path: pathlib.Path) -> import_source.Source:
   """The samples of a pickle."""
+  if path.exists() and not path.is_file():  # It might block.
+    raise UserError(f'{path} is no file; give the path of the pickle')
   size, free = path.exists() and path.stat().st_size, _available_memory()
   if size > free:
     raise UserError(
