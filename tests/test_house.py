@@ -1,6 +1,7 @@
 """The rules of the layout, enforced by parsing imports and names."""
 
 import ast
+import graphlib
 import pathlib
 
 import pytest
@@ -95,6 +96,18 @@ def test_every_module_is_in_a_room():
   assert [p for p in MODULES if not room_of(name_of(p)) and p.parent != PACKAGE] == []
   at_the_top = {name_of(p) for p in PACKAGE.glob('*.py')}
   assert at_the_top <= PROGRAMS | {'', '__main__', 'errors'}
+
+
+def test_no_modules_import_each_other():
+  """Not even inside functions."""
+  known = {f'jaxrobust.{name_of(p)}'.rstrip('.') for p in MODULES}
+  used = {}
+  for path in MODULES:
+    found = imports(path) & known
+    # `from jaxrobust.models import card` does not use what `models` itself defines.
+    rooms = {m for m in found if any(x.startswith(f'{m}.') for x in found)}
+    used[f'jaxrobust.{name_of(path)}'.rstrip('.')] = found - rooms
+  graphlib.TopologicalSorter(used).prepare()  # Raises CycleError, which names them.
 
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda p: str(p.relative_to(ROOT)))
