@@ -13,6 +13,8 @@ from typing import NamedTuple
 from etils import epath
 
 from jaxrobust.config import dataset_info
+from jaxrobust.errors import UserError
+from jaxrobust.files import json_files
 from jaxrobust.models import card as cards
 from jaxrobust.models import safetensors
 
@@ -131,7 +133,7 @@ ENTRIES = {
 
 def folder() -> epath.Path:
   """Where released checkpoints are looked for: `$JAXROBUST_MODELS`, or `models`."""
-  return epath.Path(os.environ.get('JAXROBUST_MODELS') or 'models')
+  return epath.Path(os.environ.get('JAXROBUST_MODELS') or 'models').expanduser()
 
 
 def usual_suffix(name: str) -> str:
@@ -165,19 +167,28 @@ def find(name_or_path: str) -> Found | None:
     ]
     path = next((file for file in files if file.exists()), files[0])
     return Found(ENTRIES[name_or_path], path)
-  path = epath.Path(name_or_path)
+  path = epath.Path(name_or_path).expanduser()
   if path.stem in ENTRIES:
     return Found(ENTRIES[path.stem], path)
   workdir = path.parent if path.name == 'checkpoint.npy' else path
   if (workdir / 'config.json').exists():
     return Found(cards.from_workdir(workdir), workdir / 'checkpoint.npy')
   beside = cards.path_of(path)
-  if beside.exists() and path.suffix:
-    return Found(cards.from_json(beside.read_text(), str(beside)), path)
-  if path.suffix == '.safetensors' and path.exists():
+  if path.suffix and beside.is_file():
+    return Found(cards.from_json(_read(beside), str(beside)), path)
+  if path.suffix == '.safetensors' and path.is_file():
     text = safetensors.metadata(path).get('card')
     return Found(cards.from_json(text, str(path)), path) if text else None
   return None
+
+
+def _read(path: epath.Path) -> bytes:
+  """The bytes of a card, and one more than JSON may have where it is too long."""
+  try:
+    with path.open('rb') as f:
+      return f.read(json_files.MAX_BYTES + 1)
+  except OSError as e:
+    raise UserError(f'{path} cannot be read ({e.strerror or e}): give access') from e
 
 
 def where_to_get(path: epath.Path) -> str:
