@@ -25,13 +25,13 @@ have, and one without it cannot be read: no projection gives the raw input back.
 
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from absl import logging
 
 from jaxrobust.errors import UserError
-from jaxrobust.files import pickles, torch_files
+from jaxrobust.files import arrays, pickles, torch_files
 from jaxrobust.models import architecture
 from jaxrobust.models.batch_norm import DECAY
 
@@ -129,7 +129,7 @@ def read(raw: bytes, source: str):
   try:
     file = torch_files.TorchFile(io.BytesIO(raw))
     state = _find_state_dict(file.content, source)
-    arrays = {
+    tensors = {
       key: file.array(x) if isinstance(x, torch_files.Tensor) else x
       for key, x in state.items()
     }
@@ -144,7 +144,7 @@ def read(raw: bytes, source: str):
     raise UserError(
       f'{source} is not a whole PyTorch file of plain tensors: {e}'
     ) from e
-  return from_state_dict(arrays, source)
+  return from_state_dict(tensors, source)
 
 
 def write(params, net_state) -> bytes:
@@ -169,7 +169,9 @@ def _find_state_dict(content, source) -> dict:
     if not inside:
       break
     if len(inside) > 1:
-      logging.warning('%s holds %s: %s is read', source, _listed(inside), inside[0])
+      logging.warning(
+        '%s holds %s: %s is read', source, arrays.listed(inside), inside[0]
+      )
     content = content[inside[0]]
   if type(content) is not dict:
     raise UserError(
@@ -181,9 +183,10 @@ def _find_state_dict(content, source) -> dict:
   numbers = (bool, int, float, np.generic)  # Such as an accuracy beside the tensors.
   others = [k for k, x in content.items() if not isinstance(x, (*tensors, *numbers))]
   if others or not all(type(key) is str for key in content):
+    names = arrays.listed(map(str, others or content))
     raise UserError(
-      f'{source} holds something else than a state dict of tensors, in '
-      f'{_listed(others or content)}; a state dict may stand in {", ".join(_NESTED)}'
+      f'{source} holds something else than a state dict of tensors, in {names}; a '
+      f'state dict may stand in {", ".join(_NESTED)}'
     )
   return found
 
@@ -191,7 +194,7 @@ def _find_state_dict(content, source) -> dict:
 def _network_alone(state, source) -> tuple[str, dict[str, np.ndarray]]:
   """Haiku's name of the network, and its arrays under their bare names."""
   if odd := [k for k in state if not k.isprintable() or '/' in k or len(k) > _MAX_NAME]:
-    raise UserError(f'{source} has names that no network has: {_listed(odd)}')
+    raise UserError(f'{source} has names that no network has: {arrays.listed(odd)}')
   found = {
     (family, prefix[0])
     for family, layer in architecture.FIRST_LAYERS.items()
@@ -202,7 +205,8 @@ def _network_alone(state, source) -> tuple[str, dict[str, np.ndarray]]:
     raise UserError(
       f'{source} is not a state dict of {"one" if found else "a"} WideResNet '
       '(init_conv.weight, …) or PreActResNet (conv_2d.weight, …), whose names may '
-      f'stand behind module., model., net., _orig_mod. or 1.: it has {_listed(state)}'
+      f'stand behind module., model., net., _orig_mod. or 1.: it has '
+      f'{arrays.listed(state)}'
     )
   [(family, prefix)] = found
   network, others = {}, []
@@ -222,18 +226,10 @@ def _network_alone(state, source) -> tuple[str, dict[str, np.ndarray]]:
       others.append(key)
   if others:
     raise UserError(
-      f'{source} has more than the network under {prefix!r}: {_listed(others)}; leave '
-      'it out'
+      f'{source} has more than the network under {prefix!r}: {arrays.listed(others)}; '
+      'leave it out'
     )
   return family, network
-
-
-def _listed(names: Iterable) -> str:
-  """Names found in a file, as many as fit a line."""
-  names = list(names)
-  shown = [pickles.printable(name, 40) for name in names[:6]]
-  more = [f'{len(names) - 6} more'] if len(names) > 6 else []
-  return ', '.join(shown + more) or 'none'
 
 
 def _pytorch_name(module):
