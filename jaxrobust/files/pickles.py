@@ -267,6 +267,11 @@ class ArrayUnpickler:
       raise ValueError('it is damaged (text without quotes)')
     return codecs.escape_decode(line[1:-1])[0].decode('latin1')
 
+  def _escaped(self, line):
+    text = line.decode('raw_unicode_escape')
+    text.encode()  # An escape may write half a character.
+    return text
+
   # Stand-ins.
 
   def _spend(self, size):
@@ -393,7 +398,7 @@ _INSTRUCTIONS: dict[bytes, Callable[[ArrayUnpickler], Any]] = {
   b'S': lambda m: m._push(m._quoted(m._line())),
   b'T': lambda m: m._push(m._read(m._number(4)).decode('latin1')),
   b'U': lambda m: m._push(m._read(m._number(1)).decode('latin1')),
-  b'V': lambda m: m._push(m._line().decode('raw_unicode_escape')),
+  b'V': lambda m: m._push(m._escaped(m._line())),
   b'\x8c': lambda m: m._push(m._read(m._number(1)).decode()),
   b'X': lambda m: m._push(m._read(m._number(4)).decode()),
   b'\x8d': lambda m: m._push(m._read(m._number(8)).decode()),
