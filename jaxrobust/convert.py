@@ -34,6 +34,7 @@ from etils import epath
 
 from jaxrobust.config import dataset_info
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays
 from jaxrobust.models import architecture, parameter_files, zoo
 from jaxrobust.models import card as cards
 from jaxrobust.runs import cli
@@ -116,9 +117,12 @@ def _check_target(target, card):
   if target.exists():
     raise UserError(f'{target} exists: remove it, or give another --to')
   beside = cards.path_of(target)
-  if beside.exists() and not (
-    beside.is_file() and beside.read_bytes() == card.to_json().encode()
-  ):
+  if not beside.exists():
+    return
+  text = card.to_json().encode()
+  with arrays.open_file(beside) as file:
+    is_same = file.read(len(text) + 1) == text
+  if not is_same:
     raise UserError(
       f'{beside} exists, and is the card of another checkpoint: give another --to'
     )

@@ -16,7 +16,7 @@ from etils import epath
 
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.files import pickles
+from jaxrobust.files import arrays, pickles
 from jaxrobust.models import zoo
 from jaxrobust.runs import workdir as workdirs
 
@@ -64,7 +64,7 @@ def compare_checksum(path: epath.Path):
   """
   note = path.with_name(f'{path.name}.sha256')
   digest = hashlib.sha256()
-  with path.open('rb') as f:
+  with arrays.open_file(path) as f:
     while chunk := f.read(_CHUNK):
       digest.update(chunk)
   sha256 = digest.hexdigest()
@@ -175,7 +175,7 @@ def _fetch(url: str, part: epath.Path, tag: epath.Path):
 
 def _start_of(note: epath.Path) -> str:
   """The text of a small file, of which a damaged one may have more."""
-  with note.open('rb') as f:
+  with arrays.open_file(note) as f:
     return f.read(_MAX_NOTE).decode('latin1')
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays
 from jaxrobust.models import safetensors
 
 # Name of a convolution, its stride and padding, and whether a maximum precedes it.
@@ -31,6 +32,7 @@ _LAYERS = (
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of [-1, 1]
 _EPSILON = 1e-10  # added to the length of channels
 _REMEDY = 'make it as jaxrobust/models/lpips.py says'
+_MAX_BYTES = 2**26  # of the file, which has 10 MB
 _LEAST_SIZE = 31  # of height and width; of less nothing is left at the third layer
 
 
@@ -47,9 +49,12 @@ def read(path: epath.Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
   Raises:
     UserError: The file is absent, damaged or holds something else.
   """
-  if not path.exists() or path.is_dir():
-    raise UserError(f'{path} gives no LPIPS by AlexNet (it is no file): {_REMEDY}')
-  state = safetensors.tensors(path.read_bytes(), str(path))
+  path = path.expanduser()
+  if not path.exists():
+    raise UserError(f'{path} gives no LPIPS by AlexNet (it is absent): {_REMEDY}')
+  with arrays.open_file(path) as file:
+    # One byte more than it may have is found to be too many.
+    state = safetensors.tensors(file.read(_MAX_BYTES + 1), str(path))
   layers, before = [], 3
   for number, (name, *_) in enumerate(_LAYERS):
     heads = (f'lin{number}.model.1.weight', f'lins.{number}.model.1.weight')

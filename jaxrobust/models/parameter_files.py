@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from jaxrobust.errors import UserError
-from jaxrobust.files import pickles
+from jaxrobust.files import arrays, pickles
 from jaxrobust.models import architecture, download, pytorch, safetensors, zoo
 from jaxrobust.runs import workdir as workdirs
 
@@ -56,13 +56,13 @@ def import_npy(path: str):
   """
   file = _existing(path)
   try:
-    with file.open('rb') as f:
+    with arrays.open_file(file) as f:
       _skip_header(f)
       content = pickles.ArrayUnpickler(f).load()
     if type(content) is not list or len(content) != 2:
       raise ValueError('it holds no pair')
-  except OSError as e:
-    raise _unreadable(file, e) from e
+  except UserError:
+    raise
   except ValueError as e:
     raise UserError(
       f'{file} is not a checkpoint of (parameters, state): {e}; fetch or make it again'
@@ -159,14 +159,17 @@ def read(path: str):
       download.compare_checksum(file)
     if file.suffix == '.npy':
       return import_npy(file)
-    if (size := file.stat().length) > _MAX_BYTES:
-      raise UserError(
-        f'{file} has {size} bytes; checkpoints of more than {_MAX_BYTES} are not read'
-      )
     reader = safetensors if file.suffix == '.safetensors' else pytorch
-    return reader.read(file.read_bytes(), str(file))
+    with arrays.open_file(file) as f:
+      if (size := f.seek(0, 2)) > _MAX_BYTES:
+        raise UserError(
+          f'{file} has {size} bytes; checkpoints of more than {_MAX_BYTES} are not read'
+        )
+      f.seek(0)
+      raw = f.read()
+    return reader.read(raw, str(file))
   except OSError as e:
-    raise _unreadable(file, e) from e
+    raise UserError(f'{file} cannot be read ({e.strerror or e})') from e
   except MemoryError as e:
     raise UserError(f'{file} needs more memory than there is') from e
 
@@ -221,10 +224,4 @@ def _existing(path) -> epath.Path:
   file = epath.Path(path).expanduser()
   if not file.exists():
     raise UserError(f'no checkpoint at {file}: {zoo.where_to_get(file)}')
-  if not file.is_file():  # A fifo might block.
-    raise UserError(f'{file} is no file: {zoo.where_to_get(file)}')
   return file
-
-
-def _unreadable(file, error: OSError):
-  return UserError(f'{file} cannot be read ({error.strerror or error}): give access')

@@ -11,7 +11,7 @@ import safetensors.numpy
 from etils import epath
 
 from jaxrobust.errors import UserError
-from jaxrobust.files import json_files, pickles
+from jaxrobust.files import arrays, json_files, pickles
 from jaxrobust.models import pytorch
 
 # BF16 is the upper half of a float.
@@ -102,15 +102,11 @@ def write(params, net_state, metadata: dict[str, str]) -> bytes:
 
 def metadata(path: epath.Path) -> dict[str, str]:
   """The text of a file, without reading its tensors; UserError if it is damaged."""
-  try:
-    with path.open('rb') as f:
-      start = f.read(8)
-      size = f.seek(0, 2)
-      length = _header_length(start, size, path)
-      f.seek(8)
-      header = json_files.parse(f.read(length), f'the header of {path}')
-  except OSError as e:
-    raise UserError(f'{path} cannot be read ({e.strerror or e})') from e
+  with arrays.open_file(path) as f:
+    start = f.read(8)
+    length = _header_length(start, f.seek(0, 2), path)
+    f.seek(8)
+    header = json_files.parse(f.read(length), f'the header of {path}')
   found = header.get('__metadata__', {})
   if type(found) is not dict or any(type(x) is not str for x in found.values()):
     raise _damaged(path, 'its metadata are no text')

@@ -13,8 +13,7 @@ from typing import NamedTuple
 from etils import epath
 
 from jaxrobust.config import dataset_info
-from jaxrobust.errors import UserError
-from jaxrobust.files import json_files
+from jaxrobust.files import arrays, json_files
 from jaxrobust.models import card as cards
 from jaxrobust.models import safetensors
 
@@ -174,21 +173,14 @@ def find(name_or_path: str) -> Found | None:
   if (workdir / 'config.json').exists():
     return Found(cards.from_workdir(workdir), workdir / 'checkpoint.npy')
   beside = cards.path_of(path)
-  if path.suffix and beside.is_file():
-    return Found(cards.from_json(_read(beside), str(beside)), path)
-  if path.suffix == '.safetensors' and path.is_file():
+  if path.suffix and beside.exists():
+    with arrays.open_file(beside) as file:
+      text = file.read(json_files.MAX_BYTES + 1)
+    return Found(cards.from_json(text, str(beside)), path)
+  if path.suffix == '.safetensors' and path.exists():
     text = safetensors.metadata(path).get('card')
     return Found(cards.from_json(text, str(path)), path) if text else None
   return None
-
-
-def _read(path: epath.Path) -> bytes:
-  """The bytes of a card, and one more than JSON may have where it is too long."""
-  try:
-    with path.open('rb') as f:
-      return f.read(json_files.MAX_BYTES + 1)
-  except OSError as e:
-    raise UserError(f'{path} cannot be read ({e.strerror or e}): give access') from e
 
 
 def where_to_get(path: epath.Path) -> str:
