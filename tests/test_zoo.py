@@ -180,7 +180,7 @@ def changed(**changes):
   [
     (changed(name=5), 'name must be text'),
     (changed(name='x' * 9999), 'name must be text of at most 200'),
-    (changed(dataset='cifar11\nx'), r'the data set cifar11\?x is unknown'),
+    (changed(dataset='cifar11\nx'), r'the data set cifar11 x is unknown'),
     (changed(dataset=['cifar10']), 'dataset must be text'),
     (changed(norm='linf9'), 'the norm linf9 is none of linf, l2, l1'),
     (changed(epsilon='8/255'), 'epsilon must be a number'),

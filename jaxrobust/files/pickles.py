@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxrobust.files.arrays import printable
+
 MAX_STEPS = 2**23  # instructions; an array needs some 30, a number in a list one
 MAX_DEPTH = 64  # of containers in containers
 _MAX_GROWTH = 16  # how often the parts of a pickle may be referred to, on average
@@ -41,7 +43,7 @@ class RefusedError(ValueError):
   """
 
   def __init__(self, module: str, name: str):
-    self.name = printable(f'{module}.{name}')
+    self.name = printable(f'{module}.{name}')[:80]
     super().__init__(f'it wants to run {self.name}, which is refused')
 
 
@@ -281,7 +283,8 @@ class ArrayUnpickler:
 
   def _dtype(self, code, align=False, copy=False):
     if type(code) is not str or code not in (*_NUMBERS, 'O', 'O4', 'O8'):
-      raise ValueError(f'it holds {printable(code)!r}, which are no plain numbers')
+      shown = printable(code)[:20] if type(code) is str else type(code).__name__
+      raise ValueError(f'it holds numbers of the type {shown}, which are not read')
     return _Dtype(code)
 
   def _reconstruct(self, kind, shape, code):
@@ -290,14 +293,16 @@ class ArrayUnpickler:
     return _Array()
 
   def _build_array(self, array, version, shape, dtype, is_fortran, content):
-    if array.value is not None or version != 1 or type(dtype) is not _Dtype:
+    check_shape(shape)
+    known = type(version) is int and version == 1 and type(is_fortran) in (bool, int)
+    if array.value is not None or not known or type(dtype) is not _Dtype:
       raise ValueError('it holds an array of an unknown kind')
     if dtype.code.startswith('O'):
       if type(content) is not list or shape != (len(content),):
         raise ValueError('it holds an array of objects that is no list')
       array.value = content
     else:
-      order = 'F' if is_fortran is True or is_fortran == 1 else 'C'
+      order = 'F' if is_fortran else 'C'
       array.value = self._numbers(content, dtype, shape, order)
     return array.value
 
@@ -354,12 +359,6 @@ def check_shape(shape) -> None:
     or not all(type(n) is int and 0 <= n <= _MAX_LENGTH for n in shape)
   ):
     raise ValueError('it holds an array whose shape is none')
-
-
-def printable(text: Any, most: int = 80) -> str:
-  """Text of a file that may stand in a message of one line."""
-  text = text if isinstance(text, str) else type(text).__name__
-  return ''.join(c if c.isprintable() else '?' for c in text[:most])
 
 
 _NDARRAY = Name()

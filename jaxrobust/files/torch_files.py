@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from jaxrobust.files import pickles
+from jaxrobust.files import arrays, pickles
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the older format
 _TYPES = {
@@ -124,7 +124,7 @@ class TorchFile:
     try:
       self._zip = zipfile.ZipFile(self._file)
     except _DAMAGE as e:
-      raise ValueError(pickles.printable(str(e))) from None
+      raise ValueError(arrays.printable(str(e))[:100]) from None
     members = self._zip.infolist()
     names = [member.filename for member in members]
     pickled = [name for name in names if re.fullmatch(r'[^/]*/data\.pkl', name)]
@@ -182,7 +182,7 @@ class TorchFile:
     try:
       return self._zip.read(name)
     except _DAMAGE as e:
-      raise ValueError(pickles.printable(str(e))) from None
+      raise ValueError(arrays.printable(str(e))[:100]) from None
 
 
 class _StorageType(NamedTuple):

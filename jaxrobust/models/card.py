@@ -14,7 +14,7 @@ from jaxrobust import config as configs
 from jaxrobust import models
 from jaxrobust.config import dataset_info
 from jaxrobust.errors import UserError
-from jaxrobust.files import json_files, pickles
+from jaxrobust.files import arrays, json_files
 from jaxrobust.models.architecture import Architecture
 from jaxrobust.runs import workdir as workdirs
 
@@ -214,4 +214,4 @@ def _dictionaries(values) -> tuple[dict, ...]:
 
 
 def _shown(text) -> str:
-  return pickles.printable(text, 40)
+  return arrays.printable(text)[:40]

@@ -16,7 +16,7 @@ from etils import epath
 
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.files import arrays, pickles
+from jaxrobust.files import arrays
 from jaxrobust.models import zoo
 from jaxrobust.runs import workdir as workdirs
 
@@ -78,8 +78,8 @@ def compare_checksum(path: epath.Path):
   elif (noted := _start_of(note).split()[:1]) != [sha256]:
     raise UserError(
       f'{path} is not the file of its first use: its sha256 is {sha256}, {note} says '
-      f'{pickles.printable("".join(noted))}; fetch it again, or remove the note if the '
-      'new file is meant'
+      f'{arrays.printable("".join(noted))[:80]}; fetch it again, or remove the note if '
+      'the new file is meant'
     )
 
 
@@ -160,7 +160,7 @@ def _fetch(url: str, part: epath.Path, tag: epath.Path):
       f'{part.with_name(part.stem)} by other means'
     ) from e
   except (OSError, http.client.HTTPException, ValueError) as e:
-    reason = pickles.printable(str(getattr(e, 'reason', None) or repr(e)), 200)
+    reason = arrays.printable(str(getattr(e, 'reason', None) or repr(e)))[:200]
     raise UserError(f'{url}: {reason}; {_AGAIN}') from e
   size = os.path.getsize(part)
   if whole is not None and size != whole:

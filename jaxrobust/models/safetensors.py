@@ -11,7 +11,7 @@ import safetensors.numpy
 from etils import epath
 
 from jaxrobust.errors import UserError
-from jaxrobust.files import arrays, json_files, pickles
+from jaxrobust.files import arrays, json_files
 from jaxrobust.models import pytorch
 
 # BF16 is the upper half of a float.
@@ -122,7 +122,7 @@ def _header_length(start: bytes, size: int, source) -> int:
 
 
 def _shown(text):
-  return pickles.printable(text, 40)
+  return arrays.printable(text)[:40]
 
 
 def _damaged(source, reason):
