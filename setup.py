@@ -48,7 +48,7 @@ setuptools.setup(
     'cuda': ['jax[cuda13]'],
     # The TPU's compiler, for jaxrobust.plan; it needs no TPU.
     'plan': ['libtpu'],
-    'torch': ['torch>=2.6'],  # to read and write .pt files
+    'torch': ['torch>=2.6'],  # to write .pt files
     'dev': [
       'pre-commit',
       'pytest>=8',

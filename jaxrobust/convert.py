@@ -22,8 +22,8 @@ Examples:
 Writes the file and its model card, PATH with the ending .json: data set, threat model,
 network, normalisation, accuracies with their protocol, checksum of the config. Before
 the file gets its name it is read back, and the logits of both on random images are
-compared; the largest difference is printed. Files of PyTorch need PyTorch installed
-(the others do not). There is no --workdir.
+compared; the largest difference is printed. Writing files of PyTorch needs PyTorch
+installed (reading them, and the others, does not). There is no --workdir.
 """
 
 import jax
@@ -34,6 +34,7 @@ from etils import epath
 
 from jaxrobust.config import dataset_info
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays
 from jaxrobust.models import architecture, parameter_files, zoo
 from jaxrobust.models import card as cards
 from jaxrobust.runs import cli
@@ -48,13 +49,13 @@ def main(config, workdir, from_: str, to: str):
     raise UserError(f'--workdir={workdir} is not for convert: write --from={workdir}')
   if not from_ or not to:
     raise UserError('give --from=PATH and --to=PATH (--help shows examples)')
-  target = epath.Path(to)
+  target = epath.Path(to).expanduser()
   if target.suffix not in parameter_files.SUFFIXES:
     raise UserError(
       f'--to={to}: the name must end in one of {", ".join(parameter_files.SUFFIXES)}'
     )
   found = zoo.find(from_)
-  source = found.path if found else epath.Path(from_)
+  source = found.path if found else epath.Path(from_).expanduser()
   variables = parameter_files.read(source)
   card = _card(config, found, source, variables[0])
   _check_target(target, card)
@@ -116,7 +117,12 @@ def _check_target(target, card):
   if target.exists():
     raise UserError(f'{target} exists: remove it, or give another --to')
   beside = cards.path_of(target)
-  if beside.exists() and beside.read_text() != card.to_json():
+  if not beside.exists():
+    return
+  text = card.to_json().encode()
+  with arrays.open_file(beside) as file:
+    is_same = file.read(len(text) + 1) == text
+  if not is_same:
     raise UserError(
       f'{beside} exists, and is the card of another checkpoint: give another --to'
     )

@@ -92,6 +92,22 @@ def test_another_version_is_not_mixed_in(server, tmp_path, etag):
   assert path.read_bytes() == CONTENT[::-1]
 
 
+@pytest.mark.parametrize('tag', [b'\xff\xfe', b'one\r\nHost: elsewhere', b'"' * 9999])
+def test_a_damaged_note_of_the_version_starts_anew(server, tmp_path, tag):
+  (tmp_path / 'x.npy.part').write_bytes(b'other')
+  (tmp_path / 'x.npy.part.etag').write_bytes(tag)
+  assert download.download(server.url, tmp_path / 'x.npy').read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize('note', [b'', b'\xff\xfe\n', b'0' * 9999])
+def test_a_damaged_note_of_the_checksum_is_told(tmp_path, note):
+  (tmp_path / 'x.npy').write_bytes(CONTENT)
+  (tmp_path / 'x.npy.sha256').write_bytes(note)
+  with pytest.raises(UserError, match='x.npy is not the file of its first use') as e:
+    download.compare_checksum(download.epath.Path(tmp_path / 'x.npy'))
+  assert '\n' not in str(e.value) and len(str(e.value)) < 1000
+
+
 def test_a_part_that_is_whole_or_too_long_is_fetched_anew(server, tmp_path):
   (tmp_path / 'x.npy.part').write_bytes(CONTENT + b'more')
   (tmp_path / 'x.npy.part.etag').write_text('"one"')

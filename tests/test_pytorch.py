@@ -6,6 +6,7 @@ Needs PyTorch: `.ci/run` installs its CPU build, `pip install -e '.[torch]'` any
 import io
 import itertools
 import os
+import zipfile
 
 import jax
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 
 from jaxrobust import models
 from jaxrobust.errors import UserError
+from jaxrobust.files import torch_files
 from jaxrobust.models import architecture, parameter_files, pytorch
+from tests.helpers import mutations
 from tests.helpers.random_variables import assert_same, random_variables
 
 torch = pytest.importorskip(
@@ -153,12 +156,33 @@ def test_a_short_run_keeps_all_but_the_last_bit_of_its_running_sums():
     )
 
 
-@pytest.mark.parametrize('nest', [None, 'state_dict', 'model_state_dict'])
-@pytest.mark.parametrize('prefix', ['', 'module.', 'module.model.'])
+@pytest.mark.parametrize(
+  'nest', [None, 'state_dict', 'model_state_dict', 'net', 'model', 'model_ema', 'ema']
+)
+@pytest.mark.parametrize(
+  'prefix',
+  ['', 'module.', 'module.model.', '_orig_mod.', 'module._orig_mod.', 'model.module.']
+  + ['net.', '1.'],
+)
 def test_other_wrappings_are_read(nest, prefix):
   state = {f'{prefix}{key}': x for key, x in state_dict('wrn-10-1').items()}
-  content = {nest: state, 'epoch': 3} if nest else state
+  beside = {'epoch': 3, 'accuracy': np.float64(0.5), 'optimizer': {'state': {0: {}}}}
+  content = {nest: state, **beside} if nest else state
   assert_same(pytorch.read(saved(content), 'x.pt'), random_variables('wrn-10-1', 10, 3))
+
+
+def test_numbers_beside_the_names_are_left_out():
+  beside = {'accuracy': np.float64(0.5), 'epoch': 3, 'n_averaged': torch.tensor(7)}
+  found = pytorch.read(saved(state_dict('wrn-10-1') | beside), 'x.pt')
+  assert_same(found, random_variables('wrn-10-1', 10, 3))
+
+
+def test_of_two_state_dicts_the_averaged_one_is_read(caplog):
+  other = {key: 0 * x for key, x in state_dict('wrn-10-1').items()}
+  content = {'model': other, 'ema': state_dict('wrn-10-1')}
+  found = pytorch.read(saved(content), 'x.pt')
+  assert_same(found, random_variables('wrn-10-1', 10, 3))
+  assert 'x.pt holds ema, model: ema is read' in caplog.text
 
 
 def test_half_precision_and_absent_counts_are_read():
@@ -172,10 +196,24 @@ def test_half_precision_and_absent_counts_are_read():
   assert net_state['wide_res_net/~/batchnorm/~/mean_ema']['counter'] == 0
 
 
-def test_buffers_of_the_normalisation_are_told(caplog):
-  state = state_dict() | {'mean': torch.full((3, 1, 1), 0.5)}
-  assert_same(pytorch.read(saved(state), 'x.pt'), random_variables('wrn-16-2', 10, 3))
-  assert 'x.pt says mean = [0.5, 0.5, 0.5]' in caplog.text
+@pytest.mark.parametrize(
+  'name, prefix, field',
+  [
+    ('mean', '', 'mean'),
+    ('mu', '', 'mean'),
+    ('sigma', 'model.', 'std'),
+    ('normalize.std', 'module.', 'std'),
+    ('0.mean', '1.', 'mean'),
+  ],
+)
+def test_buffers_of_the_normalisation_are_told(caplog, name, prefix, field):
+  state = {f'{prefix}{key}': x for key, x in state_dict('wrn-10-1').items()}
+  state[name] = torch.full((1, 3, 1, 1), 0.5)
+  found = pytorch.read(saved(state), 'x.pt')
+  assert_same(found, random_variables('wrn-10-1', 10, 3))
+  assert f'x.pt says {name} = [0.5, 0.5, 0.5]: compare it with model.{field}' in (
+    caplog.text
+  )
 
 
 def test_where_channels_do_not_change_the_two_conventions_differ():
@@ -248,7 +286,28 @@ def renamed(state):
       'has logits.weight_g, which',
     ),
     (lambda s: s.update({'logits.weight': 'text'}), 'something else than a state dict'),
-    (lambda s: s.clear(), 'it has none'),
+    (lambda s: s.clear(), 'it has no arrays'),
+    (
+      lambda s: s.update({f'odd{i}.weight': torch.zeros(2) for i in range(5000)}),
+      r'odd\d+ w is \(2,\), the network has none',
+    ),
+    (
+      lambda s: [s.update({f'ema.{k}': s[k] for k in [*s]}), s.pop('init_conv.weight')],
+      'is not a state dict of .* it has batchnorm.weight, .*, 157 more',
+    ),
+    (
+      lambda s: s.update({'batchnorm.num_batches_tracked': torch.zeros(3).long()}),
+      r'batchnorm.num_batches_tracked of int64 \[3\], and one count',
+    ),
+    (
+      lambda s: s.update({'batchnorm.num_batches_tracked': torch.tensor(-1)}),
+      'batchnorm.num_batches_tracked of int64',
+    ),
+    (
+      lambda s: s.update({'logits.bias': torch.zeros(10).long()}),
+      'logits.bias of int64; floats',
+    ),
+    (lambda s: s.update({'a\nb': torch.zeros(3)}), r'names that no network has: a b'),
   ],
 )
 def test_what_is_not_whole_is_told_in_one_line(change, words):
@@ -257,6 +316,124 @@ def test_what_is_not_whole_is_told_in_one_line(change, words):
   with pytest.raises(UserError, match=f'^theirs.pt.*{words}') as e:
     pytorch.read(saved(state), 'theirs.pt')
   assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize(
+  'tensor, words',
+  [
+    (lambda: torch.eye(2).to_sparse(), 'a sparse tensor'),
+    (lambda: torch.eye(2).to_sparse_csr(), 'a sparse tensor'),
+    (lambda: torch.zeros(2, device='meta'), 'a tensor without values'),
+    (lambda: torch.zeros(2).to(torch.float8_e4m3fn), 'such as float8'),
+    (lambda: torch.zeros(2, dtype=torch.complex64), 'complex numbers'),
+    (lambda: torch.zeros(2, dtype=torch.complex64).conj().imag, 'a view of another'),
+    (
+      lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+      'a nested tensor',
+    ),
+    (lambda: torch.nn.Linear(2, 2), 'wants to run torch.nn.modules.linear.Linear'),
+  ],
+)
+@pytest.mark.filterwarnings('ignore')  # These kinds are young, or old.
+def test_tensors_that_are_no_plain_arrays(tensor, words):
+  state = state_dict('wrn-10-1') | {'logits.bias': tensor()}
+  with pytest.raises(UserError, match=f'^theirs.pt .*{words}') as e:
+    pytorch.read(saved(state), 'theirs.pt')
+  assert '\n' not in str(e.value)
+
+
+def test_tensors_are_those_that_pytorch_reads():
+  """Views, other orders, types and both formats."""
+  base = torch.arange(24.0).reshape(4, 6)
+  content = {
+    'row': base[1],
+    'columns': base[:, ::2],
+    'turned': base.T,
+    'half': base.half(),
+    'brain': base.bfloat16() / 3,
+    'long': torch.tensor(5),
+    'bool': torch.tensor([True, False]),
+    'empty': torch.zeros(0, 3),
+    'trained': torch.nn.Parameter(base[2:]),
+  }
+  for zipped, protocol in itertools.product((True, False), (2, 4, 5)):
+    buffer = io.BytesIO()
+    torch.save(
+      content,
+      buffer,
+      _use_new_zipfile_serialization=zipped,
+      pickle_protocol=protocol,
+    )
+    file = torch_files.TorchFile(buffer)
+    assert file.content.keys() == content.keys()
+    for key, x in content.items():
+      x = x.detach()
+      wanted = (x.float() if key in ('half', 'brain') else x).numpy()
+      found = file.array(file.content[key])
+      assert found.dtype == wanted.dtype
+      np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize('change', ['shape', 'strides', 'offset', 'count', 'expanded'])
+def test_a_tensor_beyond_its_numbers_is_refused(change):
+  file = torch_files.TorchFile(io.BytesIO(saved({'x': torch.zeros(4, 6)})))
+  tensor = file.content['x']
+  wrong = {
+    'shape': {'shape': (4, 7), 'strides': (7, 1)},
+    'strides': {'strides': (7, 1)},
+    'offset': {'offset': 1},
+    'count': {'storage': tensor.storage._replace(count=2**40)},
+    'expanded': {'shape': (2**30, 2**30), 'strides': (0, 0)},
+  }
+  with pytest.raises(ValueError, match='its numbers|another length'):
+    file.array(tensor._replace(**wrong[change]))
+
+
+def test_a_compressed_archive_is_refused():
+  """A few bytes of it could be gigabytes."""
+  buffer = io.BytesIO()
+  whole = zipfile.ZipFile(io.BytesIO(saved({'x': torch.zeros(100)})))
+  with zipfile.ZipFile(buffer, 'w', zipfile.ZIP_DEFLATED) as archive:
+    for name in whole.namelist():
+      archive.writestr(name, whole.read(name))
+  with pytest.raises(UserError, match=r'^x.pt is not .*: .*compressed members'):
+    pytorch.read(buffer.getvalue(), 'x.pt')
+
+
+def test_damaged_copies_are_read_or_refused_in_a_line():
+  """Of both formats whole, and of the pickle alone, which the archive protects."""
+  content = {'logits.weight': torch.ones(2, 3), 'n': torch.tensor(5), 'best': 0.5}
+  content = {'state_dict': content, 'epoch': 3}
+  old = io.BytesIO()
+  torch.save(content, old, _use_new_zipfile_serialization=False)
+  new = saved(content)
+  members = zipfile.ZipFile(io.BytesIO(new))
+
+  def archive(pickled):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, 'w') as whole:
+      for name in members.namelist():
+        is_pickle = name.endswith('data.pkl')
+        whole.writestr(name, pickled if is_pickle else members.read(name))
+    return buffer.getvalue()
+
+  copies = itertools.chain(
+    mutations.mutations(old.getvalue(), 300),
+    mutations.mutations(new, 300),
+    map(archive, mutations.mutations(members.read('archive/data.pkl'), 300)),
+  )
+  for damaged in copies:
+    with pytest.raises(UserError, match=r'^x\.pt [^\n]{1,600}$'):
+      pytorch.read(damaged, 'x.pt')  # Whole, it is of no network, either.
+    try:
+      file = torch_files.TorchFile(io.BytesIO(damaged))
+      tensors = file.content['state_dict'].values()
+      found = [file.array(x) for x in tensors if isinstance(x, torch_files.Tensor)]
+      assert sum(x.nbytes for x in found) <= 2 * len(damaged)
+    except ValueError as e:
+      assert '\n' not in str(e)
+    except (KeyError, AttributeError, TypeError):
+      pass  # Of this test, where no state dict is left.
 
 
 @pytest.mark.parametrize('length', [0, 10, 5000, -1])

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import os
 
 import pytest
 from etils import epath
@@ -12,6 +13,7 @@ from jaxrobust import config as configs
 from jaxrobust.errors import UserError
 from jaxrobust.models import architecture, parameter_files, zoo
 from jaxrobust.models import card as cards
+from tests.helpers import mutations
 from tests.helpers.random_variables import random_variables
 
 
@@ -159,9 +161,122 @@ def test_a_damaged_card_is_told_in_one_line(tmp_path, text):
       f'"{text[:-1]}0"' if text == 'cifar11' else '"linf"', f'"{text}"'
     )
   (tmp_path / 'x.json').write_text(text)
-  with pytest.raises(UserError, match='x.json is not a model card') as e:
+  with pytest.raises(UserError, match='x.json is not .*: remove it and say') as e:
     zoo.find(str(tmp_path / 'x.pt'))
   assert '\n' not in str(e.value)
+
+
+def changed(**changes):
+  """A card with other values; fields of its model begin with `model_`."""
+  values = json.loads(zoo.ENTRIES['cifar10_linf_wrn28-10_ddpm_v2'].to_json())
+  for field, value in changes.items():
+    target = values['model'] if field.startswith('model_') else values
+    target[field.removeprefix('model_')] = value
+  return json.dumps(values)
+
+
+@pytest.mark.parametrize(
+  'content, words',
+  [
+    (changed(name=5), 'name must be text'),
+    (changed(name='x' * 9999), 'name must be text of at most 200'),
+    (changed(dataset='cifar11\nx'), r'the data set cifar11 x is unknown'),
+    (changed(dataset=['cifar10']), 'dataset must be text'),
+    (changed(norm='linf9'), 'the norm linf9 is none of linf, l2, l1'),
+    (changed(epsilon='8/255'), 'epsilon must be a number'),
+    (changed(epsilon=-1), 'epsilon must not be negative'),
+    (changed(epsilon=True), 'epsilon must be a number'),
+    (changed(epsilon=10**400), 'epsilon must be a number'),
+    (changed(accuracies={'a': 1}), 'accuracies must be a list of objects'),
+    (changed(accuracies=[5]), 'accuracies must be a list of objects'),
+    (changed(source=None), 'source must be text'),
+    (changed(config_sha256=5), 'config_sha256 must be text'),
+    (changed(model=5), 'its model is none'),
+    (changed(model={}), 'its model is none: name, activation'),
+    (changed(model_mean=0.5), 'model.mean is no list'),
+    (changed(model_mean=[0.5]), 'a value for each of 3 channels'),
+    (changed(model_mean=[0.5] * 10**5), 'model.mean is no list'),
+    (changed(model_std=[1, 1, 0]), 'model.std must be above 0'),
+    (changed(model_std=[1, 1, None]), 'model.std must be a number'),
+    (changed(model_padding=-1), 'model.padding must be a number of pixels, 0 to 64'),
+    (changed(model_padding=2.5), 'model.padding must be'),
+    (changed(model_padding=10**9), 'model.padding must be'),
+    (changed(model_name='wrn-99999994-1'), "model.name = 'wrn-99999994-1'"),
+    (changed(model_name='wrn-' + '9' * 150 + '-1'), 'model.name = '),
+    (changed(model_activation='system'), "model.activation = 'system'"),
+    (b'5', 'not as expected'),
+    (b'[' * 10**5, 'nested too deeply'),
+    (b'{"name": "\xff"}', 'not JSON'),
+    (b'{"epsilon": Infinity}', 'not a finite number'),
+  ],
+)
+def test_a_card_that_cannot_be_meant(tmp_path, content, words):
+  content = content if isinstance(content, bytes) else content.encode()
+  (tmp_path / 'x.json').write_bytes(content)
+  with pytest.raises(UserError, match=rf'x\.json .*{words}.*: remove it') as e:
+    zoo.find(str(tmp_path / 'x.pt'))
+  assert '\n' not in str(e.value) and len(str(e.value)) < 600
+
+
+def test_damaged_copies_of_a_card_are_read_or_refused_in_a_line(tmp_path):
+  path, taken = tmp_path / 'x.json', 0
+  for damaged in mutations.mutations(changed().encode(), 800):
+    path.write_bytes(damaged)
+    try:
+      card = zoo.find(str(tmp_path / 'x.pt')).card
+    except UserError as e:
+      assert str(e).startswith(str(path)) and '\n' not in str(e)
+      assert len(str(e)) < len(str(path)) + 600
+    else:
+      taken += 1
+      assert card.build() and card.architecture and json.loads(card.to_json())
+  assert 50 < taken < 400
+
+
+def test_2000_blocks_in_a_group_are_refused_before_a_network_is_built():
+  params, _ = architecture.template(architecture.Architecture('wrn-10-1', 10, 3))
+  block = params['wide_res_net/~/resnet_lay_0_block_0/~/conv_0']
+  params |= {
+    f'wide_res_net/~/resnet_lay_0_block_{i}/~/conv_0': block for i in range(2000)
+  }
+  with pytest.raises(UserError, match=r'x.npy has 2000 blocks .* at most 41 blocks'):
+    architecture.infer(params, 'x.npy')
+
+
+def test_the_deepest_networks_are_still_known():
+  wanted = architecture.Architecture('wrn-106-16', 10, 3)
+  assert architecture.infer(architecture.template(wanted)[0], 'x') == wanted
+
+
+@pytest.mark.parametrize('suffix', ['.npy', '.pt', '.safetensors'])
+def test_a_fifo_is_no_checkpoint(tmp_path, suffix):
+  """Reading one would wait for ever."""
+  os.mkfifo(tmp_path / f'x{suffix}')
+  os.mkfifo(tmp_path / 'x.json')
+  with pytest.raises(UserError, match=r'x\.json is no file'):
+    zoo.find(str(tmp_path / f'x{suffix}'))
+  with pytest.raises(UserError, match=f'x{suffix} is no file'):
+    parameter_files.read(tmp_path / f'x{suffix}')
+
+
+def test_a_file_of_gigabytes_of_nothing(tmp_path):
+  for suffix in parameter_files.SUFFIXES:
+    path = tmp_path / f'x{suffix}'
+    with open(path, 'wb') as f:
+      f.truncate(2**40)
+    with pytest.raises(UserError, match=f'x{suffix} (has|is not)'):
+      parameter_files.read(path)
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  path = epath.Path(tmp_path / 'x.npy')
+  parameter_files.export_npy(path, *random_variables('wrn-10-1', 10, 1))
+  cards.path_of(path).write_text(changed())
+  assert parameter_files.read('~/x.npy')
+  assert zoo.find('~/x.npy').path == path
+  monkeypatch.setenv('JAXROBUST_MODELS', '~/models')
+  assert zoo.folder() == epath.Path(tmp_path / 'models')
 
 
 def test_a_released_file_is_compared_with_its_first_use(folder):

@@ -25,6 +25,7 @@ ACTIVATIONS = (
   'mish',
   'tanh',
 )
+MAX_DEPTH = 250  # of wide residual networks; 106 is the deepest published
 
 
 class Model(NamedTuple):
@@ -151,11 +152,11 @@ def _network(name, num_classes, activation, group_size, remat):
   """Makes the Haiku module, when called inside a transformed function."""
   if name == 'preact-resnet-18':
     return lambda: PreActResNet18(num_classes, activation, group_size, remat)
-  match = re.fullmatch(r'wrn-(\d+)-(\d+)', name)
+  match = re.fullmatch(r'wrn-([0-9]{1,4})-([0-9]{1,4})', name)
   depth, width = (int(n) for n in match.groups()) if match else (0, 0)
-  if depth < 10 or (depth - 4) % 6 or width < 1:
+  if not 10 <= depth <= MAX_DEPTH or (depth - 4) % 6 or width < 1:
     raise UserError(
       f'model.name = {name!r}: use preact-resnet-18, or wrn-DEPTH-WIDTH with a '
-      'DEPTH of 10, 16, 22, 28, … (6 n + 4), such as wrn-28-10'
+      f'DEPTH of 10, 16, 22, 28, …, {MAX_DEPTH} (6 n + 4), such as wrn-28-10'
     )
   return lambda: WideResNet(depth, width, num_classes, activation, group_size, remat)

@@ -11,6 +11,7 @@ from jaxrobust.errors import UserError
 
 # Haiku's name of a network → its first layer, by which files are told apart.
 FIRST_LAYERS = {'wide_res_net': 'init_conv', 'preact_res_net': 'conv_2d'}
+_MAX_BLOCKS = (models.MAX_DEPTH - 4) // 6
 
 
 class Architecture(NamedTuple):
@@ -59,7 +60,7 @@ def infer(params: Mapping, source: str) -> Architecture:
   if stem is None:
     # Names are not guessed from the order of shapes: a block has two layers of one
     # shape, and exchanged they would give a network that runs, and is wrong.
-    names = ', '.join(sorted(params)[:2]) or 'nothing'
+    names = ', '.join(name[:80] for name in sorted(params)[:2]) or 'nothing'
     raise UserError(
       f'{source} has {names} … for names, and neither '
       f'network here has: they start with {" or ".join(first)}; if there is a .pt of '
@@ -73,6 +74,11 @@ def infer(params: Mapping, source: str) -> Architecture:
   group = f'{family}/~/resnet_lay_0_block_'
   blocks = {m.removeprefix(group).split('/')[0] for m in params if m.startswith(group)}
   width = shape(f'{group}0/~/conv_0')[-1] // 16
+  if len(blocks) > _MAX_BLOCKS or not width:
+    raise UserError(
+      f'{source} has {len(blocks)} blocks of {width} times 16 channels in its first '
+      f'group: networks of at most {_MAX_BLOCKS} blocks a group are known here'
+    )
   return Architecture(f'wrn-{6 * len(blocks) + 4}-{width}', num_classes, channels)
 
 

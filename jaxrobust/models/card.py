@@ -14,11 +14,15 @@ from jaxrobust import config as configs
 from jaxrobust import models
 from jaxrobust.config import dataset_info
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays, json_files
 from jaxrobust.models.architecture import Architecture
 from jaxrobust.runs import workdir as workdirs
 
 _MODEL_FIELDS = ('name', 'activation', 'mean', 'std', 'padding')
 _NORMS = ('linf', 'l2', 'l1')
+_MAX_PADDING = 64  # pixels on each side
+_LARGEST = 1e6  # of any number in it
+_REMEDY = 'remove it and say what the network is, by --config'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Card:
     return json.dumps(dataclasses.asdict(self) | sizes, indent=2) + '\n'
 
 
-def from_json(text: str, source: str) -> Card:
+def from_json(text: bytes | str, source: str) -> Card:
   """Reads a card.
 
   Args:
@@ -80,22 +84,34 @@ def from_json(text: str, source: str) -> Card:
     UserError: if it is not a card.
   """
   try:
-    values = json.loads(text)
+    values = json_files.parse(text, source)
+  except UserError as e:
+    raise UserError(f'{e}: {_REMEDY}') from e
+  try:
+    if missing := [f.name for f in dataclasses.fields(Card) if f.name not in values]:
+      raise ValueError(f'it lacks {", ".join(missing)}')
     card = Card(
-      **{f.name: values[f.name] for f in dataclasses.fields(Card)}
-      | {
-        'model': _model(values['model']),
-        'epsilon': float(values['epsilon']),
-        'accuracies': tuple(values['accuracies']),
-      }
+      name=_text(values, 'name'),
+      dataset=_text(values, 'dataset'),
+      norm=_text(values, 'norm'),
+      epsilon=_number(values['epsilon'], 'epsilon'),
+      model=_checked_model(values['model']),
+      accuracies=_dictionaries(values['accuracies']),
+      source=_text(values, 'source', 2**12),
+      config_sha256=values['config_sha256'] and _text(values, 'config_sha256'),
     )
-    if card.dataset not in dataset_info.INFO or card.norm not in _NORMS:
-      raise ValueError(f'{card.dataset} {card.norm}')
-  except (ValueError, KeyError, TypeError) as e:
-    raise UserError(
-      f'{source} is not a model card ({type(e).__name__}: {e}): remove it and say what '
-      'the network is, by --config'
-    ) from e
+    if card.dataset not in dataset_info.INFO:
+      raise ValueError(f'the data set {_shown(card.dataset)} is unknown')
+    if card.norm not in _NORMS:
+      raise ValueError(f'the norm {_shown(card.norm)} is none of {", ".join(_NORMS)}')
+    if card.epsilon < 0:
+      raise ValueError('epsilon must not be negative')
+    channels = dataset_info.INFO[card.dataset].image_shape[-1]
+    if {len(card.model[field]) for field in ('mean', 'std')} != {channels}:
+      raise ValueError(f'mean and std need a value for each of {channels} channels')
+    card.build()  # A network of that name exists.
+  except ValueError as e:
+    raise UserError(f'{source} is not a model card ({e}): {_REMEDY}') from e
   return card
 
 
@@ -157,3 +173,45 @@ def _model(values) -> dict:
   numbers = lambda x: tuple(float(v) for v in x)
   read = {'mean': numbers, 'std': numbers, 'padding': int}
   return {field: read.get(field, str)(values[field]) for field in _MODEL_FIELDS}
+
+
+def _checked_model(values) -> dict:
+  """The same from JSON of others; ValueError for what cannot be meant."""
+  if type(values) is not dict or not values.keys() >= set(_MODEL_FIELDS):
+    raise ValueError(f'its model is none: {", ".join(_MODEL_FIELDS)} are needed')
+  numbers = {}
+  for field in ('mean', 'std'):
+    if type(values[field]) is not list or len(values[field]) > 4:
+      raise ValueError(f'model.{field} is no list of a number a channel')
+    numbers[field] = tuple(_number(x, f'model.{field}') for x in values[field])
+  if min(numbers['std'], default=0) <= 0:
+    raise ValueError('model.std must be above 0')
+  padding = values['padding']
+  if type(padding) is not int or not 0 <= padding <= _MAX_PADDING:
+    raise ValueError(f'model.padding must be a number of pixels, 0 to {_MAX_PADDING}')
+  words = {field: _text(values, field) for field in ('name', 'activation')}
+  return {
+    field: (words | numbers | {'padding': padding})[field] for field in _MODEL_FIELDS
+  }
+
+
+def _text(values, field, most=200) -> str:
+  if type(text := values[field]) is not str or len(text) > most:
+    raise ValueError(f'{field} must be text of at most {most} letters')
+  return text
+
+
+def _number(value, field) -> float:
+  if type(value) not in (int, float) or not -_LARGEST <= value <= _LARGEST:
+    raise ValueError(f'{field} must be a number, up to {_LARGEST:g}')
+  return float(value)
+
+
+def _dictionaries(values) -> tuple[dict, ...]:
+  if type(values) is not list or not all(type(x) is dict for x in values):
+    raise ValueError('accuracies must be a list of objects')
+  return tuple(values)
+
+
+def _shown(text) -> str:
+  return arrays.printable(text)[:40]

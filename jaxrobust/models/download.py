@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import http.client
 import os
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -15,11 +16,14 @@ from etils import epath
 
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays
 from jaxrobust.models import zoo
 from jaxrobust.runs import workdir as workdirs
 
 _CHUNK = 1 << 20  # bytes
 _TIMEOUT = 60  # seconds without a byte
+_MAX_NOTE = 2**10  # bytes
+_ETAG = re.compile(r'(W/)?"[!#-~]*"')  # a version of a file, as servers say it
 _AGAIN = 'run the same command again, it goes on from there'
 
 
@@ -40,7 +44,7 @@ def download(url: str, path: str | epath.Path) -> epath.Path:
     UserError: if the server refuses, answers with a page, or breaks off; if the file
       is not the one whose checksum was noted.
   """
-  path = epath.Path(path)
+  path = epath.Path(path).expanduser()
   if not path.exists():
     part = path.with_name(f'{path.name}.part')
     _fetch(url, part, path.with_name(f'{path.name}.part.etag'))
@@ -60,7 +64,7 @@ def compare_checksum(path: epath.Path):
   """
   note = path.with_name(f'{path.name}.sha256')
   digest = hashlib.sha256()
-  with path.open('rb') as f:
+  with arrays.open_file(path) as f:
     while chunk := f.read(_CHUNK):
       digest.update(chunk)
   sha256 = digest.hexdigest()
@@ -71,10 +75,11 @@ def compare_checksum(path: epath.Path):
       workdirs.write(note, f'{sha256}  {path.name}\n')
     except OSError as e:  # Somebody else's folder.
       logging.warning('the sha256 of %s is not noted: %s', path, e.strerror)
-  elif (noted := note.read_text().split()[:1]) != [sha256]:
+  elif (noted := _start_of(note).split()[:1]) != [sha256]:
     raise UserError(
       f'{path} is not the file of its first use: its sha256 is {sha256}, {note} says '
-      f'{"".join(noted)}; fetch it again, or remove the note if the new file is meant'
+      f'{arrays.printable("".join(noted))[:80]}; fetch it again, or remove the note if '
+      'the new file is meant'
     )
 
 
@@ -101,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
           f'{name!r} is no released checkpoint: without a name, the command lists them'
         )
       file = name + (args.suffix or zoo.usual_suffix(name))
-      folder = epath.Path(args.folder) if args.folder else zoo.folder()
+      folder = epath.Path(args.folder).expanduser() if args.folder else zoo.folder()
       print(download(args.url + file, folder / file))
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
@@ -112,7 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fetch(url: str, part: epath.Path, tag: epath.Path):
   """Writes the rest of a file to `part`; `tag` holds the version that it is of."""
   start = os.path.getsize(part) if part.exists() and tag.exists() else 0
-  headers = {'Range': f'bytes={start}-', 'If-Range': tag.read_text()} if start else {}
+  version = _start_of(tag) if start else ''
+  start = start if _ETAG.fullmatch(version) else 0
+  headers = {'Range': f'bytes={start}-', 'If-Range': version} if start else {}
   try:
     part.parent.mkdir(parents=True, exist_ok=True)
     request = urllib.request.Request(url, headers=headers)
@@ -122,7 +129,7 @@ def _fetch(url: str, part: epath.Path, tag: epath.Path):
       if response.status != http.client.PARTIAL_CONTENT:
         start = 0  # Another version by now, or a server that cannot go on.
       length = response.headers.get('Content-Length')
-      whole = None if length is None else start + int(length)
+      whole = start + int(length) if (length or '').isdecimal() else None
       with (
         open(part, 'ab' if start else 'wb') as f,
         tqdm.tqdm(
@@ -142,6 +149,8 @@ def _fetch(url: str, part: epath.Path, tag: epath.Path):
         while chunk := response.read(_CHUNK):
           f.write(chunk)
           progress.update(len(chunk))
+  except UserError:
+    raise
   except urllib.error.HTTPError as e:
     if e.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
       part.unlink()
@@ -150,8 +159,9 @@ def _fetch(url: str, part: epath.Path, tag: epath.Path):
       f'{url}: the server says {e.code} {e.reason}; put the file at '
       f'{part.with_name(part.stem)} by other means'
     ) from e
-  except (OSError, http.client.HTTPException) as e:
-    raise UserError(f'{url}: {getattr(e, "reason", None) or e!r}; {_AGAIN}') from e
+  except (OSError, http.client.HTTPException, ValueError) as e:
+    reason = arrays.printable(str(getattr(e, 'reason', None) or repr(e)))[:200]
+    raise UserError(f'{url}: {reason}; {_AGAIN}') from e
   size = os.path.getsize(part)
   if whole is not None and size != whole:
     raise UserError(f'{url}: {size} of {whole} bytes came; {_AGAIN}')
@@ -161,6 +171,12 @@ def _fetch(url: str, part: epath.Path, tag: epath.Path):
       raise UserError(f'{url} answers with a page or nothing, not with a file')
   tag.unlink(missing_ok=True)
   return None
+
+
+def _start_of(note: epath.Path) -> str:
+  """The text of a small file, of which a damaged one may have more."""
+  with arrays.open_file(note) as f:
+    return f.read(_MAX_NOTE).decode('latin1')
 
 
 def _parser() -> argparse.ArgumentParser:

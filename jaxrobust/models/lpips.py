@@ -15,10 +15,11 @@ Images of 32x32 pixels have 5,760 features, those of 64x64 31,872.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays
+from jaxrobust.models import safetensors
 
 # Name of a convolution, its stride and padding, and whether a maximum precedes it.
 _LAYERS = (
@@ -30,6 +31,8 @@ _LAYERS = (
 )
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of [-1, 1]
 _EPSILON = 1e-10  # added to the length of channels
+_REMEDY = 'make it as jaxrobust/models/lpips.py says'
+_MAX_BYTES = 2**26  # of the file, which has 10 MB
 _LEAST_SIZE = 31  # of height and width; of less nothing is left at the third layer
 
 
@@ -46,32 +49,37 @@ def read(path: epath.Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
   Raises:
     UserError: The file is absent, damaged or holds something else.
   """
-  try:
-    state = safetensors.numpy.load(path.read_bytes())
-    layers = []
-    for number, (name, *_) in enumerate(_LAYERS):
-      head = next(
-        key
-        for key in (f'lin{number}.model.1.weight', f'lins.{number}.model.1.weight')
-        if key in state
+  path = path.expanduser()
+  if not path.exists():
+    raise UserError(f'{path} gives no LPIPS by AlexNet (it is absent): {_REMEDY}')
+  with arrays.open_file(path) as file:
+    # One byte more than it may have is found to be too many.
+    state = safetensors.tensors(file.read(_MAX_BYTES + 1), str(path))
+  layers, before = [], 3
+  for number, (name, *_) in enumerate(_LAYERS):
+    heads = (f'lin{number}.model.1.weight', f'lins.{number}.model.1.weight')
+    head = next((key for key in heads if key in state), heads[0])
+    kernel, bias, weights = (
+      state.get(key, np.zeros(())) for key in (f'{name}.weight', f'{name}.bias', head)
+    )
+    after = len(bias) if bias.ndim else 0
+    if (
+      kernel.ndim != 4
+      or kernel.shape[:2] != (after, before)
+      or (weights.size, bias.size) != (after, after)
+      or any(x.dtype.kind != 'f' for x in (kernel, bias, weights))
+    ):
+      raise UserError(
+        f'{path} gives no LPIPS by AlexNet ({name}.weight, {name}.bias or {head} is '
+        f'absent, or of another shape): {_REMEDY}'
       )
-      kernel = state[f'{name}.weight'].transpose(2, 3, 1, 0)
-      wide = (1, 1, 1, kernel.shape[-1])
-      bias, weights = state[f'{name}.bias'], state[head]
-      layers.append((kernel, bias.reshape(wide), weights.reshape(wide)))
-      if weights.min() < 0:
-        raise ValueError(f'{head} is negative')
-  except (
-    OSError,
-    safetensors.SafetensorError,
-    ValueError,
-    KeyError,
-    StopIteration,
-  ) as e:
-    raise UserError(
-      f'{path} gives no LPIPS by AlexNet ({type(e).__name__}: {e}): make it as '
-      'jaxrobust/models/lpips.py says'
-    ) from e
+    if weights.min() < 0:
+      raise UserError(
+        f'{path} gives no LPIPS by AlexNet ({head} is negative): {_REMEDY}'
+      )
+    wide, before = (1, 1, 1, after), after
+    kernel = kernel.transpose(2, 3, 1, 0)
+    layers.append((kernel, bias.reshape(wide), weights.reshape(wide)))
   return layers
 
 

@@ -1,17 +1,27 @@
 """Files of parameters and BatchNorm state, in all formats."""
 
 import io
+import re
+from typing import BinaryIO
 
 import jax
 import numpy as np
 from etils import epath
 
 from jaxrobust.errors import UserError
-from jaxrobust.files import pickles
+from jaxrobust.files import arrays, pickles
 from jaxrobust.models import architecture, download, pytorch, safetensors, zoo
 from jaxrobust.runs import workdir as workdirs
 
 SUFFIXES = ('.npy', '.pt', '.pth', '.safetensors')
+
+_MAX_BYTES = 2**34  # of a file; the largest released one has 1.7 GB
+_MAX_ARRAYS = 2**16  # in parameters or state; the largest released ones have some 500
+_MAX_NAME = 200
+# Of a `.npy` file of two objects.
+_HEADER = re.compile(
+  rb"{'descr': '\|O[48]?', 'fortran_order': (True|False), 'shape': \(2L?,\), } *\n?"
+)
 
 
 def export_npy(path: epath.Path, params, net_state):
@@ -46,30 +56,59 @@ def import_npy(path: str):
   """
   file = _existing(path)
   try:
-    buffer = io.BytesIO(file.read_bytes())
-    version = np.lib.format.read_magic(buffer)
-    read_header = (
-      np.lib.format.read_array_header_1_0
-      if version == (1, 0)
-      else np.lib.format.read_array_header_2_0
-    )
-    shape, _, dtype = read_header(buffer)
-    if shape != (2,) or not dtype.hasobject:
-      raise ValueError(f'it holds an array {shape} of {dtype}')
-    params, net_state = pickles.ArrayUnpickler(buffer).load()
-  except Exception as e:  # Whatever a damaged header or pickle may raise.
-    raise UserError(f'{file} is not a checkpoint of (parameters, state): {e}') from e
-  for tree in (params, net_state):
-    if (
-      not isinstance(tree, dict)
-      or not all(isinstance(module, str) for module in tree)
-      or not all(
-        isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in 'fiub'
-        for leaf in jax.tree.leaves(tree)
-      )
-    ):
-      raise UserError(f'{file} holds something else than dictionaries of numbers')
+    with arrays.open_file(file) as f:
+      _skip_header(f)
+      content = pickles.ArrayUnpickler(f).load()
+    if type(content) is not list or len(content) != 2:
+      raise ValueError('it holds no pair')
+  except UserError:
+    raise
+  except ValueError as e:
+    raise UserError(
+      f'{file} is not a checkpoint of (parameters, state): {e}; fetch or make it again'
+    ) from e
+  for tree in content:
+    _check_tree(tree, file)
+  params, net_state = content
   return params, net_state
+
+
+def _skip_header(file: BinaryIO):
+  """Reads up to the pickle of a pair of objects; ValueError if there is none."""
+  start = file.read(8)
+  width = {b'\1\0': 2, b'\2\0': 4, b'\3\0': 4}.get(start[6:])
+  if start[:6] != b'\x93NUMPY' or width is None:
+    raise ValueError('it does not begin as a .npy file')
+  length = int.from_bytes(file.read(width), 'little')
+  if length > 2**12 or not _HEADER.fullmatch(file.read(length)):
+    raise ValueError('its header is not that of two objects')
+
+
+def _check_tree(tree, file):
+  """Refuses what is not a dictionary of dictionaries of numbers."""
+  is_named = lambda x: (
+    type(x) is dict
+    and all(
+      type(key) is str and len(key) <= _MAX_NAME and key.isprintable() for key in x
+    )
+  )
+  if (
+    not is_named(tree)
+    or not all(type(leaves) is dict for leaves in tree.values())
+    # Before they are looked at: one may stand there many times.
+    or sum(map(len, tree.values())) > _MAX_ARRAYS
+    or not all(
+      is_named(leaves)
+      and all(isinstance(x, np.ndarray | np.generic) for x in leaves.values())
+      for leaves in tree.values()
+    )
+  ):
+    kinds = {type(x).__name__ for x in tree.values()} if type(tree) is dict else ()
+    what = f'a dictionary of {", ".join(sorted(kinds)[:4])}'
+    raise UserError(
+      f'{file} holds something else than dictionaries of numbers by module and name: '
+      f'{what if kinds else type(tree).__name__}'
+    )
 
 
 def export(path: epath.Path, params, net_state, metadata: dict[str, str]):
@@ -111,17 +150,28 @@ def read(path: str):
     UserError: if the file is absent, damaged, of no known format or network, not
       harmless, or not the one that was read before.
   """
-  file = epath.Path(path)
+  file = epath.Path(path).expanduser()
   file = _existing(file / 'checkpoint.npy' if file.is_dir() else file)
-  if file.stem in zoo.ENTRIES:
-    download.compare_checksum(file)
-  if file.suffix == '.npy':
-    return import_npy(file)
-  if file.suffix == '.safetensors':
-    return safetensors.read(file.read_bytes(), str(file))
-  if file.suffix in SUFFIXES:
-    return pytorch.read(file.read_bytes(), str(file))
-  raise UserError(f'{file}: the name must end in one of {", ".join(SUFFIXES)}')
+  if file.suffix not in SUFFIXES:
+    raise UserError(f'{file}: the name must end in one of {", ".join(SUFFIXES)}')
+  try:
+    if file.stem in zoo.ENTRIES:
+      download.compare_checksum(file)
+    if file.suffix == '.npy':
+      return import_npy(file)
+    reader = safetensors if file.suffix == '.safetensors' else pytorch
+    with arrays.open_file(file) as f:
+      if (size := f.seek(0, 2)) > _MAX_BYTES:
+        raise UserError(
+          f'{file} has {size} bytes; checkpoints of more than {_MAX_BYTES} are not read'
+        )
+      f.seek(0)
+      raw = f.read()
+    return reader.read(raw, str(file))
+  except OSError as e:
+    raise UserError(f'{file} cannot be read ({e.strerror or e})') from e
+  except MemoryError as e:
+    raise UserError(f'{file} needs more memory than there is') from e
 
 
 def load(path: str, model):
@@ -171,7 +221,7 @@ def check_fits(path: str, found, wanted):
 
 def _existing(path) -> epath.Path:
   """The path of a file that is there."""
-  file = epath.Path(path)
+  file = epath.Path(path).expanduser()
   if not file.exists():
     raise UserError(f'no checkpoint at {file}: {zoo.where_to_get(file)}')
   return file

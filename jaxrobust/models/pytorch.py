@@ -24,7 +24,6 @@ have, and one without it cannot be read: no projection gives the raw input back.
 """
 
 import io
-import pickle
 import re
 from collections.abc import Mapping
 
@@ -32,14 +31,21 @@ import numpy as np
 from absl import logging
 
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays, pickles, torch_files
 from jaxrobust.models import architecture
 from jaxrobust.models.batch_norm import DECAY
 
 _STATISTICS = {'mean_ema': 'running_mean', 'var_ema': 'running_var'}
 _COUNT = 'num_batches_tracked'
 _NORM = {'weight', 'bias', _COUNT, *_STATISTICS.values()}
-_PREFIXES = ('module.', 'model.')  # of DataParallel, and of RobustBench's wrappers
-_NESTED = ('model_state_dict', 'state_dict')
+# Before all names: of DataParallel, of a compiled network, of wrappers that normalise,
+# of torch.nn.Sequential.
+_PREFIX = re.compile(r'((module|model|net|_orig_mod|[0-9]+)\.)*')
+# Of state dicts inside what was saved; averaged ones first, which are evaluated.
+_NESTED = ('model_ema', 'ema', 'model_state_dict', 'state_dict', 'model', 'net')
+# Buffers of wrappers that normalise; here they belong to the config.
+_NORMALISATION = {'mean': 'mean', 'mu': 'mean', 'std': 'std', 'sigma': 'std'}
+_MAX_NAME, _MAX_COUNT = 200, 2**31
 _INSTALL = "install PyTorch 2.6 or newer (from a clone: pip install -e '.[torch]')"
 
 
@@ -77,7 +83,8 @@ def from_state_dict(state: Mapping[str, np.ndarray], source: str):
   """The inverse of `to_state_dict`; every name and shape is checked.
 
   Args:
-    state: names → arrays; all of them may start with 'module.' or 'model.'.
+    state: names → arrays. All names may stand behind prefixes of wrappers, such as
+      'module.', '_orig_mod.' or '1.', and beside buffers of a normalisation.
     source: whose it is, for messages.
 
   Returns:
@@ -86,25 +93,7 @@ def from_state_dict(state: Mapping[str, np.ndarray], source: str):
   Raises:
     UserError: if names or shapes are not those of one of the networks.
   """
-  for prefix in _PREFIXES:
-    if state and all(key.startswith(prefix) for key in state):
-      state = {key.removeprefix(prefix): value for key, value in state.items()}
-  state = dict(state)
-  for name in ('mean', 'std'):
-    if name in state:  # Buffers of some versions; here they belong to the config.
-      values = np.round(np.ravel(state.pop(name)), 4).tolist()
-      logging.warning(
-        '%s says %s = %s: compare it with model.%s', source, name, values, name
-      )
-  family = next(
-    (f for f, first in architecture.FIRST_LAYERS.items() if f'{first}.weight' in state),
-    None,
-  )
-  if family is None:
-    raise UserError(
-      f'{source} is not a state dict of WideResNet (init_conv.weight, …) or '
-      f'PreActResNet (conv_2d.weight, …): it has {", ".join(list(state)[:2]) or "none"}'
-    )
+  family, state = _network_alone(state, source)
   modules = {}
   for key, value in state.items():
     module, _, leaf = key.rpartition('.')
@@ -114,7 +103,7 @@ def from_state_dict(state: Mapping[str, np.ndarray], source: str):
     module = _haiku_name(name, family)
     if 'running_mean' in leaves:
       _require(source, name, leaves, _NORM - {_COUNT}, _NORM)
-      params[module], statistics = _norm(leaves)
+      params[module], statistics = _norm(leaves, f'{source} has {name}.{_COUNT}')
       net_state |= {f'{module}/~/{ema}': x for ema, x in statistics.items()}
     else:
       _require(source, name, leaves, {'weight'}, {'weight', 'bias'})
@@ -124,46 +113,38 @@ def from_state_dict(state: Mapping[str, np.ndarray], source: str):
 
 
 def read(raw: bytes, source: str):
-  """Reads a `.pt` file; it cannot run code.
+  """Reads a `.pt` file; it cannot run code, and PyTorch is not needed.
 
   Args:
-    raw: content of the file: a state dict, or a dict that has one as
-      'model_state_dict' or 'state_dict'.
+    raw: content of the file: a state dict, or a dict that has one as 'state_dict',
+      'model_state_dict', 'model', 'net', 'ema' or 'model_ema'.
     source: its path, for messages.
 
   Returns:
     (params, net_state), Haiku trees of numpy arrays.
 
   Raises:
-    UserError: without PyTorch; if the file is damaged, of another network, or wants
-      to run anything.
+    UserError: if the file is damaged, of another network, or wants to run anything.
   """
-  torch = _torch(f'{source} is a PyTorch file')
   try:
-    content = torch.load(io.BytesIO(raw), map_location='cpu', weights_only=True)
-  except pickle.UnpicklingError as e:
-    if culprit := re.search(r'GLOBAL (\S+)', str(e)):
-      raise UserError(
-        f'{source} wants to run {culprit[1]}, which is refused: from who made it, ask '
-        'for a file with the state dict alone'
-      ) from e
-    raise _damaged(source, e) from e
-  except Exception as e:  # Its readers raise whatever a damaged file makes them.
-    raise _damaged(source, e) from e
-  for key in _NESTED:
-    if isinstance(content, dict) and isinstance(content.get(key), dict):
-      content = content[key]
-  if not isinstance(content, dict) or not all(
-    isinstance(key, str) and isinstance(x, torch.Tensor) for key, x in content.items()
-  ):
-    raise UserError(f'{source} holds something else than a state dict of tensors')
-  # Half precision becomes single without loss.
-  half = (torch.float16, torch.bfloat16)
-  arrays = {
-    key: (x.float() if x.dtype in half else x).detach().numpy()
-    for key, x in content.items()
-  }
-  return from_state_dict(arrays, source)
+    file = torch_files.TorchFile(io.BytesIO(raw))
+    state = _find_state_dict(file.content, source)
+    tensors = {
+      key: file.array(x) if isinstance(x, torch_files.Tensor) else x
+      for key, x in state.items()
+    }
+  except UserError:
+    raise
+  except pickles.RefusedError as e:
+    raise UserError(
+      f'{source} wants to run {e.name}, which is refused: from who made it, ask '
+      'for a file with the state dict alone'
+    ) from e
+  except ValueError as e:
+    raise UserError(
+      f'{source} is not a whole PyTorch file of plain tensors: {e}'
+    ) from e
+  return from_state_dict(tensors, source)
 
 
 def write(params, net_state) -> bytes:
@@ -181,6 +162,76 @@ def write(params, net_state) -> bytes:
   return buffer.getvalue()
 
 
+def _find_state_dict(content, source) -> dict:
+  """The state dict in what was saved: names → tensors or arrays."""
+  while type(content) is dict:
+    inside = [key for key in _NESTED if type(content.get(key)) is dict]
+    if not inside:
+      break
+    if len(inside) > 1:
+      logging.warning(
+        '%s holds %s: %s is read', source, arrays.listed(inside), inside[0]
+      )
+    content = content[inside[0]]
+  if type(content) is not dict:
+    raise UserError(
+      f'{source} holds something else than a state dict of tensors: it is of the type '
+      f'{type(content).__name__}'
+    )
+  tensors = (torch_files.Tensor, np.ndarray)
+  found = {key: x for key, x in content.items() if isinstance(x, tensors)}
+  numbers = (bool, int, float, np.generic)  # Such as an accuracy beside the tensors.
+  others = [k for k, x in content.items() if not isinstance(x, (*tensors, *numbers))]
+  if others or not all(type(key) is str for key in content):
+    names = arrays.listed(map(str, others or content))
+    raise UserError(
+      f'{source} holds something else than a state dict of tensors, in {names}; a '
+      f'state dict may stand in {", ".join(_NESTED)}'
+    )
+  return found
+
+
+def _network_alone(state, source) -> tuple[str, dict[str, np.ndarray]]:
+  """Haiku's name of the network, and its arrays under their bare names."""
+  if odd := [k for k in state if not k.isprintable() or '/' in k or len(k) > _MAX_NAME]:
+    raise UserError(f'{source} has names that no network has: {arrays.listed(odd)}')
+  found = {
+    (family, prefix[0])
+    for family, layer in architecture.FIRST_LAYERS.items()
+    for key in state
+    if (prefix := _PREFIX.match(key)) and key[prefix.end() :] == f'{layer}.weight'
+  }
+  if len(found) != 1:
+    raise UserError(
+      f'{source} is not a state dict of {"one" if found else "a"} WideResNet '
+      '(init_conv.weight, …) or PreActResNet (conv_2d.weight, …), whose names may '
+      f'stand behind module., model., net., _orig_mod. or 1.: it has '
+      f'{arrays.listed(state)}'
+    )
+  [(family, prefix)] = found
+  network, others = {}, []
+  for key, value in state.items():
+    name = key.rpartition('.')[2]
+    if name in _NORMALISATION and np.size(value) <= 16:
+      values = np.round(np.ravel(value), 4).tolist()
+      field = _NORMALISATION[name]
+      logging.warning(
+        '%s says %s = %s: compare it with model.%s', source, key, values, field
+      )
+    elif '.' not in key and not np.ndim(value):
+      continue  # A number beside the network, such as the epoch.
+    elif key.startswith(prefix):
+      network[key.removeprefix(prefix)] = value
+    else:
+      others.append(key)
+  if others:
+    raise UserError(
+      f'{source} has more than the network under {prefix!r}: {arrays.listed(others)}; '
+      'leave it out'
+    )
+  return family, network
+
+
 def _pytorch_name(module):
   _, _, name = module.partition('/~/')
   name = re.sub(r'^resnet_lay_(\d+)_block_(\d+)/~/', r'layer.\1.block.\2.', name)
@@ -193,10 +244,16 @@ def _haiku_name(name, family):
   return f'{family}/~/{name}'
 
 
-def _norm(leaves):
-  """Parameters and statistics of a BatchNorm."""
+def _norm(leaves, what):
+  """Parameters and statistics of a BatchNorm; `what` names its count in messages."""
   wide = lambda x: np.reshape(x, (1, 1, 1, -1))
-  counter = np.asarray(leaves.get(_COUNT, 0), np.int32)
+  count = np.asarray(leaves.get(_COUNT, 0))
+  if count.size != 1 or count.dtype.kind not in 'iu' or not 0 <= count < _MAX_COUNT:
+    raise UserError(
+      f'{what} of {count.dtype} {list(count.shape)}, and one count of batches is '
+      'expected there: leave it out, or save the network again'
+    )
+  counter = count.reshape(()).astype(np.int32)
   # Haiku's average is the sum divided by this, in the precision of the sum.
   debias = 1 - np.power(np.float32(DECAY), counter, dtype=np.float32)
   statistics = {}
@@ -218,11 +275,14 @@ def _linear(leaves):
 
 
 def _require(source, name, leaves, needed, allowed):
-  """Refuses a module with a leaf too few or too many."""
+  """Refuses a module with a leaf too few or too many, or of no floats."""
   if wrong := sorted(needed - set(leaves)):
     raise UserError(f'{source} is not whole: {name}.{wrong[0]} is absent')
   if wrong := sorted(set(leaves) - allowed):
     raise UserError(f'{source} has {name}.{wrong[0]}, which its network does not know')
+  for leaf, x in leaves.items():
+    if leaf != _COUNT and x.dtype.kind != 'f':
+      raise UserError(f'{source} has {name}.{leaf} of {x.dtype}; floats are expected')
 
 
 def _check(params, net_state, source):
@@ -257,8 +317,3 @@ def _torch(purpose):
       f'{purpose}: {_INSTALL}, or use .safetensors, which needs none'
     ) from e
   return torch
-
-
-def _damaged(source, error):
-  lines = str(error).splitlines() or [repr(error)]
-  return UserError(f'{source} is not a whole PyTorch file: {lines[0][:200]}')

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from etils import epath
 
 from jaxrobust.config import dataset_info
+from jaxrobust.files import arrays, json_files
 from jaxrobust.models import card as cards
 from jaxrobust.models import safetensors
 
@@ -131,7 +132,7 @@ ENTRIES = {
 
 def folder() -> epath.Path:
   """Where released checkpoints are looked for: `$JAXROBUST_MODELS`, or `models`."""
-  return epath.Path(os.environ.get('JAXROBUST_MODELS') or 'models')
+  return epath.Path(os.environ.get('JAXROBUST_MODELS') or 'models').expanduser()
 
 
 def usual_suffix(name: str) -> str:
@@ -165,15 +166,17 @@ def find(name_or_path: str) -> Found | None:
     ]
     path = next((file for file in files if file.exists()), files[0])
     return Found(ENTRIES[name_or_path], path)
-  path = epath.Path(name_or_path)
+  path = epath.Path(name_or_path).expanduser()
   if path.stem in ENTRIES:
     return Found(ENTRIES[path.stem], path)
   workdir = path.parent if path.name == 'checkpoint.npy' else path
   if (workdir / 'config.json').exists():
     return Found(cards.from_workdir(workdir), workdir / 'checkpoint.npy')
   beside = cards.path_of(path)
-  if beside.exists() and path.suffix:
-    return Found(cards.from_json(beside.read_text(), str(beside)), path)
+  if path.suffix and beside.exists():
+    with arrays.open_file(beside) as file:
+      text = file.read(json_files.MAX_BYTES + 1)
+    return Found(cards.from_json(text, str(beside)), path)
   if path.suffix == '.safetensors' and path.exists():
     text = safetensors.metadata(path).get('card')
     return Found(cards.from_json(text, str(path)), path) if text else None

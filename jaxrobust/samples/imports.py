@@ -144,8 +144,7 @@ def _open_pickle(path: pathlib.Path) -> import_source.Source:
     )
   try:
     with open(path, 'rb') as file:
-      # Latin-1 is how numpy's bytes come out of pickles of Python 2.
-      content = pickles.ArrayUnpickler(file, encoding='latin1').load()
+      content = pickles.ArrayUnpickler(file).load()
     if isinstance(content, dict):
       content = [content[key] for key in import_source.find_keys(path, content)]
     images, labels = map(np.asarray, content)
@@ -153,7 +152,7 @@ def _open_pickle(path: pathlib.Path) -> import_source.Source:
     raise UserError(f'{path} does not exist; give the path of the pickle') from None
   except UserError:
     raise
-  except (OSError, *pickles.ERRORS) as error:
+  except (OSError, ValueError) as error:
     raise UserError(
       f'{path} is not taken ({type(error).__name__}: {error}): it needs '
       f'{import_source.NEEDED}'
