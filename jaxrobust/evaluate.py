@@ -106,7 +106,8 @@ def main(config, workdir, suite='', checkpoint=''):
   save_images = settings.get('save_adversarial', False)
   info = dataset_info.INFO[config.dataset.name]
   model = models.from_config(config.model, info)
-  suite, attacks = choose(config)
+  ball = norms.get(config.threat.norm, config.threat.epsilon)
+  suite, attacks = suites.from_config(settings, ball)
   name, path = _find(config, workdir)
   variables = parameter_files.load(path, model)
   images, labels = datasets.load(
@@ -129,18 +130,15 @@ def main(config, workdir, suite='', checkpoint=''):
       )
     images, labels = images[: settings.num_images], labels[: settings.num_images]
   protocol = {
-    'suite': suite,
+    **suites.protocol(settings, ball),
     'dataset': config.dataset.name,
     'split': settings.split,
     'num_images': len(images),
     'norm': config.threat.norm,
     'epsilon': config.threat.epsilon,
     'seed': config.seed,
-    'attacks': [suites.describe(name, attack) for name, attack in attacks],
     'checkpoint_sha256': _sha256(path),
   }
-  if settings.suite == 'pgd':
-    protocol['attacks'] = [{'name': suite, **settings.attack.to_dict()}]
   shown = datasets.Split(images, labels)
   process_group.require_alike(protocol | {'images': shown.checksum()})
   folder = workdirs.claim(workdir, config)
@@ -205,24 +203,6 @@ def _find(config, workdir) -> tuple[str, epath.Path]:
         f'to have {value}: correct the config, or leave out --config'
       )
   return found.card.name, found.path
-
-
-def choose(config) -> tuple[str, list]:
-  """The suite's name for the results, and its attacks."""
-  settings = config.evaluation
-  ball = norms.get(config.threat.norm, config.threat.epsilon)
-  if settings.suite == 'pgd':
-    attack = suites.attack_from_config(settings.attack, ball)
-    name = f'pgd-{attack.num_steps}'
-    return name, [(name, attack)]
-  attacks = suites.get(settings.suite, ball)
-  if any(attack.randomized for _, attack in attacks):
-    raise UserError(
-      f'config.evaluation.suite = {settings.suite!r} is for randomised networks, and '
-      'none of the models is: use autoattack (for a network of your own, '
-      'jaxrobust.attacks.robustness.evaluate_robustness)'
-    )
-  return settings.suite, attacks
 
 
 def _figures(outcome: Outcome) -> dict:
