@@ -47,10 +47,8 @@ is shown, not repeated.
 """
 
 import hashlib
-import io
 import json
 
-import numpy as np
 from absl import logging
 from etils import epath
 
@@ -63,6 +61,7 @@ from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays
 from jaxrobust.models import parameter_files, zoo
 from jaxrobust.runs import cli, metrics, process_group
 from jaxrobust.runs import workdir as workdirs
@@ -173,7 +172,7 @@ def main(config, workdir, suite='', checkpoint=''):
         _save_images(state / _ADVERSARIAL, images, labels, outcome, suite)
       examples = folder / 'figures' / 'examples.npz'
       _save_images(examples, images, labels, outcome, suite)
-      entry = entry or workdirs.add_result(folder, protocol, _figures(outcome))
+      entry = entry or workdirs.add_result(folder, protocol, outcome.to_dict())
       logging.info('wrote %s', folder / 'results.json')
     parallel.barrier('evaluated')
   if parallel.is_writer():
@@ -205,36 +204,12 @@ def _find(config, workdir) -> tuple[str, epath.Path]:
   return found.card.name, found.path
 
 
-def _figures(outcome: Outcome) -> dict:
-  """Counts and accuracies for results.json."""
-  count, clean = len(outcome.clean), int(outcome.clean.sum())
-  robust = int(outcome.robust.sum())
-  after = outcome.by_attack()
-  return {
-    'clean_correct': clean,
-    'robust_correct': robust,
-    'clean_accuracy': clean / count,
-    'robust_accuracy': robust / count,
-    'attacks': [
-      {
-        'name': name,
-        'fallen': int(np.sum(outcome.fallen_to == number)),
-        'robust_accuracy': after[name],
-      }
-      for number, name in enumerate(outcome.names)
-    ],
-    'warnings': outcome.warnings,
-  }
-
-
 def _save_images(path: epath.Path, images, labels, outcome: Outcome, suite: str):
   """Writes images beside their adversarial versions: all that were kept, or a few."""
   count = len(outcome.adversarial)
   if path.name == 'examples.npz':
     count = min(count, _NUM_EXAMPLES)
-  buffer = io.BytesIO()
-  np.savez(
-    buffer,
+  content = arrays.npz_bytes(
     images=images[:count],
     adversarial=outcome.adversarial[:count],
     labels=labels[:count],
@@ -242,7 +217,7 @@ def _save_images(path: epath.Path, images, labels, outcome: Outcome, suite: str)
     suite=suite,
   )
   path.parent.mkdir(parents=True, exist_ok=True)
-  workdirs.write(path, buffer.getvalue())
+  workdirs.write(path, content)
 
 
 def _sha256(path: epath.Path) -> str:
