@@ -80,6 +80,22 @@ def test_attacks_succeed_in_any_type(name, norm, of_images, of_logits, float64):
   assert 0 < moved.max() <= epsilon + rounding
 
 
+@pytest.mark.parametrize('norm', BALLS)
+def test_the_size_of_the_ball_may_be_traced(norm):
+  """So that what is compiled serves any epsilon."""
+  keys, labels = jax.random.split(jax.random.key(0), 8), jnp.asarray(LABELS)
+  make = type(norms.get(norm, 0.5))
+  for name in ATTACKS:
+
+    def attacked(images, epsilon, name=name):
+      [(_, attack)] = suites.get(name, make(epsilon))
+      return attack(linear('float32'), keys, images, labels)
+
+    pixels = jax.ShapeDtypeStruct(IMAGES.shape, jnp.float32)
+    found = jax.eval_shape(attacked, pixels, jax.ShapeDtypeStruct((), jnp.float32))
+    assert (found.shape, found.dtype) == (IMAGES.shape, jnp.float32)
+
+
 def test_a_network_in_double_precision_is_judged(float64):
   outcome = evaluate_robustness(
     linear('float64'),

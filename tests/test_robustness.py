@@ -384,9 +384,11 @@ def test_a_second_call_compiles_nothing_and_sees_other_weights():
   )
   network, suite = Holder(WEIGHTS), 'apgd-ce:num_steps=2'
 
-  def both(network):
-    outcome = judge(network, IMAGES, LABELS, epsilon=0.03, suite=suite)
-    found = attacks.run(suite, network, IMAGES, LABELS, 'linf', 0.03, batch_size=COUNT)
+  def both(network, epsilon=0.03):
+    outcome = judge(network, IMAGES, LABELS, epsilon=epsilon, suite=suite)
+    found = attacks.run(
+      suite, network, IMAGES, LABELS, 'linf', epsilon, batch_size=COUNT
+    )
     return outcome, found
 
   outcome, found = both(network)
@@ -395,6 +397,9 @@ def test_a_second_call_compiles_nothing_and_sees_other_weights():
   again, same = both(network)
   np.testing.assert_array_equal(found, same)
   np.testing.assert_array_equal(outcome.fallen_to, again.fallen_to)
+  larger, further = both(network, 0.06)
+  assert larger.robust_accuracy < outcome.robust_accuracy
+  assert 0.05 < np.abs(further - IMAGES).max() <= 0.06 + 1e-6
   network.weights = jnp.asarray(-WEIGHTS)
   other, changed = both(network)
   assert compiled == []

@@ -154,6 +154,7 @@ class Evaluator:
     batch_size: int,
     seed: int = 0,
     thorough: bool = False,
+    attacks_at=None,
   ):
     """Prepares the evaluation.
 
@@ -168,6 +169,8 @@ class Evaluator:
         size of an attack's batches to the number of images that stand when it
         begins; else all batches have one size, so that nothing is compiled again when
         other images are judged.
+      attacks_at: epsilon, which may be traced → `named_attacks` in a ball of that size;
+        lets calls choose an epsilon for which nothing is compiled again.
     """
     if batch_size < 1:
       raise UserError(f'batch_size = {batch_size}: use 1 or more')
@@ -175,7 +178,7 @@ class Evaluator:
     self._rng = jax.random.key(seed)
     self._attacks = tuple(named_attacks)
     self._randomized = any(a.randomized for _, a in self._attacks)
-    self._logits_fn = logits_fn
+    self._logits_fn, self._attacks_at = logits_fn, attacks_at
     self._survey = parallel.pmap(self._survey_shard)
     self._checks = parallel.pmap(self._check_shard)
     self._attempts = [
@@ -208,8 +211,12 @@ class Evaluator:
 
     return vanishes(objectives.cross_entropy), vanishes(objectives.margin)
 
-  def _attempt_shard(self, name, attack, variables, images, labels, index, attempt):
+  def _attempt_shard(
+    self, name, attack, variables, images, labels, index, attempt, *epsilon
+  ):
     """One device's images → (changed images, fooled, finite, predictions, distance)."""
+    if epsilon:
+      attack = dict(self._attacks_at(*epsilon))[name]
     images = _pixels(images)
     rng = jax.random.fold_in(self._rng, zlib.crc32(name.encode()))
     keys = attacks.attempt_keys(parallel.key_per_slot(rng, index), attempt)
@@ -234,6 +241,7 @@ class Evaluator:
     keep: int = 0,
     record: Record | None = None,
     progress=None,
+    epsilon: float | None = None,
   ) -> Outcome:
     """Judges every image once.
 
@@ -245,6 +253,7 @@ class Evaluator:
       record: where to start from and to note what becomes of each image.
       progress: (attack, total, unit) → an object with `advance(count, note)` and
         `close`; None for no progress.
+      epsilon: of the ball, where `attacks_at` was given; None for that of the attacks.
 
     Returns:
       An Outcome, the same in every process.
@@ -266,6 +275,7 @@ class Evaluator:
       with _bar(progress, 'clean', len(images), 'images') as advance:
         run.attempt(0, survey, advance)
     first = 1
+    size = () if epsilon is None else (parallel.replicate(np.float32(epsilon)),)
     for (name, attack), judge in zip(self._attacks, self._attempts, strict=True):
       numbers = range(first, first + attack.num_attempts(classes))
       first = numbers.stop
@@ -280,11 +290,11 @@ class Evaluator:
           run.attempt(
             number,
             lambda *batch, judge=judge, attempt=attempt: judge(
-              variables, *batch, attempt
+              variables, *batch, attempt, *size
             ),
             advance,
             left=numbers.stop - number,
-            epsilon=attack.ball.epsilon,
+            epsilon=epsilon or attack.ball.epsilon,
           )
     return self._outcome(run, classes, keep)
 

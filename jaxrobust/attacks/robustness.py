@@ -25,8 +25,8 @@ With parameters, close over them; BatchNorm and dropout must be in inference mod
     logits_fn = lambda images: model.apply(params, images, train=False)  # Flax
     logits_fn = lambda images: network.apply(params, state, None, images)[0]  # Haiku
 
-What was compiled for a function serves its later calls, as long as the function lives:
-define it once.
+What was compiled for a function serves its later calls, with any epsilon and other
+parameters, as long as the function lives: define it once.
 """
 
 import html
@@ -141,15 +141,25 @@ def evaluate_robustness(
         progress=progress and _labelled(progress, f'epsilon {each:.4g}, '),
       )
     return found
-  chosen = tuple(suites.get(suite, norms.get(norm, epsilon)))
+  ball = norms.get(norm, epsilon)
+  chosen = suites.get(suite, ball)
   randomized = any(a.randomized for _, a in chosen)
   variables, pure_fn, fingerprint, program = _hoist(
     logits_fn, images.shape[1:], randomized
   )
+  attacks_at = lambda epsilon: suites.get(suite, type(ball)(epsilon))
   evaluator = _compiled(
     logits_fn,
-    (program, chosen, batch_size, seed),
-    lambda: Evaluator(pure_fn, chosen, batch_size=batch_size, seed=seed, thorough=True),
+    # The attacks themselves, in any one ball: names may come to mean another one.
+    (program, tuple(attacks_at(1.0)), batch_size, seed),
+    lambda: Evaluator(
+      pure_fn,
+      chosen,
+      batch_size=batch_size,
+      seed=seed,
+      thorough=True,
+      attacks_at=attacks_at,
+    ),
   )
   identity = {
     'suite': suite,
@@ -169,6 +179,7 @@ def evaluate_robustness(
     keep=keep,
     record=Record(len(images), folder, identity),
     progress=progress,
+    epsilon=float(epsilon),
   )
 
 
@@ -203,38 +214,39 @@ def run(
     UserError: for arguments that cannot be meant.
   """
   images, labels = checks.inputs(images, labels)
-  chosen = suites.get(attack, norms.get(norm, epsilon))
+  ball = norms.get(norm, epsilon)
+  chosen = suites.get(attack, ball)
   if len(chosen) != 1:
     raise UserError(
       f'attack = {attack!r} has {len(chosen)} attacks: give one, or use '
       'evaluate_robustness'
     )
-  ((_, attack),) = chosen
+  attack_at = lambda epsilon: suites.get(attack, type(ball)(epsilon))[0][1]
+  randomized = chosen[0][1].randomized
   if batch_size < 1:
     raise UserError(f'batch_size = {batch_size}: use 1 or more')
-  variables, pure_fn, _, program = _hoist(
-    logits_fn, images.shape[1:], attack.randomized
-  )
+  variables, pure_fn, _, program = _hoist(logits_fn, images.shape[1:], randomized)
   image = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
-  rest = (jax.random.key(0),) if attack.randomized else ()
+  rest = (jax.random.key(0),) if randomized else ()
   checks.classes(labels, jax.eval_shape(pure_fn, variables, image, *rest).shape[1])
 
   def attack_shard(variables, rows):
-    pixels, labels, index = rows
+    (variables, epsilon), (pixels, labels, index) = variables, rows
     network = lambda x, *rest: pure_fn(variables, x, *rest)
     keys = parallel.key_per_slot(jax.random.key(seed), index)
-    return attack(network, keys, pixels, labels)
+    return attack_at(epsilon)(network, keys, pixels, labels)
 
   attack_fn = _compiled(
-    logits_fn, (program, attack, seed), lambda: parallel.pmap(attack_shard, local=True)
+    logits_fn,
+    (program, attack_at(1.0), seed),
+    lambda: parallel.pmap(attack_shard, local=True),
   )
   scale = np.float32(255 if images.dtype == np.uint8 else 1)
   rows = images.astype(np.float32) / scale, labels.astype(np.int32)
   size = -(-min(batch_size, len(images)) // parallel.num_local_devices())
   index = np.arange(len(images), dtype=np.int32)
-  return parallel.map_in_batches(
-    attack_fn, parallel.replicate(variables), (*rows, index), size
-  )
+  replicated = parallel.replicate((variables, np.float32(ball.epsilon)))
+  return parallel.map_in_batches(attack_fn, replicated, (*rows, index), size)
 
 
 def _labelled(progress, prefix: str):
