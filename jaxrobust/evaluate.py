@@ -28,7 +28,8 @@ Suites (--suite is short for --config.evaluation.suite):
                    jaxrobust.attacks.robustness; none of the models here is
   aa+mt            APGD-CE and APGD-DLR with 5 restarts, MultiTargeted: the paper's
   or attacks with options, such as apgd-ce:restarts=5,square:num_queries=1000; the
-  attacks are apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, multitargeted, pgd.
+  attacks are apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, multitargeted, pgd, and
+  those that the file of --config registers (jaxrobust.attacks.suites shows how).
 
 --checkpoint (short for --config.evaluation.checkpoint) is a .npy, .pt or .safetensors
 file, a workdir, or the name of a released checkpoint; without it, it is the workdir's
@@ -71,7 +72,7 @@ _ADVERSARIAL = 'adversarial.npz'
 
 
 def default_config(workdir: str, suite: str, checkpoint: str):
-  """The config where none is given: the workdir's, or what the checkpoint tells."""
+  """The config where none is given: the workdir's, or what the checkpoint says."""
   del suite
   if (epath.Path(workdir) / 'config.json').exists() or not checkpoint:
     config = workdirs.read_config(workdir).unlock()
