@@ -28,7 +28,8 @@ Suites (--suite is short for --config.evaluation.suite):
                    jaxrobust.attacks.robustness; none of the models here is
   aa+mt            APGD-CE and APGD-DLR with 5 restarts, MultiTargeted: the paper's
   or attacks with options, such as apgd-ce:restarts=5,square:num_queries=1000; the
-  attacks are apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, multitargeted, pgd.
+  attacks are apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, multitargeted, pgd, and
+  those that the file of --config registers (jaxrobust.attacks.suites shows how).
 
 --checkpoint (short for --config.evaluation.checkpoint) is a .npy, .pt or .safetensors
 file, a workdir, or the name of a released checkpoint; without it, it is the workdir's
@@ -47,10 +48,8 @@ is shown, not repeated.
 """
 
 import hashlib
-import io
 import json
 
-import numpy as np
 from absl import logging
 from etils import epath
 
@@ -63,6 +62,7 @@ from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays
 from jaxrobust.models import parameter_files, zoo
 from jaxrobust.runs import cli, metrics, process_group
 from jaxrobust.runs import workdir as workdirs
@@ -72,7 +72,7 @@ _ADVERSARIAL = 'adversarial.npz'
 
 
 def default_config(workdir: str, suite: str, checkpoint: str):
-  """The config where none is given: the workdir's, or what the checkpoint tells."""
+  """The config where none is given: the workdir's, or what the checkpoint says."""
   del suite
   if (epath.Path(workdir) / 'config.json').exists() or not checkpoint:
     config = workdirs.read_config(workdir).unlock()
@@ -106,7 +106,8 @@ def main(config, workdir, suite='', checkpoint=''):
   save_images = settings.get('save_adversarial', False)
   info = dataset_info.INFO[config.dataset.name]
   model = models.from_config(config.model, info)
-  suite, attacks = choose(config)
+  ball = norms.get(config.threat.norm, config.threat.epsilon)
+  suite, attacks = suites.from_config(settings, ball)
   name, path = _find(config, workdir)
   variables = parameter_files.load(path, model)
   images, labels = datasets.load(
@@ -129,18 +130,15 @@ def main(config, workdir, suite='', checkpoint=''):
       )
     images, labels = images[: settings.num_images], labels[: settings.num_images]
   protocol = {
-    'suite': suite,
+    **suites.protocol(settings, ball),
     'dataset': config.dataset.name,
     'split': settings.split,
     'num_images': len(images),
     'norm': config.threat.norm,
     'epsilon': config.threat.epsilon,
     'seed': config.seed,
-    'attacks': [suites.describe(name, attack) for name, attack in attacks],
     'checkpoint_sha256': _sha256(path),
   }
-  if settings.suite == 'pgd':
-    protocol['attacks'] = [{'name': suite, **settings.attack.to_dict()}]
   shown = datasets.Split(images, labels)
   process_group.require_alike(protocol | {'images': shown.checksum()})
   folder = workdirs.claim(workdir, config)
@@ -175,7 +173,7 @@ def main(config, workdir, suite='', checkpoint=''):
         _save_images(state / _ADVERSARIAL, images, labels, outcome, suite)
       examples = folder / 'figures' / 'examples.npz'
       _save_images(examples, images, labels, outcome, suite)
-      entry = entry or workdirs.add_result(folder, protocol, _figures(outcome))
+      entry = entry or workdirs.add_result(folder, protocol, outcome.to_dict())
       logging.info('wrote %s', folder / 'results.json')
     parallel.barrier('evaluated')
   if parallel.is_writer():
@@ -207,54 +205,12 @@ def _find(config, workdir) -> tuple[str, epath.Path]:
   return found.card.name, found.path
 
 
-def choose(config) -> tuple[str, list]:
-  """The suite's name for the results, and its attacks."""
-  settings = config.evaluation
-  ball = norms.get(config.threat.norm, config.threat.epsilon)
-  if settings.suite == 'pgd':
-    attack = suites.attack_from_config(settings.attack, ball)
-    name = f'pgd-{attack.num_steps}'
-    return name, [(name, attack)]
-  attacks = suites.get(settings.suite, ball)
-  if any(attack.randomized for _, attack in attacks):
-    raise UserError(
-      f'config.evaluation.suite = {settings.suite!r} is for randomised networks, and '
-      'none of the models is: use autoattack (for a network of your own, '
-      'jaxrobust.attacks.robustness.evaluate_robustness)'
-    )
-  return settings.suite, attacks
-
-
-def _figures(outcome: Outcome) -> dict:
-  """Counts and accuracies for results.json."""
-  count, clean = len(outcome.clean), int(outcome.clean.sum())
-  robust = int(outcome.robust.sum())
-  after = outcome.by_attack()
-  return {
-    'clean_correct': clean,
-    'robust_correct': robust,
-    'clean_accuracy': clean / count,
-    'robust_accuracy': robust / count,
-    'attacks': [
-      {
-        'name': name,
-        'fallen': int(np.sum(outcome.fallen_to == number)),
-        'robust_accuracy': after[name],
-      }
-      for number, name in enumerate(outcome.names)
-    ],
-    'warnings': outcome.warnings,
-  }
-
-
 def _save_images(path: epath.Path, images, labels, outcome: Outcome, suite: str):
   """Writes images beside their adversarial versions: all that were kept, or a few."""
   count = len(outcome.adversarial)
   if path.name == 'examples.npz':
     count = min(count, _NUM_EXAMPLES)
-  buffer = io.BytesIO()
-  np.savez(
-    buffer,
+  content = arrays.npz_bytes(
     images=images[:count],
     adversarial=outcome.adversarial[:count],
     labels=labels[:count],
@@ -262,7 +218,7 @@ def _save_images(path: epath.Path, images, labels, outcome: Outcome, suite: str)
     suite=suite,
   )
   path.parent.mkdir(parents=True, exist_ok=True)
-  workdirs.write(path, buffer.getvalue())
+  workdirs.write(path, content)
 
 
 def _sha256(path: epath.Path) -> str:

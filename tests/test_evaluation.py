@@ -1,6 +1,8 @@
 """The evaluator: every image once, whatever the batches, on a linear network."""
 
 import dataclasses
+import json
+import random
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 
 from jaxrobust.attacks import apgd, norms, objectives, pgd
 from jaxrobust.attacks.attack import Attack
-from jaxrobust.attacks.evaluation import Evaluator
+from jaxrobust.attacks.evaluation import Evaluator, Outcome
 from jaxrobust.attacks.record import STANDING, Record
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
@@ -407,3 +409,156 @@ def test_what_are_no_logits_is_refused(network, words):
     Evaluator(network, [], batch_size=4)(
       parallel.replicate([np.zeros(1)]), images, np.zeros(2, int)
     )
+
+
+@pytest.fixture(scope='module')
+def outcome():
+  """Of four images: one wrong, one fell to each attack, one stands."""
+  return Outcome(
+    clean=np.array([True, True, False, True]),
+    robust=np.array([False, True, False, False]),
+    fallen_to=np.array([0, -1, -1, 1]),
+    names=('apgd-ce', 'square:num_queries=<9>'),
+    adversarial=np.zeros((2, 4, 4, 1), np.float32),
+    predictions=np.array([1, 0], np.int32),
+    warnings=['gradients may be <masked>'],
+  )
+
+
+def test_an_outcome_prints_as_a_few_lines(outcome):
+  assert repr(outcome).splitlines() == [
+    'Outcome of 4 images',
+    '  clean                         75.00%',
+    '  robust                        25.00%',
+    '  after apgd-ce                 50.00%',
+    '  after square:num_queries=<9>  25.00%',
+    '  warning: gradients may be <masked>',
+  ]
+  page = outcome._repr_html_()
+  assert '<td>after apgd-ce</td><td>50.00%</td>' in page and '<caption>4 images' in page
+  assert '&lt;9&gt;' in page and '&lt;masked&gt;' in page and '<9>' not in page
+
+
+def test_an_outcome_has_its_figures_as_json(outcome):
+  assert outcome.to_dict() == {
+    'clean_correct': 3,
+    'robust_correct': 1,
+    'clean_accuracy': 0.75,
+    'robust_accuracy': 0.25,
+    'attacks': [
+      {'name': 'apgd-ce', 'fallen': 1, 'robust_accuracy': 0.5},
+      {'name': 'square:num_queries=<9>', 'fallen': 1, 'robust_accuracy': 0.25},
+    ],
+    'warnings': ['gradients may be <masked>'],
+  }
+  assert (outcome.clean_accuracy, outcome.robust_accuracy) == (0.75, 0.25)
+
+
+def test_an_outcome_is_saved(outcome, tmp_path):
+  outcome.save(tmp_path / 'new' / 'figures.json')
+  found = json.loads((tmp_path / 'new' / 'figures.json').read_text())
+  assert found == outcome.to_dict()
+  outcome.save(str(tmp_path / 'all.npz'))
+  with np.load(tmp_path / 'all.npz') as saved:
+    assert json.loads(str(saved['figures'])) == outcome.to_dict()
+    for name in ('clean', 'robust', 'fallen_to', 'adversarial', 'predictions'):
+      np.testing.assert_array_equal(saved[name], getattr(outcome, name))
+  with pytest.raises(UserError, match='saved as .json.*or .npz'):
+    outcome.save(tmp_path / 'all.pickle')
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['all.npz', 'new']
+
+
+@pytest.fixture
+def kept(tmp_path):
+  """A folder whose record is under way, with a batch of images that fell."""
+  record = Record(3, tmp_path, {'seed': 0})
+  images = np.full((3, 2, 2, 1), 0.25, np.float32)
+  record.warn('a line')
+  record.advance(
+    np.arange(3),
+    np.array([False, True, True]),
+    images,
+    np.array([0, 1, 2]),
+    keep=3,
+    write=True,
+  )
+  return tmp_path
+
+
+def refused(folder):
+  """Whether the record is refused, by one line that names a file and the remedy."""
+  try:
+    record = Record(3, folder, {'seed': 0})
+    record.check(4, (2, 2, 1))
+  except UserError as e:
+    line = str(e)
+    assert str(folder) in line and f'remove {folder}' in line, line
+    assert '\n' not in line and len(line) < 400, line
+    return True
+  assert record.fallen.tolist() == [STANDING, 0, 0] and record.warnings == ['a line']
+  assert sorted(record.adversarial) == [1, 2] and record.predictions == {1: 1, 2: 2}
+  return False
+
+
+DAMAGES = {
+  'fallen': [
+    np.array([0, 0]),
+    np.array([-2, 0, 0]),
+    np.array([1, 0, 0]),
+    np.zeros((3, 1), int),
+    np.zeros(3),
+    np.array([2**40, 0, 0]),
+  ],
+  'position': [np.array([0, 4, 1]), np.array([5, 0, 1]), np.array([-1, 0, 1]), 3],
+  'files': [np.array([1]), np.array([-1]), np.array(['a'])],
+  'warnings': ['{}', '[1]', '[', '"a"', np.array(['[]'])],
+  'identity': [np.array(3)],
+}
+
+
+@pytest.mark.parametrize('name', DAMAGES)
+def test_a_record_that_cannot_be_is_refused(kept, name):
+  path = kept / 'state.npz'
+  assert not refused(kept)
+  with np.load(path) as state:
+    whole = dict(state)
+  for value in DAMAGES[name]:
+    np.savez(path, **whole | {name: value})
+    assert refused(kept), value
+  np.savez(path, **{k: v for k, v in whole.items() if k != name})
+  assert refused(kept)
+
+
+def test_images_that_cannot_be_of_this_record_are_refused(kept):
+  [path] = kept.glob('adversarial-*.npz')
+  with np.load(path) as batch:
+    whole = dict(batch)
+  for name, value in (
+    ('images', whole['images'] + 1),
+    ('images', whole['images'] * np.nan),
+    ('images', whole['images'][:1]),
+    ('images', whole['images'][:, :1]),
+    ('index', np.array([1, 3])),
+    ('predictions', np.array([-1, 2**40])),
+  ):
+    np.savez(path, **whole | {name: value})
+    assert refused(kept), name
+
+
+def test_damaged_files_of_a_record_never_go_further(kept):
+  """Bytes that are changed, cut off or repeated: refused, or read as they were."""
+  rng, count = random.Random(0), 0
+  for path in sorted(kept.glob('*.npz')):
+    whole = path.read_bytes()
+    for _ in range(150):
+      content = bytearray(whole)
+      for _ in range(rng.choice((1, 1, 3, 20))):
+        content[rng.randrange(len(content))] = rng.choice(
+          (0, 1, 255, rng.randrange(256))
+        )
+      cut = rng.randrange(len(content))
+      content = rng.choice((content, content, content[:cut], content + content[cut:]))
+      path.write_bytes(bytes(content))
+      count += refused(kept)
+    path.write_bytes(whole)
+  assert count > 200 and not refused(kept)

@@ -163,6 +163,18 @@ def test_get():
       norms.get('linf', epsilon)
 
 
+@pytest.mark.parametrize(
+  ('epsilon', 'meant'), [(8, '8/255'), (1.5, '1.5/255'), (1, '1/255'), (300, '8/255')]
+)
+def test_epsilon_in_levels_of_grey_is_refused(epsilon, meant):
+  with pytest.raises(UserError) as e:
+    norms.get('linf', epsilon)
+  assert f'epsilon = {epsilon}' in str(e.value)
+  assert 'below 1' in str(e.value) and f'did you mean {meant}?' in str(e.value)
+  # In other norms there are balls of that size.
+  assert norms.get('l2', epsilon).epsilon == norms.get('l1', epsilon).epsilon == epsilon
+
+
 def crowded(count, seed=0):
   """Images of which a third of the values are 0 and a third are 1."""
   images, kinds = some_images(count, seed), np.random.default_rng(seed + 1)

@@ -1,11 +1,14 @@
 """Objectives against values by hand and float64."""
 
+import doctest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrobust.attacks import objectives
+from jaxrobust.errors import UserError
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(6, 5)) * 3
@@ -250,3 +253,27 @@ def test_ranked_class_leaves_the_label_out():
 def test_ranked_class_takes_a_traced_rank():
   rank = jax.jit(lambda r: objectives.ranked_class(jnp.float32(LOGITS), LABELS, r))
   assert rank(3).tolist() == objectives.ranked_class(LOGITS, LABELS, 3).tolist()
+
+
+@pytest.fixture
+def registry(monkeypatch):
+  """Forgets afterwards what a test registers."""
+  for name in ('OBJECTIVES', 'REFERENCES'):
+    monkeypatch.setattr(objectives, name, dict(getattr(objectives, name)))
+
+
+def test_an_own_objective_is_known_by_name(registry):
+  assert doctest.testmod(objectives).failed == 0
+
+  @objectives.register('mine', reference='labels')
+  def mine(logits, labels):
+    return objectives.margin(logits, labels)
+
+  assert objectives.OBJECTIVES['mine'] is mine
+  assert objectives.REFERENCES['mine'] == 'labels'
+  for name, reference, words in (
+    ('margin', 'labels', "'margin' is registered already"),
+    ('other', 'label', "reference = 'label'; use labels, probabilities or either"),
+  ):
+    with pytest.raises(UserError, match=words):
+      objectives.register(name, reference)(mine)

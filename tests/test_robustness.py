@@ -2,14 +2,21 @@
 
 import doctest
 import functools
+import gc
+import json
+import sys
+import types
+import weakref
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 
-from jaxrobust.attacks import apgd, robustness
+from jaxrobust import attacks
+from jaxrobust.attacks import apgd, norms, robustness
 from jaxrobust.attacks.robustness import evaluate_robustness
 from jaxrobust.errors import UserError
 
@@ -119,7 +126,7 @@ CLOSURES = {
 @pytest.mark.parametrize('kind', CLOSURES)
 def test_large_arrays_do_not_become_constants(kind):
   logits_fn = CLOSURES[kind](jnp.asarray(LARGE))
-  variables, pure_fn, _ = robustness._hoist(logits_fn, SHAPE, False)
+  variables, pure_fn, *_ = robustness._hoist(logits_fn, SHAPE, False)
   assert [v.shape for v in variables] == [LARGE.shape]
   # 18,000 numbers would be 150,000 letters.
   assert len(jax.jit(pure_fn).lower(variables, IMAGES).as_text()) < 20_000
@@ -142,7 +149,11 @@ def test_networks_are_told_apart(kind):
 def test_networks_without_arrays_are_told_apart():
   prints = [
     robustness._hoist(f, SHAPE, False)[2]
-    for f in (lambda x: 2 * x, lambda x: 2 * x, lambda x: 3 * x)
+    for f in (
+      lambda x: 2 * x[:, 0, :, 0],
+      lambda x: 2 * x[:, 0, :, 0],
+      lambda x: 3 * x[:, 0, :, 0],
+    )
   ]
   assert prints[0] == prints[1] != prints[2]
 
@@ -302,13 +313,204 @@ def test_bad_arguments_are_told_in_one_line():
   for fields, words in (
     (dict(norm='l7'), "norm 'l7' is unknown"),
     (dict(epsilon=0), 'epsilon = 0'),
+    (dict(epsilon=8), 'did you mean 8/255'),
+    (dict(epsilon=[0.1, 8]), 'did you mean 8/255'),
     (dict(suite='autoatack'), "no attack or suite 'autoatack'"),
     (dict(labels=LABELS + 4), 'for logits of 4 classes'),
     (dict(images=IMAGES * 255), 'scale them to'),
+    (dict(images=IMAGES[0]), r'give \[n, H, W, C\]'),
   ):
     arguments = dict(images=IMAGES, labels=LABELS, epsilon=0.1, suite='clean') | fields
     with pytest.raises(UserError, match=words):
       judge(linear, **arguments)
+
+
+@pytest.mark.parametrize(
+  'network, words',
+  [
+    (lambda x: {'aux': linear(x)[:, ::-1], 'logits': linear(x)}, 'makes a dict'),
+    (lambda x: (linear(x), x), 'makes a tuple'),
+    (lambda x: linear(x).argmax(-1), r'makes a int32 \[1\]'),
+    (lambda x: np.asarray(x).reshape(len(x), 36) @ WEIGHTS, 'write it with jax.numpy'),
+    (lambda x: linear(x) if x.max() > 0 else -linear(x), 'write it with jax.numpy'),
+  ],
+  ids=['dict', 'tuple', 'classes', 'numpy', 'condition'],
+)
+def test_what_makes_no_logits_is_refused(network, words):
+  for call in (
+    lambda: judge(network, IMAGES, LABELS, epsilon=0.1, suite='clean'),
+    lambda: attacks.run('apgd-ce', network, IMAGES, LABELS, 'linf', 0.1),
+  ):
+    with pytest.raises(UserError, match=words) as e:
+      call()
+    assert '\n' not in str(e.value)
+
+
+def test_a_network_in_training_mode_is_noticed():
+  def normalized(images):
+    flat = images.reshape(len(images), 36)
+    mean, deviation = flat.mean(0, keepdims=True), flat.std(0, keepdims=True)
+    return (flat - mean) / (deviation + 1e-3) @ WEIGHTS
+
+  outcome = judge(normalized, IMAGES, LABELS, epsilon=0.03, suite='clean')
+  assert warned(outcome, 'depend on the other images of its batch')
+  assert warned(outcome, 'inference mode') and len(outcome.warnings) == 1
+
+
+def test_a_network_that_optimises_at_test_time_is_noticed():
+  def purified(images):
+    spread = lambda x: jnp.sum(jax.nn.logsumexp(linear(x), axis=-1))
+    step = lambda _, x: x - 0.01 * jax.grad(spread)(x)
+    return linear(jax.lax.fori_loop(0, 2, step, images))
+
+  outcome = judge(purified, IMAGES, LABELS, epsilon=0.03, suite='clean')
+  assert warned(outcome, 'takes gradients to answer') and len(outcome.warnings) == 1
+
+
+class Holder:
+  """A network whose weights may be exchanged."""
+
+  def __init__(self, weights):
+    self.weights = jnp.asarray(weights)
+
+  def __call__(self, images):
+    return (images.reshape(len(images), 36) - 0.5) @ self.weights
+
+
+def test_a_second_call_compiles_nothing_and_sees_other_weights():
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: 'backend_compile' in event and compiled.append(event)
+  )
+  network, suite = Holder(WEIGHTS), 'apgd-ce:num_steps=2'
+
+  def both(network, epsilon=0.03):
+    outcome = judge(network, IMAGES, LABELS, epsilon=epsilon, suite=suite)
+    found = attacks.run(
+      suite, network, IMAGES, LABELS, 'linf', epsilon, batch_size=COUNT
+    )
+    return outcome, found
+
+  outcome, found = both(network)
+  assert compiled
+  compiled.clear()
+  again, same = both(network)
+  np.testing.assert_array_equal(found, same)
+  np.testing.assert_array_equal(outcome.fallen_to, again.fallen_to)
+  larger, further = both(network, 0.06)
+  assert larger.robust_accuracy < outcome.robust_accuracy
+  assert 0.05 < np.abs(further - IMAGES).max() <= 0.06 + 1e-6
+  network.weights = jnp.asarray(-WEIGHTS)
+  other, changed = both(network)
+  assert compiled == []
+  assert outcome.clean.all() and other.clean_accuracy < 0.1
+  assert np.abs(found - changed).max() > 0.05
+  # What is not the same function is compiled anew, and none is held for ever.
+  judge(Holder(WEIGHTS), IMAGES, LABELS, epsilon=0.03, suite='clean')
+  assert compiled
+  dropped = weakref.ref(network)
+  del network
+  gc.collect()
+  assert dropped() is None
+
+
+def test_several_epsilons_make_a_curve(tmp_path):
+  batches = []
+
+  class Batches:
+    def __init__(self, what, total, unit):
+      self._what = what
+
+    def advance(self, count, note):
+      batches.append(self._what)
+
+    def close(self):
+      pass
+
+  curve = functools.partial(
+    judge, linear, IMAGES, LABELS, suite='apgd-ce:num_steps=3', folder=tmp_path, keep=2
+  )
+  found = curve(epsilon=np.array([0.01, 0.1]), progress=Batches)
+  assert set(batches) == {
+    f'epsilon {e}, {what}'
+    for e in (0.01, 0.1)
+    for what in ('clean', curve.keywords['suite'])
+  }
+  batches.clear()
+  assert list(found) == [0.01, 0.1] and found[0.01].clean_accuracy == 1
+  alone = judge(linear, IMAGES, LABELS, epsilon=0.01, suite='apgd-ce:num_steps=3')
+  np.testing.assert_array_equal(found[0.01].robust, alone.robust)
+  assert found[0.01].robust_accuracy > found[0.1].robust_accuracy
+  shares = [f'{found[e].robust_accuracy:.2%}' for e in found]
+  for text in (repr(found), found._repr_html_()):
+    assert all(x in text for x in ('epsilon', '0.01', '100.00%', *shares))
+  assert repr(found).count('\n') == 2
+  assert json.loads(json.dumps(found.to_dict()))['0.1'] == found[0.1].to_dict()
+  # Each is in a folder of its own, and none is judged again.
+  again = curve(epsilon=[0.01, 0.1], progress=Batches)
+  assert repr(again) == repr(found) and batches == []
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['epsilon-0.01', 'epsilon-0.1']
+
+
+@pytest.mark.parametrize('norm, epsilon', [('linf', 0.1), ('l2', 0.5), ('l1', 2.0)])
+def test_an_attack_alone(norm, epsilon):
+  """On images of any type, the same in batches of any size."""
+  images = (IMAGES * 255).astype(np.uint8)
+  pixels = images.astype(np.float32) / 255
+  labels = np.asarray(linear(pixels).argmax(-1))
+  attack = functools.partial(
+    attacks.run, 'apgd-dlr:num_steps=4', linear, labels=labels, norm=norm
+  )
+  found = attack(images, epsilon=epsilon)
+  assert found.shape == images.shape and found.dtype == np.float32
+  # Rounding of single precision.
+  assert norms.get(norm, epsilon).distance(found, pixels).max() <= epsilon + 1e-5
+  assert found.min() >= 0 and found.max() <= 1
+  assert (linear(found).argmax(-1) != labels).mean() > 0.5
+  np.testing.assert_array_equal(found, attack(jnp.asarray(pixels), epsilon=epsilon))
+  if norm == 'linf':
+    other = attack(images, epsilon=epsilon, batch_size=8)
+    np.testing.assert_allclose(found, other, atol=1e-6)
+    assert np.abs(found - attack(images, epsilon=epsilon, seed=1)).max() > 0.01
+
+
+def test_an_attack_alone_is_one_attack():
+  for attack, words in (
+    ('autoattack', 'has 4 attacks: give one, or use evaluate_robustness'),
+    ('apgd_ce', 'did you mean apgd-ce?'),
+    ('apgd-ce:steps=3', 'use field=value of num_steps'),
+  ):
+    with pytest.raises(UserError, match=words):
+      attacks.run(attack, linear, IMAGES, LABELS, 'linf', 0.1)
+  with pytest.raises(UserError, match='use 0 to 3'):
+    attacks.run('square', linear, IMAGES, LABELS + 4, 'linf', 0.1)
+
+
+def test_an_attack_alone_on_a_random_network():
+  found = attacks.run(
+    'apgd-ce:samples=2:num_steps=2', noisy, IMAGES, LABELS, 'linf', 0.3
+  )
+  assert 0.1 < np.abs(found - IMAGES).max() <= 0.3 + 1e-6
+
+
+def test_progress_is_seen_off_a_terminal(capsys, monkeypatch):
+  """As lines with speed and time left, also where nobody has turned logs on."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.WARNING)
+  try:
+    evaluate_robustness(linear, IMAGES, LABELS, 'linf', 0.1, 'clean', batch_size=8)
+  finally:
+    logging.set_verbosity(verbosity)
+  err = capsys.readouterr().err
+  assert 'clean: 24 of 24 images' in err and ' a second' in err
+  assert '0:00 left' in err and 'robust 100.00%' in err
+
+
+def test_progress_in_a_notebook_is_a_bar(capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'ipykernel', types.ModuleType('ipykernel'))
+  evaluate_robustness(linear, IMAGES, LABELS, 'linf', 0.1, 'clean', batch_size=8)
+  err = capsys.readouterr().err
+  assert 'clean: 100%' in err and '24/24' in err and 'robust 100.00%' in err
 
 
 def test_the_example_holds():

@@ -1,8 +1,11 @@
 """Suites: the attacks, their order and their numbers as published."""
 
+import doctest
 import json
 import re
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import config_dict
 
@@ -16,6 +19,9 @@ from jaxrobust.attacks import (
   square,
   suites,
 )
+from jaxrobust.attacks.evaluation import Evaluator
+from jaxrobust.config import experiments, registries
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 
 LINF, L2, L1 = norms.Linf(8 / 255), norms.L2(0.5), norms.L1(12.0)
@@ -208,20 +214,119 @@ def test_describe_is_json_that_says_all_numbers(ball):
   }
 
 
-def test_attack_from_config_judges_labels():
-  config = config_dict.ConfigDict(
-    dict(
-      objective='margin',
-      step_rule='sign',
-      num_steps=3,
-      step_sizes=(0.1,),
-      step_boundaries=(),
-      initialization='uniform',
-      restarts=2,
-    )
+@pytest.fixture
+def evaluation():
+  """The part `evaluation` of a config, as far as suites read it."""
+  attack = dict(
+    objective='margin',
+    step_rule='sign',
+    num_steps=3,
+    step_sizes=(0.1,),
+    step_boundaries=(),
+    initialization='uniform',
+    restarts=2,
   )
+  return config_dict.ConfigDict(dict(suite='pgd', attack=attack))
+
+
+def test_attack_from_config_judges_labels(evaluation):
+  config = evaluation.attack
   attack = suites.attack_from_config(config, LINF)
   assert attack.objective is objectives.margin and attack.restarts == 2
   config.objective = 'kl_divergence'
   with pytest.raises(UserError, match="'kl_divergence' does not know labels"):
     suites.attack_from_config(config, LINF)
+
+
+def test_the_attacks_of_a_config_and_what_results_say_of_them(evaluation):
+  name, [(same, attack)] = suites.from_config(evaluation, LINF)
+  assert name == same == 'pgd-3' and attack.num_steps == 3
+  (said,) = suites.protocol(evaluation, LINF)['attacks']
+  # As lists, which is how results are read again.
+  assert said['step_sizes'] == [0.1] and said['step_rule'] == 'sign'
+  assert said['name'] == suites.protocol(evaluation, LINF)['suite'] == 'pgd-3'
+  found = suites.protocol(evaluation, L2, 'apgd-ce:num_steps=7')
+  name, [(same, attack)] = suites.from_config(evaluation, L2, 'apgd-ce:num_steps=7')
+  assert found == {'suite': name, 'attacks': [suites.describe(same, attack)]}
+  assert attack.ball == L2 and found['attacks'][0]['num_steps'] == 7
+  evaluation.suite = 'clean'
+  assert suites.protocol(evaluation, LINF) == {'suite': 'clean', 'attacks': []}
+  evaluation.suite = 'autoattack-rand'
+  with pytest.raises(UserError, match='randomised networks.*use autoattack'):
+    suites.from_config(evaluation, LINF)
+
+
+def test_a_suite_is_checked_before_its_ball_is_known():
+  assert suites.parse('pgd-40') == ['pgd']
+  assert suites.parse('apgd-ce:restarts=2,square') == ['apgd-ce:restarts=2', 'square']
+  with pytest.raises(UserError, match='did you mean autoattack') as e:
+    suites.parse('autoatack')
+  assert 'multitargeted' in str(e.value) and '\n' not in str(e.value)
+
+
+MINE = """
+import dataclasses
+import jax.numpy as jnp
+from jaxrobust.attacks import norms, suites
+from jaxrobust.attacks.attack import Attack
+
+@suites.register('brighten')
+@dataclasses.dataclass(frozen=True)
+class Brighten(Attack):
+  ball: norms.Ball
+  share: float = 1.0
+  restarts: int = 1
+
+  def num_attempts(self, num_classes):
+    return self.restarts
+
+  def attempt(self, logits_fn, rngs, images, labels, index):
+    return jnp.clip(images + self.share * self.ball.epsilon, 0, 1)
+
+def get_config():
+  return {'seed': 0}
+"""
+
+
+@pytest.fixture
+def registry(monkeypatch):
+  """Forgets afterwards what a test registers."""
+  for field in ('_items', '_homes'):
+    known = dict(getattr(registries.ATTACKS, field))
+    monkeypatch.setattr(registries.ATTACKS, field, known)
+  return registries.ATTACKS
+
+
+def test_an_attack_of_a_file_outside_joins_the_suites(registry, tmp_path):
+  """An experiment's file alone adds it: by name, with options, in results."""
+  file = tmp_path / 'mine.py'
+  file.write_text(MINE)
+  experiments.load_file(str(file))
+  with pytest.raises(UserError, match='brighter.*did you mean brighten'):
+    suites.get('brighter', LINF)
+  suite = suites.get('brighten:share=0.5:restarts=2', norms.Linf(0.2))
+  [(name, mine)] = suite
+  assert suites.describe(name, mine) == {'name': name, 'share': 0.5, 'restarts': 2}
+  with pytest.raises(UserError, match='no option .*use field=value of share, restarts'):
+    suites.get('brighten:epsilon=3', LINF)
+  threshold = lambda _, x: jnp.stack(
+    [jnp.full(len(x), 0.5), x.mean(axis=(1, 2, 3))], axis=-1
+  )
+  images = np.linspace(0.3, 0.5, 8, dtype=np.float32).repeat(4).reshape(8, 2, 2, 1)
+  evaluator = Evaluator(threshold, suite, batch_size=8)
+  outcome = evaluator(parallel.replicate([np.zeros(1)]), images, np.zeros(8, int))
+  # Half of 0.2 brighter is brighter than 0.5.
+  np.testing.assert_array_equal(outcome.robust, images[:, 0, 0, 0] < 0.4 - 1e-6)
+  assert 0 < outcome.robust.sum() < 8
+
+
+def test_what_is_no_attack_is_refused(registry):
+  suites.register('thing')(lambda ball: 3)
+  with pytest.raises(UserError, match="'thing' is a int: make it a dataclass"):
+    suites.get('thing', LINF)
+  with pytest.raises(UserError, match="'square' is registered already"):
+    suites.register('square')
+
+
+def test_the_example_of_an_own_attack_holds(registry):
+  assert doctest.testmod(suites).failed == 0

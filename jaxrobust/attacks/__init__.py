@@ -11,6 +11,12 @@ network and no data set, only
                    `pgd.STEP_RULES` (Adam, the sign, the normalised gradient);
   initialisation   where it starts: at a uniform point of the ball, or at the image.
 
+By name, on arrays of any kind and on all devices, it takes three lines:
+
+    from jaxrobust import attacks
+    adversarial = attacks.run('apgd-ce', logits_fn, images, labels, 'linf', 8 / 255)
+    outcome = attacks.evaluate_robustness(logits_fn, images, labels, 'linf', 8 / 255)
+
 Any of the four parts can be exchanged without the others. An attack on a linear
 classifier of 2x2 images, with three restarts of which the worst for the classifier
 is kept:
@@ -42,3 +48,18 @@ The fast gradient sign method is PGD with a single step of the ball's size:
 >>> fgsm(logits_fn, rngs, images, labels).shape
 (8, 2, 2, 1)
 """
+
+import importlib
+
+_PUBLIC = ('evaluate_robustness', 'run')
+
+
+def __getattr__(name: str):
+  """What users call, imported when it is first asked for."""
+  if name not in _PUBLIC:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return getattr(importlib.import_module('jaxrobust.attacks.robustness'), name)
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *_PUBLIC])

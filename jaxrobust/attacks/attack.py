@@ -11,7 +11,8 @@ class Attack:
 
   An attempt is a random start, a target class, or both. Suites run an attempt on the
   images that still stand after the one before; calling the attack runs all of them.
-  A randomised network takes `(images, rng)` in place of `images`.
+  A randomised network takes `(images, rng)` in place of `images`. Compiled for balls of
+  any size, an attack finds a traced number in `ball.epsilon`.
   """
 
   # Whether `logits_fn` takes a key beside the images.

@@ -9,18 +9,24 @@ distance is measured.
 
 import contextlib
 import functools
+import html
+import json
+import os
 import zlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from jaxrobust.attacks import attack as attacks
 from jaxrobust.attacks import checks, objectives
 from jaxrobust.attacks.record import STANDING, Record
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays
+from jaxrobust.runs import workdir as workdirs
 
 # Images may be further than epsilon by the rounding of float32: a share of it in sums,
 # and an absolute part where pixels of size 1 are subtracted.
@@ -51,6 +57,16 @@ class Outcome(NamedTuple):
   predictions: np.ndarray
   warnings: list[str]
 
+  @property
+  def clean_accuracy(self) -> float:
+    """Share of all images that are right without an attack."""
+    return float(self.clean.mean())
+
+  @property
+  def robust_accuracy(self) -> float:
+    """Share of all images that are right without and under every attack."""
+    return float(self.robust.mean())
+
   def by_attack(self) -> dict[str, float]:
     """Share of all images that stand after each attack in turn."""
     standing, shares = self.clean.sum(), {}
@@ -58,6 +74,68 @@ class Outcome(NamedTuple):
       standing = standing - np.sum(self.fallen_to == number)
       shares[name] = float(standing / len(self.clean))
     return shares
+
+  def to_dict(self) -> dict:
+    """Counts, accuracies as fractions and warnings, as JSON values."""
+    return {
+      'clean_correct': int(self.clean.sum()),
+      'robust_correct': int(self.robust.sum()),
+      'clean_accuracy': self.clean_accuracy,
+      'robust_accuracy': self.robust_accuracy,
+      'attacks': [
+        {
+          'name': name,
+          'fallen': int(np.sum(self.fallen_to == number)),
+          'robust_accuracy': share,
+        }
+        for number, (name, share) in enumerate(self.by_attack().items())
+      ],
+      'warnings': self.warnings,
+    }
+
+  def save(self, path: str | os.PathLike):
+    """Writes it to a file, or leaves what was there.
+
+    Args:
+      path: local or `gs://`; ends in `.json` for the figures of `to_dict`, or in
+        `.npz` for them (as text, `figures`) and the arrays.
+
+    Raises:
+      UserError: for another ending.
+    """
+    path, text = epath.Path(path).expanduser(), json.dumps(self.to_dict(), indent=2)
+    content = f'{text}\n'
+    if path.suffix == '.npz':
+      found = {k: v for k, v in self._asdict().items() if isinstance(v, np.ndarray)}
+      content = arrays.npz_bytes(figures=text, **found)
+    elif path.suffix != '.json':
+      raise UserError(
+        f'{path}: an outcome is saved as .json, its figures, or .npz, with the arrays'
+      )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    workdirs.write(path, content)
+
+  def _rows(self) -> list[tuple[str, str]]:
+    """What `repr` shows beside the warnings: words and a share."""
+    rows = [('clean', self.clean_accuracy), ('robust', self.robust_accuracy)]
+    rows += [(f'after {name}', share) for name, share in self.by_attack().items()]
+    return [(words, f'{share:.2%}') for words, share in rows]
+
+  def __repr__(self) -> str:
+    rows = self._rows()
+    width = max(len(words) for words, _ in rows)
+    lines = [f'{words:{width}} {share:>7}' for words, share in rows]
+    lines += [f'warning: {line}' for line in self.warnings]
+    return '\n  '.join([f'Outcome of {len(self.clean)} images', *lines])
+
+  def _repr_html_(self) -> str:
+    rows = [
+      f'<tr><td>{html.escape(words)}</td><td>{share}</td></tr>'
+      for words, share in self._rows()
+    ]
+    lines = [f'<p>Warning: {html.escape(line)}</p>' for line in self.warnings]
+    caption = f'<caption>{len(self.clean)} images</caption>'
+    return f'<table>{caption}{"".join(rows)}</table>{"".join(lines)}'
 
 
 class Evaluator:
@@ -76,6 +154,7 @@ class Evaluator:
     batch_size: int,
     seed: int = 0,
     thorough: bool = False,
+    attacks_at=None,
   ):
     """Prepares the evaluation.
 
@@ -90,6 +169,8 @@ class Evaluator:
         size of an attack's batches to the number of images that stand when it
         begins; else all batches have one size, so that nothing is compiled again when
         other images are judged.
+      attacks_at: epsilon, which may be traced → `named_attacks` in a ball of that size;
+        lets calls choose an epsilon for which nothing is compiled again.
     """
     if batch_size < 1:
       raise UserError(f'batch_size = {batch_size}: use 1 or more')
@@ -97,7 +178,7 @@ class Evaluator:
     self._rng = jax.random.key(seed)
     self._attacks = tuple(named_attacks)
     self._randomized = any(a.randomized for _, a in self._attacks)
-    self._logits_fn = logits_fn
+    self._logits_fn, self._attacks_at = logits_fn, attacks_at
     self._survey = parallel.pmap(self._survey_shard)
     self._checks = parallel.pmap(self._check_shard)
     self._attempts = [
@@ -111,28 +192,31 @@ class Evaluator:
       return lambda x, rng=rng: self._logits_fn(variables, x, rng)
     return lambda x: self._logits_fn(variables, x)
 
-  def _survey_shard(self, variables, images, labels, index):
-    """One device's images → (right, finite, predictions)."""
+  def _survey_shard(self, variables, images, labels, index, call):
+    """One device's images → (right, finite, predictions, logits) in a call."""
     images, keys = _pixels(images), parallel.key_per_slot(self._rng, index)
-    logits = self._network(variables, keys[0])(images)
+    logits = self._network(variables, jax.random.fold_in(keys[0], call))(images)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     predictions = jnp.argmax(logits, axis=-1)
-    return finite & (predictions == labels), finite, predictions
+    return finite & (predictions == labels), finite, predictions, logits
 
-  def _check_shard(self, variables, images, labels, index, trial):
-    """One device's images → logits and whether gradients vanish, for the checks."""
+  def _check_shard(self, variables, images, labels, index):
+    """One device's images → whether gradients vanish: cross-entropy's, margin's."""
     images, keys = _pixels(images), parallel.key_per_slot(self._rng, index)
-    network = self._network(variables, jax.random.fold_in(keys[0], trial))
+    network = self._network(variables, keys[0])
 
     def vanishes(objective):
       gradient = jax.grad(lambda x: jnp.sum(objective(network(x), labels)))(images)
       return jnp.all(gradient == 0, axis=(1, 2, 3))
 
-    logits = network(images)
-    return logits, vanishes(objectives.cross_entropy), vanishes(objectives.margin)
+    return vanishes(objectives.cross_entropy), vanishes(objectives.margin)
 
-  def _attempt_shard(self, name, attack, variables, images, labels, index, attempt):
+  def _attempt_shard(
+    self, name, attack, variables, images, labels, index, attempt, *epsilon
+  ):
     """One device's images → (changed images, fooled, finite, predictions, distance)."""
+    if epsilon:
+      attack = dict(self._attacks_at(*epsilon))[name]
     images = _pixels(images)
     rng = jax.random.fold_in(self._rng, zlib.crc32(name.encode()))
     keys = attacks.attempt_keys(parallel.key_per_slot(rng, index), attempt)
@@ -157,6 +241,7 @@ class Evaluator:
     keep: int = 0,
     record: Record | None = None,
     progress=None,
+    epsilon: float | None = None,
   ) -> Outcome:
     """Judges every image once.
 
@@ -168,24 +253,29 @@ class Evaluator:
       record: where to start from and to note what becomes of each image.
       progress: (attack, total, unit) → an object with `advance(count, note)` and
         `close`; None for no progress.
+      epsilon: of the ball, where `attacks_at` was given; None for that of the attacks.
 
     Returns:
       An Outcome, the same in every process.
     """
-    labels = np.asarray(labels)
-    checks.inputs(images, labels)
-    classes = self._num_classes(variables, images.shape[1:])
+    images, labels = checks.inputs(images, labels)
+    program, classes = self._trace(variables, images.shape[1:])
     checks.classes(labels, classes)
     labels = labels.astype(np.int32)
     record = record or Record(len(images), None, {})
+    attempts = sum(attack.num_attempts(classes) for _, attack in self._attacks)
+    record.check(attempts, images.shape[1:])
     run = _Run(variables, images, labels, record, keep, self._thorough)
     if record.attempt == 0:
       run.size = self._size(len(images))
       if self._thorough:
-        self._warn(run, classes)
+        self._warn(run, program, classes)
+      first = parallel.replicate(np.int32(0))
+      survey = lambda *batch: self._survey(variables, *batch, first)[:3]
       with _bar(progress, 'clean', len(images), 'images') as advance:
-        run.attempt(0, lambda *batch: self._survey(variables, *batch), advance)
+        run.attempt(0, survey, advance)
     first = 1
+    size = () if epsilon is None else (parallel.replicate(np.float32(epsilon)),)
     for (name, attack), judge in zip(self._attacks, self._attempts, strict=True):
       numbers = range(first, first + attack.num_attempts(classes))
       first = numbers.stop
@@ -200,11 +290,11 @@ class Evaluator:
           run.attempt(
             number,
             lambda *batch, judge=judge, attempt=attempt: judge(
-              variables, *batch, attempt
+              variables, *batch, attempt, *size
             ),
             advance,
             left=numbers.stop - number,
-            epsilon=attack.ball.epsilon,
+            epsilon=epsilon or attack.ball.epsilon,
           )
     return self._outcome(run, classes, keep)
 
@@ -235,36 +325,47 @@ class Evaluator:
     devices = parallel.num_devices()
     return -(-size // devices) * devices
 
-  def _num_classes(self, variables, shape) -> int:
-    """K of the network."""
+  def _trace(self, variables, shape):
+    """The network's jaxpr for one image, and its number of classes."""
     local = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     network = lambda v, x: self._network(v, jax.random.key(0))(x)
-    logits = jax.eval_shape(network, jax.tree.map(local, variables), image)
-    if len(logits.shape) != 2 or logits.shape[0] != 1 or logits.shape[1] < 2:
-      raise UserError(
-        f'logits_fn makes {logits.shape} of one image {tuple(shape)}: it should make '
-        'logits [B, K] of at least 2 classes'
-      )
-    return logits.shape[1]
+    program, logits = jax.make_jaxpr(network, return_shape=True)(
+      jax.tree.map(local, variables), image
+    )
+    checks.logits(logits, shape)
+    return program.jaxpr, logits.shape[1]
 
-  def _warn(self, run: '_Run', classes: int):
+  def _warn(self, run: '_Run', program, classes: int):
     """Looks at the first batch for what misleads attacks, and says so."""
     count = min(run.size, len(run.images))
-    batch = run.batch(np.arange(count), run.size)
-    trial = lambda n: [
-      x[:count]
-      for x in parallel.gather(
-        self._checks(run.variables, *batch, parallel.replicate(np.int32(n)))
-      )
+    first = np.arange(count)
+
+    def logits(call, index=first):
+      batch = run.batch(index, run.size), parallel.replicate(np.int32(call))
+      return parallel.gather(self._survey(run.variables, *batch[0], batch[1])[3])
+
+    calls = np.stack([logits(call)[:count] for call in range(checks.CALLS)])
+    # A device for each image, which has nothing but copies of it.
+    few, each = min(count, 4), run.size // run.devices
+    alone = [
+      logits(0, np.minimum(range(n, n + run.devices), few - 1).repeat(each))[::each]
+      for n in range(0, few, run.devices)
     ]
-    remarks = [
+    vanish = parallel.gather(self._checks(run.variables, *run.batch(first, run.size)))
+    found = [
       f'{name}: {remark}'
       for name, attack in self._attacks
       if (remark := attack.remark(classes))
     ]
-    found = checks.misleading(trial(0), trial(1)[0], self._randomized)
-    for line in remarks + found:
+    found += checks.misleading(
+      calls,
+      np.concatenate(alone)[:few],
+      *(x[:count] for x in vanish),
+      self._randomized,
+    )
+    found.append(checks.optimizes(program))
+    for line in filter(None, found):
       run.record.warn(line)
 
 

@@ -137,11 +137,12 @@ class FAB(attack.Attack):
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     target = objectives.ranked_class(logits, labels, index // self.restarts)
     is_target = jax.nn.one_hot(target, logits.shape[-1], dtype=bool)
+    # In the precision of the images, whatever that of the logits.
     contrast = is_target.astype(images.dtype) - is_label.astype(images.dtype)
 
     def lead(iterate):
       """The target's lead over the label: summed for the gradients, and [B]."""
-      leads = jnp.sum(logits_fn(iterate) * contrast, axis=-1)
+      leads = jnp.sum(logits_fn(iterate).astype(contrast.dtype) * contrast, axis=-1)
       return jnp.sum(leads), leads
 
     def unfinished(state):
@@ -176,11 +177,11 @@ class FAB(attack.Attack):
 
   def _nearest(self, logits_fn, iterate, is_label):
     """Slopes and leads of the class whose plane is nearest to each iterate."""
-    logits, pull = jax.vjp(logits_fn, iterate)
+    logits, pull = jax.vjp(lambda x: logits_fn(x).astype(x.dtype), iterate)
 
     def consider(k, best):
-      is_class = jax.nn.one_hot(jnp.full(len(logits), k), logits.shape[-1])
-      contrast = (is_class - is_label).astype(logits.dtype)
+      is_class = jax.nn.one_hot(jnp.full(len(logits), k), logits.shape[-1], dtype=bool)
+      contrast = is_class.astype(logits.dtype) - is_label.astype(logits.dtype)
       slopes, leads = pull(contrast)[0], jnp.sum(logits * contrast, axis=-1)
       away = jnp.abs(leads) / (1e-12 + self._dual_length(slopes))
       away = jnp.where(is_label[:, k], jnp.inf, away)

@@ -1,8 +1,62 @@
-"""Objectives: what an attack climbs, one number an image."""
+"""Objectives: what an attack climbs, one number an image.
+
+A config names one of `OBJECTIVES`. Another joins them by a decorator, in a file of your
+own:
+
+>>> from jaxrobust.attacks import objectives
+>>> @objectives.register('highest_other', reference='labels')
+... def highest_other(logits, labels):
+...   return objectives.margin(logits, labels) + logits.min(axis=-1)
+>>> objectives.OBJECTIVES['highest_other'] is highest_other
+True
+"""
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from jaxrobust.errors import UserError
+
+OBJECTIVES = {}
+
+# What each takes as its reference: labels int [B], probabilities [B, K], or either.
+REFERENCES = {}
+
+
+def register(name: str, reference: str):
+  """Makes an objective known to configs, by its name.
+
+  A function that is defined again, as in a notebook, takes the place of what it was.
+
+  Args:
+    name: as in `config.attack.objective`.
+    reference: what it takes beside the logits [B, K]: 'labels', 'probabilities' or
+      'either'.
+
+  Returns:
+    A decorator of a function (logits, reference) → [B], which attacks maximise.
+
+  Raises:
+    UserError: for a name that is taken, or another kind of reference.
+  """
+
+  def add(objective):
+    known = OBJECTIVES.get(name, objective)
+    place = lambda fn: (fn.__module__, fn.__qualname__)
+    if place(known) != place(objective):
+      raise UserError(
+        f'objective {name!r} is registered already: use another name than '
+        f'{", ".join(OBJECTIVES)}'
+      )
+    if reference not in ('labels', 'probabilities', 'either'):
+      raise UserError(
+        f'objective {name!r}: reference = {reference!r}; use labels, probabilities or '
+        'either'
+      )
+    OBJECTIVES[name], REFERENCES[name] = objective, reference
+    return objective
+
+  return add
 
 
 def log_probabilities(logits: jax.Array) -> jax.Array:
@@ -18,6 +72,7 @@ def log_probabilities(logits: jax.Array) -> jax.Array:
   return jax.nn.log_softmax(logits.astype(dtype))
 
 
+@register('cross_entropy', reference='either')
 def cross_entropy(logits: jax.Array, reference: jax.Array) -> jax.Array:
   """Cross-entropy to labels or to targets.
 
@@ -33,6 +88,7 @@ def cross_entropy(logits: jax.Array, reference: jax.Array) -> jax.Array:
   return -jnp.sum(reference * log_probabilities(logits), axis=-1)
 
 
+@register('kl_divergence', reference='probabilities')
 def kl_divergence(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
   """KL(probabilities || softmax(logits)), the objective of TRADES.
 
@@ -53,6 +109,7 @@ def kl_divergence(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
   )
 
 
+@register('squared_distance', reference='probabilities')
 def squared_distance(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
   """Squared l2 distance of softmax(logits) to probabilities (Pang et al. 2022).
 
@@ -68,6 +125,7 @@ def squared_distance(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
   return jnp.sum(jnp.square(found - held), axis=-1)
 
 
+@register('margin', reference='labels')
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """The highest logit of another class, less that of the label.
 
@@ -162,19 +220,3 @@ def ranked_class(logits: jax.Array, labels: jax.Array, rank) -> jax.Array:
 def _pick(logits, classes):
   """The logit of one class an image, [B]."""
   return jnp.take_along_axis(logits, classes[:, None], axis=-1)[:, 0]
-
-
-OBJECTIVES = {
-  'cross_entropy': cross_entropy,
-  'kl_divergence': kl_divergence,
-  'margin': margin,
-  'squared_distance': squared_distance,
-}
-
-# What each objective takes as its reference: labels [B], probabilities [B, K].
-REFERENCES = {
-  'cross_entropy': 'either',
-  'kl_divergence': 'probabilities',
-  'margin': 'labels',
-  'squared_distance': 'probabilities',
-}

@@ -101,7 +101,7 @@ class PGD(attack.Attack):
     """One restart: from its start to its last iterate."""
     # Summed over the batch, so that each image gets the gradient of its own score.
     gradient_of = jax.grad(lambda x: jnp.sum(score(x)))
-    sizes = jnp.asarray(self._sizes(), images.dtype)
+    sizes = self._sizes(images.dtype)
 
     def step(index, carry):
       iterate, state = carry
@@ -114,12 +114,12 @@ class PGD(attack.Attack):
     start = (start, self.step_rule.init(images))
     return jax.lax.fori_loop(0, self.num_steps, step, start)[0]
 
-  def _sizes(self) -> np.ndarray:
+  def _sizes(self, dtype) -> jax.Array:
     """The step size of each step, [num_steps]."""
     stage = np.searchsorted(
       np.asarray(self.step_boundaries, int), np.arange(self.num_steps), 'right'
     )
-    return np.asarray(self.step_sizes)[stage]
+    return jnp.asarray(self.step_sizes, dtype)[stage]
 
 
 def from_config(config, ball: norms.Ball) -> PGD:

@@ -4,15 +4,16 @@ The folder makes an evaluation resumable: it is written after every batch, and w
 written after the batch is all that an uninterrupted evaluation would know.
 """
 
-import io
+import contextlib
 import json
-import zipfile
 
 import numpy as np
 from absl import logging
 from etils import epath
 
 from jaxrobust.errors import UserError
+from jaxrobust.files import arrays, json_files
+from jaxrobust.runs import workdir as workdirs
 
 STANDING = -1
 _STATE = 'state.npz'
@@ -49,33 +50,76 @@ class Record:
     self._folder = epath.Path(folder) if folder else None
     self._identity = json.dumps(identity, sort_keys=True)
     if self._folder and (self._folder / _STATE).exists():
-      try:
-        self._read()
-      except UserError:
-        raise
-      except (zipfile.BadZipFile, KeyError, EOFError, OSError, ValueError) as e:
-        raise UserError(
-          f'{self._folder} is damaged ({e}): remove it to start this evaluation anew'
-        ) from e
+      self._read()
 
   def _read(self):
-    """Takes the record from its folder."""
-    with np.load(io.BytesIO((self._folder / _STATE).read_bytes())) as state:
-      if str(state['identity']) != self._identity:
-        raise UserError(
-          f'{self._folder} holds the evaluation of something else: use another '
-          'folder, or remove it'
-        )
-      self.fallen = state['fallen']
-      self.attempt, self.done, self._batches = state['position'].tolist()
-      self.warnings = json.loads(str(state['warnings']))
-      self._files = state['files'].tolist()
+    """Takes the record from its folder; UserError if it cannot be one."""
+    path, count = self._folder / _STATE, len(self.fallen)
+    vector, text = ('i', 1), ('U', 0)
+    kinds = {'fallen': vector, 'position': vector, 'files': vector}
+    state = self._arrays(path, kinds | {'warnings': text, 'identity': text})
+    if str(state['identity']) != self._identity:
+      raise UserError(
+        f'{self._folder} holds the evaluation of something else: use another '
+        'folder, or remove it'
+      )
+    position, fallen, files = state['position'], state['fallen'], state['files']
+    self._require(len(position) == 3 and (position >= 0).all(), path, 'position')
+    self.attempt, self.done, self._batches = position.tolist()
+    self._require(self.done <= count, path, 'position')
+    known = (fallen >= STANDING) & (fallen <= self.attempt)
+    self._require(len(fallen) == count and known.all(), path, 'fallen')
+    self._require(((files >= 0) & (files < self._batches)).all(), path, 'files')
+    with self._with_remedy():
+      warnings = json_files.parse(str(state['warnings']), f'warnings in {path}', list)
+    self._require(all(isinstance(x, str) for x in warnings), path, 'warnings')
+    self.fallen, self.warnings = fallen.astype(np.int32), warnings
+    self._files = files.tolist()
     for batch in self._files:
-      path = self._batch_path(batch)
-      if not path.exists():
-        raise UserError(f'{path} is absent: remove {self._folder} to start anew')
-      with np.load(io.BytesIO(path.read_bytes())) as kept:
-        self._keep(kept['index'], kept['images'], kept['predictions'])
+      self._read_batch(self._batch_path(batch))
+
+  def _read_batch(self, path: epath.Path):
+    """Takes the images of a batch that fell."""
+    if not path.exists():
+      raise UserError(f'{path} is absent: remove {self._folder} to start anew')
+    kept = self._arrays(
+      path, {'index': ('i', 1), 'images': ('f', 4), 'predictions': ('i', 1)}
+    )
+    index, images, predictions = kept['index'], kept['images'], kept['predictions']
+    known = (index >= 0) & (index < len(self.fallen))
+    sizes = {len(index), len(images), len(predictions)}
+    self._require(len(sizes) == 1 and known.all(), path, 'index')
+    self._require((np.abs(images - 0.5) <= 0.5).all(), path, 'images')
+    classes = (predictions >= 0) & (predictions < 2**31)
+    self._require(classes.all(), path, 'predictions')
+    self._keep(index, images, predictions)
+
+  def _arrays(self, path: epath.Path, kinds: dict) -> dict[str, np.ndarray]:
+    """Arrays of one of its files; UserError if it is damaged."""
+    with self._with_remedy():
+      return arrays.read_npz(path, kinds)
+
+  @contextlib.contextmanager
+  def _with_remedy(self):
+    """Adds what to do to a UserError on one of its files."""
+    try:
+      yield
+    except UserError as e:
+      raise UserError(f'{e} (remove {self._folder} to start anew)') from e
+
+  def _require(self, condition: bool, path: epath.Path, what: str):
+    """Raises UserError for an array that this evaluation cannot have written."""
+    if not condition:
+      raise UserError(
+        f'{path} is damaged: {what} does not fit the rest; remove {self._folder} to '
+        'start anew'
+      )
+
+  def check(self, num_attempts: int, image_shape: tuple[int, ...]):
+    """Raises UserError if it is of more attempts, or of images of another shape."""
+    self._require(self.attempt <= num_attempts, self._folder, 'the attempt')
+    shapes = {image.shape for image in self.adversarial.values()}
+    self._require(shapes <= {tuple(image_shape)}, self._folder, 'the shape of images')
 
   def begin(self, attempt: int):
     """Goes to an attempt; one that is under way stays where it is."""
@@ -132,11 +176,7 @@ class Record:
   def _batch_path(self, batch: int) -> epath.Path:
     return self._folder / f'adversarial-{batch:06}.npz'
 
-  def _write(self, path: epath.Path, **arrays):
+  def _write(self, path: epath.Path, **content):
     """Writes a whole file, or nothing."""
     self._folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    temporary = path.with_name(f'{path.name}.tmp')
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(path)
+    workdirs.write(path, arrays.npz_bytes(**content))

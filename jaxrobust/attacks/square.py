@@ -128,7 +128,7 @@ class Square(attack.Attack):
     def proceed(state):
       size = sizes[state.query]
       moved = move(keys(state.query + 1), images, state.images, size)
-      found = self.ball.project(moved, images)
+      found = self.ball.project(moved.astype(images.dtype), images)
       margins = margin(found)
       stands = state.margins <= 0
       better = stands & (margins > state.margins)
@@ -144,7 +144,7 @@ class Square(attack.Attack):
 
     before = margin(images)
     stands = before <= 0
-    found = self.ball.project(start(keys(0), images), images)
+    found = self.ball.project(start(keys(0), images).astype(images.dtype), images)
     state = _State(
       jnp.array(0),
       jnp.where(stands[:, None, None, None], found, images),

@@ -6,14 +6,39 @@ l1 the parameters of "Mind the box" (Croce and Hein 2021). `aa+mt` is what the a
 of "Improving Robustness using Generated Data" report: AutoPGD on the cross-entropy and
 on DLR, 5 restarts each, and MultiTargeted. `pgd-40` is their in-training evaluation.
 Any list of attacks is a suite too: `apgd-ce:restarts=5,square:num_queries=1000`.
+
+An attack of your own joins them by one decorator, in a file of your own (an experiment
+or a notebook), and has options as the others do:
+
+>>> import dataclasses
+>>> import jax
+>>> from jaxrobust.attacks import norms, suites
+>>> from jaxrobust.attacks.attack import Attack
+>>> @suites.register('random-starts')
+... @dataclasses.dataclass(frozen=True)
+... class RandomStarts(Attack):
+...   ball: norms.Ball
+...   restarts: int = 100
+...
+...   def num_attempts(self, num_classes):
+...     return self.restarts
+...
+...   def attempt(self, logits_fn, rngs, images, labels, index):
+...     return self.ball.initialize(rngs, images)
+>>> [(name, mine)] = suites.get('random-starts:restarts=7', norms.Linf(0.1))
+>>> mine.num_attempts(num_classes=10)
+7
 """
 
 import dataclasses
 import functools
+import json
 import math
+from collections.abc import Callable
 
 from jaxrobust.attacks import apgd, fab, multitargeted, norms, objectives, pgd, square
 from jaxrobust.attacks.attack import Attack
+from jaxrobust.config import registries
 from jaxrobust.errors import UserError
 
 _AUTOATTACK = 'apgd-ce,apgd-t,fab-t,square'
@@ -43,7 +68,8 @@ def _pgd_40(ball: norms.Ball) -> pgd.PGD:
   return pgd.PGD(ball, objectives.margin, pgd.STEP_RULES[rule], 40, sizes, boundaries)
 
 
-ATTACKS = {
+# The package's own; `registries.ATTACKS` has those of others, too.
+ATTACKS: dict[str, Callable[[norms.Ball], Attack]] = {
   'apgd-ce': apgd.APGD,
   'apgd-dlr': functools.partial(apgd.APGD, loss='dlr'),
   'apgd-t': functools.partial(apgd.APGD, loss='targeted_dlr'),
@@ -55,11 +81,35 @@ ATTACKS = {
 }
 
 
+for _name, _make in ATTACKS.items():
+  registries.ATTACKS.register(_name, _make)
+
+# A decorator of an attack of your own: a dataclass that extends `Attack` and whose
+# first field is `ball`, or a function from a ball to one. Its fields that are numbers
+# with a default are its options.
+register = registries.ATTACKS.register
+
+
+def parse(suite: str) -> list[str]:
+  """Checks a suite before its ball is known: every attack and option exists.
+
+  Args:
+    suite: as for `get`.
+
+  Returns:
+    Its attacks with their options, as they are named in results.
+
+  Raises:
+    UserError: for a name or an option that does not exist, with the choices.
+  """
+  return [name for name, _ in get(suite, norms.Linf(8 / 255))]
+
+
 def get(suite: str, ball: norms.Ball) -> list[tuple[str, Attack]]:
   """The attacks of a suite.
 
   Args:
-    suite: one of SUITES, or names of ATTACKS with options, such as
+    suite: one of SUITES, or names of attacks with options, such as
       'apgd-ce:restarts=5:num_steps=50,square'.
     ball: where images may go.
 
@@ -77,20 +127,10 @@ def get(suite: str, ball: norms.Ball) -> list[tuple[str, Attack]]:
     suite = _L1.get(suite, suite)
   found = {}
   for item in filter(None, SUITES.get(suite, suite).split(',')):
-    name, *options = item.split(':')
-    if name not in ATTACKS:
-      raise UserError(
-        f'suite {suite!r}: there is no attack or suite {name!r}; use one of the suites '
-        f'{", ".join(SUITES)}, or attacks, separated by commas: {", ".join(ATTACKS)}'
-      )
-    attack = ATTACKS[name](ball)
-    attack = dataclasses.replace(
-      attack, **dict(_option(attack, name, o) for o in options)
-    )
     # Attacks of one kind draw other random numbers if their names differ.
     if item in found:
       raise UserError(f'suite {suite!r}: {item!r} is named twice; use its restarts')
-    found[item] = attack
+    found[item] = _attack(suite, item, ball)
   randomized = [attack.randomized for attack in found.values()]
   if any(randomized) and not all(randomized):
     raise UserError(
@@ -98,6 +138,73 @@ def get(suite: str, ball: norms.Ball) -> list[tuple[str, Attack]]:
       'without: give all of them samples (apgd-ce, apgd-dlr and apgd-t have them)'
     )
   return list(found.items())
+
+
+def from_config(settings, ball: norms.Ball, suite: str = ''):
+  """The attacks by which a config has its network judged.
+
+  Args:
+    settings: the part `evaluation` of a config, with the fields suite and attack.
+    ball: where images may go.
+    suite: that takes the place of the config's.
+
+  Returns:
+    The suite's name in results, which for 'pgd' says how many steps
+    `settings.attack` has, and pairs of a name and an attack, as `get`.
+
+  Raises:
+    UserError: as `get` and `attack_from_config`, or for randomised attacks, which no
+      network of a config is made for.
+  """
+  suite = suite or settings.suite
+  if suite == 'pgd':
+    attack = attack_from_config(settings.attack, ball)
+    suite = f'pgd-{attack.num_steps}'
+    return suite, [(suite, attack)]
+  attacks = get(suite, ball)
+  if any(attack.randomized for _, attack in attacks):
+    raise UserError(
+      f'config.evaluation.suite = {suite!r} is for randomised networks, and none of '
+      'the models is: use autoattack (for a network of your own, '
+      'jaxrobust.attacks.robustness.evaluate_robustness)'
+    )
+  return suite, attacks
+
+
+def protocol(settings, ball: norms.Ball, suite: str = '') -> dict:
+  """What a result says of its attacks: the same for the same figures.
+
+  Args:
+    settings, ball, suite: as for `from_config`.
+
+  Returns:
+    JSON values: the suite's name in results, and the parameters of its attacks.
+  """
+  name, attacks = from_config(settings, ball, suite)
+  said = [describe(*attack) for attack in attacks]
+  if (suite or settings.suite) == 'pgd':  # Objective and step rule have names there.
+    said = [{'name': name, **settings.attack.to_dict()}]
+  return {'suite': name, 'attacks': json.loads(json.dumps(said))}
+
+
+def _attack(suite: str, item: str, ball: norms.Ball) -> Attack:
+  """An attack from its name and options."""
+  name, *options = item.split(':')
+  attacks = registries.ATTACKS
+  if name not in attacks:
+    near = registries.did_you_mean(name, [*SUITES, *attacks.names()])
+    raise UserError(
+      f'suite {suite!r}: there is no attack or suite {name!r}; use one of the suites '
+      f'{", ".join(SUITES)}, or attacks, separated by commas: '
+      f'{", ".join(attacks.names())}{near}'
+    )
+  attack = attacks.get(name)(ball)
+  if not (isinstance(attack, Attack) and dataclasses.is_dataclass(attack)):
+    raise UserError(
+      f'attack {name!r} is a {type(attack).__name__}: make it a dataclass that extends '
+      'jaxrobust.attacks.attack.Attack'
+    )
+  return dataclasses.replace(attack, **dict(_option(attack, name, o) for o in options))
 
 
 def _option(attack: Attack, name: str, option: str) -> tuple[str, int | float]:

@@ -180,10 +180,7 @@ def judging(config, num_devices: int) -> list[Program]:
   settings, info = config.evaluation, dataset_info.INFO[config.dataset.name]
   model = models.from_config(config.model, info)
   ball = norms.get(config.threat.norm, config.threat.epsilon)
-  if settings.suite == 'pgd':
-    attacks = [('pgd', suites.attack_from_config(settings.attack, ball))]
-  else:
-    attacks = suites.get(settings.suite, ball)
+  _, attacks = suites.from_config(settings, ball)
   count = settings.num_images or info.test_size
   size = min(settings.batch_size, count)
   evaluator = Evaluator(

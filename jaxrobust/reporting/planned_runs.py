@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import shlex
 from typing import NamedTuple
 
@@ -83,19 +82,12 @@ class Point(NamedTuple):
       'validation': held_out,
       'train': dataset.train_images or info.train_size - held_out,
     }
-    suite = self.suite or settings.suite
     ball = norms.get(self.config.threat.norm, self.config.threat.epsilon)
-    if suite == 'pgd':
-      suite = f'pgd-{settings.attack.num_steps}'
-      attacks = [{'name': suite, **settings.attack.to_dict()}]
-    else:
-      attacks = [suites.describe(*attack) for attack in suites.get(suite, ball)]
     path = self.workdir / 'checkpoint.npy'
     return {
-      'suite': suite,
+      **suites.protocol(settings, ball, self.suite),
       'split': settings.split,
       'num_images': settings.num_images or sizes[settings.split],
-      'attacks': json.loads(json.dumps(attacks)),
       'checkpoint_sha256': _sha256(path, path.stat().mtime) if path.exists() else '',
     }
 
@@ -193,7 +185,7 @@ def read_tables(file: str = '') -> tuple[dict, dict]:
       raise UserError(f'{where}: rows is no list with a Row')
     list(_items(rows, f'{where}: rows', 'Row'))
     try:
-      suites.get(table.suite, norms.get('linf', 0.1))
+      suites.parse(table.suite)
     except UserError as e:
       raise UserError(f'{where}: {e}') from e
   list(_items(preparations, f'{file}: PREPARATIONS', 'Preparation'))

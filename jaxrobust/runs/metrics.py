@@ -5,7 +5,6 @@ import math
 import sys
 import time
 
-import tqdm
 from absl import logging
 from etils import epath
 from tensorboard.compat.proto.event_pb2 import Event
@@ -91,7 +90,11 @@ def read(folder: epath.Path) -> list[dict]:
 
 
 class Progress:
-  """Progress of a long loop: a bar on a terminal, log lines elsewhere."""
+  """Progress of a long loop: a bar in a terminal or a notebook, lines elsewhere.
+
+  The lines are logged; to a caller from Python who has not turned logs on they are
+  written to stderr.
+  """
 
   def __init__(
     self, what: str, total: int, unit: str, done: int = 0, seconds: float = 10.0
@@ -109,8 +112,13 @@ class Progress:
     self._seconds, self._done, self._first = seconds, done, None
     self._start = self._last = time.monotonic()
     self._bar = None
-    if parallel.is_writer() and sys.stderr.isatty():
-      self._bar = tqdm.tqdm(
+    in_notebook = 'ipykernel' in sys.modules
+    if parallel.is_writer() and (sys.stderr.isatty() or in_notebook):
+      if in_notebook:
+        from tqdm.auto import tqdm  # By widgets.
+      else:
+        from tqdm import tqdm
+      self._bar = tqdm(
         total=total, initial=done, desc=what, unit=f' {unit}', dynamic_ncols=True
       )
 
@@ -131,16 +139,15 @@ class Progress:
       rate = (self._done - self._first) / max(now - self._start, 1e-9)
       left = (self._total - self._done) / rate if rate else math.inf
       left = left if self._done < self._total else 0
-      logging.info(
-        '%s: %d of %d %s%s, %s left%s',
-        self._what,
-        self._done,
-        self._total,
-        self._unit,
-        f', {rate:.3g} a second' if rate else '',
-        duration(left),
-        f', {note}' if note else '',
+      line = (
+        f'{self._what}: {self._done} of {self._total} {self._unit}'
+        f'{f", {rate:.3g} a second" if rate else ""}, {duration(left)} left'
+        f'{f", {note}" if note else ""}'
       )
+      if logging.level_info():
+        logging.info('%s', line)
+      else:
+        print(line, file=sys.stderr, flush=True)
 
   def close(self):
     """Ends the bar's line."""
