@@ -172,7 +172,9 @@ def case(batch, plain):
   setup = plain
   config, state = setup.config, setup.state
   after, metrics = setup.run(batch)
-  images, targets, rngs = jax.jit(lambda b: update._augmented(config, 10, 0, b))(batch)
+  images, targets, _, rngs, _ = jax.jit(lambda b: update._augmented(config, 10, 0, b))(
+    batch
+  )
   attack = pgd.from_config(
     config.attack, norms.get(config.threat.norm, config.threat.epsilon)
   )
@@ -199,7 +201,7 @@ def test_inputs_of_the_loss(batch, case):
 
 def test_labels_of_real_images_are_smoothed_on_request(batch):
   config = make_config(**{'augment.smooth_real_labels': True})
-  targets = jax.jit(lambda b: update._augmented(config, 10, 0, b)[1])(batch)
+  targets = jax.jit(lambda b: update._augmented(config, 10, 0, b).targets)(batch)
   assert not batch.is_generated.all()
   np.testing.assert_allclose(targets, np.eye(10)[batch.labels] * 0.9 + 0.01, atol=1e-7)
 
