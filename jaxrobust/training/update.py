@@ -223,13 +223,12 @@ def _augmented(config, num_classes, step, batch: Batch) -> step_loss.Inputs:
     slots, all_images, all_targets = parallel.all_gather((batch.slots, images, targets))
     order = jnp.argsort(slots)
     whole = all_images[order], all_targets[order]
-    workers = options.cutmix_workers or len(order) // config.model.batch_norm_group
+    # Unset: a part for each BatchNorm group, as published for each device's batch.
+    parts = options.cutmix_workers or len(order) // config.model.batch_norm_group
     if options.cutmix:
-      images, targets = augment.cutmix(*whole, rng('cutmix'), workers)
+      images, targets = augment.cutmix(*whole, rng('cutmix'), parts)
     else:
-      images, targets = augment.mixup(
-        *whole, rng('mixup'), workers, options.mixup_alpha
-      )
+      images, targets = augment.mixup(*whole, rng('mixup'), parts, options.mixup_alpha)
     images, targets = images[batch.slots], targets[batch.slots]
   return step_loss.Inputs(images, targets, batch.is_generated, rngs('attack'))
 
