@@ -2,6 +2,7 @@
 
 import json
 import queue
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +189,20 @@ def test_what_would_fail_after_training_is_refused_before(
   with pytest.raises(UserError, match=message):
     train.main(config, str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
+
+
+def test_the_best_is_not_replaced_by_the_last_where_no_score_is_left(
+  run, config, images, tmp_path
+):
+  """Its files are there, as after a run that was interrupted before its export."""
+  folder, _ = run
+  shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+  (tmp_path / 'checkpoint.npy').unlink()
+  for step in (tmp_path / 'checkpoints').iterdir():
+    shutil.rmtree(step / 'metrics')
+  with pytest.raises(UserError, match=r"no checkpoint .* has a score, .* write 'last'"):
+    classifier.train(config, tmp_path, train=images)
+  assert not (tmp_path / 'checkpoint.npy').exists()
 
 
 def test_a_workdir_alone_must_hold_a_run(tmp_path):

@@ -255,10 +255,10 @@ def test_weight_decay_counts_weights_and_biases_only():
     x = hk.BatchNorm(True, True, 0.9)(x, is_training=True)
     return hk.Linear(2)(x.mean((1, 2)))
 
-  params, _ = hk.transform_with_state(network).init(
-    jax.random.key(0), jnp.ones((2, 4, 4, 1))
+  shapes, _ = jax.eval_shape(
+    hk.transform_with_state(network).init, jax.random.key(0), jnp.ones((2, 4, 4, 1))
   )
-  params = jax.tree.map(lambda x: jnp.full_like(x, 2.0), params)
+  params = jax.tree.map(lambda x: np.full(x.shape, 2.0, x.dtype), shapes)
   counted = 3 * 3 * 1 * 3 + 3 + 3 * 2 + 2
   assert losses.weight_decay(params) == 0.5 * 4 * counted
   gradient = jax.grad(losses.weight_decay)(params)

@@ -356,6 +356,13 @@ class Run:
     if parallel.is_writer():
       if self._config.checkpoint.export == 'best':
         step = checkpoints.best_step()
+        if step is None:
+          raise UserError(
+            f'no checkpoint in {self._folder} has a score, and '
+            "config.checkpoint.export = 'best' exports the one with the highest: "
+            "restore their files metrics/metrics, or write 'last' in config.json and "
+            'in the command'
+          )
         state = checkpoints.restore(state, step)
       parameter_files.export_npy(
         path,
