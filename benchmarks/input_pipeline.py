@@ -71,17 +71,16 @@ def dense_set(path, num_images):
   return sample_sets.write(path, batches, metadata={}, num_classes=10)
 
 
-def ours(real, sample_set, start_step, num_steps):
+def ours(real, sample_set, steps):
   """Our batches."""
   return pipeline.train_batches(
     real,
     sample_set,
+    [pipeline.Share(REAL_FRACTION)],
     batch_size=BATCH,
-    real_fraction=REAL_FRACTION,
-    real_repeats=REPEATS,
+    steps=steps,
     seed=0,
-    start_step=start_step,
-    num_steps=num_steps,
+    real_repeats=REPEATS,
   )
 
 
@@ -154,9 +153,9 @@ def main():
   sparse = sample_sets.SampleSet.open(folder / 'sparse')
   print(f'open 10M: {time.perf_counter() - start:.3f} s')
 
-  next(ours(real, sparse, 0, 1))  # tensorflow's own start
+  next(ours(real, sparse, range(1)))  # tensorflow's own start
   before = peak = resident_mib()
-  for batch in ours(real, sparse, 0, 1000):
+  for batch in ours(real, sparse, range(1000)):
     assert len(batch.images) == BATCH
     peak = max(peak, resident_mib())
   print(f'resident memory over 1,000 batches: +{peak - before:.0f} MiB at most')
@@ -172,7 +171,7 @@ def main():
       first = 1000 + turn * (args.steps + 1)  # never the same images twice
       for which in ('ours', 'rival') if turn % 2 else ('rival', 'ours'):
         if which == 'ours':
-          batches = ours(real, sample_set, first, args.steps + 1)
+          batches = ours(real, sample_set, range(first, first + args.steps + 1))
           rates.append(images_per_second(batches, args.steps))
         else:
           batches = per_example(real, real)

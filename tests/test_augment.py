@@ -12,6 +12,7 @@ RNG = np.random.default_rng(0)
 augmented = jax.jit(augment.augment, static_argnames=('pad', 'flip'))
 mixed_by = jax.jit(augment.cutmix, static_argnums=3)
 averaged_by = jax.jit(augment.mixup, static_argnums=3)
+smoothed = jax.jit(augment.one_hot_targets, static_argnums=(2, 3, 4))
 erased = jax.jit(augment.cutout, static_argnums=(2, 3))
 
 
@@ -53,7 +54,7 @@ def test_flips_half_the_images_when_asked():
   image = np.arange(6, dtype=np.uint8).reshape(1, 6, 1)
   batch = np.repeat(image[None], 1000, 0)
   flipped = lambda flip: (
-    np.asarray(augment.augment(batch, keys(1000), pad=0, flip=flip))[:, 0, 0, 0] > 0
+    np.asarray(augmented(batch, keys(1000), pad=0, flip=flip))[:, 0, 0, 0] > 0
   )
   assert flipped(False).sum() == 0
   # 5 standard deviations of a fair coin.
@@ -77,7 +78,7 @@ def test_an_image_is_augmented_alike_in_any_batch():
 
 def test_one_hot_targets_smooth_generated_labels_only():
   labels, generated = jnp.array([2, 0, 1]), jnp.array([True, False, True])
-  targets = augment.one_hot_targets(labels, generated, 4, 0.1)
+  targets = smoothed(labels, generated, 4, 0.1)
   np.testing.assert_allclose(
     targets,
     [[0.025, 0.025, 0.925, 0.025], [1, 0, 0, 0], [0.025, 0.925, 0.025, 0.025]],
@@ -90,7 +91,7 @@ def test_one_hot_targets_smooth_generated_labels_only():
 def test_smoothed_labels_of_all_images_give_the_smoothed_cross_entropy():
   """Of any logits: (1 - s) times that of the label, s times the mean over classes."""
   labels, generated = jnp.array([2, 0, 1]), jnp.array([True, False, False])
-  targets = augment.one_hot_targets(labels, generated, 4, 0.1, True)
+  targets = smoothed(labels, generated, 4, 0.1, True)
   np.testing.assert_allclose(targets[1], [0.925, 0.025, 0.025, 0.025], atol=1e-7)
   logits = np.random.default_rng(1).normal(size=(3, 4))
   log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -151,12 +151,10 @@ def test_a_generator_whose_workdir_is_in_a_bucket(bucket, tmp_path):
   batches = pipeline.train_batches(
     real,
     found,
+    [pipeline.Share(0.5)],
     batch_size=8,
-    real_fraction=0.5,
-    real_repeats=1,
+    steps=range(1),
     seed=0,
-    start_step=0,
-    num_steps=1,
   )
   assert next(iter(batches)).is_generated.sum() == 4
 

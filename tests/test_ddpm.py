@@ -26,7 +26,6 @@ from jaxrobust.generators import ddpm
 from jaxrobust.models import card as cards
 from jaxrobust.models import parameter_files
 from jaxrobust.samples import sample_sets, selection
-from jaxrobust.training import update
 
 INFO = dataset_info.INFO['digits']
 
@@ -313,12 +312,10 @@ def test_one_device_computes_the_same_fit(finished):
   batches = pipeline.train_batches(
     real,
     None,
+    [pipeline.Share(1.0)],
     batch_size=8,
-    real_fraction=1.0,
-    real_repeats=1,
+    steps=range(TINY['generator.training.num_steps']),
     seed=0,
-    start_step=0,
-    num_steps=TINY['generator.training.num_steps'],
   )
   lead = lambda tree: jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
   state = lead(jax.jit(lambda: ddpm.init_state(settings, INFO, adam, 0))())
@@ -329,9 +326,7 @@ def test_one_device_computes_the_same_fit(finished):
   )
   losses = []
   for batch in batches:
-    state, metrics = step(
-      state, lead(update.Batch(*batch, np.arange(8, dtype=np.int32)))
-    )
+    state, metrics = step(state, lead(batch))
     losses.append(float(metrics['train/loss'][0]))
   lines = [json.loads(x) for x in (finished / 'metrics.jsonl').read_text().splitlines()]
   # The first update of Adam is the gradient's sign, which rounding may turn where the

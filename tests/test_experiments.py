@@ -11,12 +11,12 @@ import pytest
 
 from experiments import baselines, follow_up
 from jaxrobust import config as configs
-from jaxrobust import generators, train
+from jaxrobust import generators
 from jaxrobust.config import dataset_info
 from jaxrobust.data import pipeline
 from jaxrobust.errors import UserError
 from jaxrobust.models import companions
-from jaxrobust.training import optimizer, update
+from jaxrobust.training import classifier, optimizer, update
 
 FILES = sorted(
   p.stem
@@ -217,7 +217,7 @@ def test_unknown_recipes_are_refused(experiment):
 
 def test_both_mixes_are_checked_before_a_run():
   config = load('follow_up', 'wrn-94-16').unlock()
-  counts = lambda: train.check_batch(config, configs.resolve(config))
+  counts = lambda: classifier.check_batch(config, configs.resolve(config))
   assert counts() == [(0, 2048), (256, 1792)]
   config.data.later_real_fraction = 0.13
   with pytest.raises(UserError, match=r'data.later_real_fraction = 0.13 gives 266'):

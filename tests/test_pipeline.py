@@ -43,22 +43,21 @@ def sources(tmp_path):
   return make
 
 
-def batches(real, sample_set, start=0, steps=1, **kwargs):
-  settings = {
-    'batch_size': 16,
-    'real_fraction': 0.25,
-    'real_repeats': 4,
-    'seed': 1,
-    'start_step': start,
-    'num_steps': steps,
-    **kwargs,
-  }
-  return list(pipeline.train_batches(real, sample_set, **settings))
+def batches(real, sample_set, share=0.25, start=0, steps=1, **kwargs):
+  """Of one share of real images, or of a list of them and the steps they start at."""
+  mix = share if isinstance(share, list) else [(share, 0)]
+  settings = {'batch_size': 16, 'real_repeats': 4, 'seed': 1, **kwargs}
+  steps = range(start, start + steps)
+  return list(
+    pipeline.train_batches(
+      real, sample_set, [pipeline.Share(*x) for x in mix], steps=steps, **settings
+    )
+  )
 
 
 def test_counts_labels_and_interleaving(sources):
   real, sample_set = sources(50, 100)
-  for batch in batches(real, sample_set, steps=5, real_fraction=0.5):
+  for batch in batches(real, sample_set, steps=5, share=0.5):
     number = numbers(batch)
     assert batch.images.shape == (16, 2, 2, 1) and batch.images.dtype == np.uint8
     assert batch.labels.dtype == np.int32 and batch.is_generated.dtype == bool
@@ -70,21 +69,21 @@ def test_counts_labels_and_interleaving(sources):
 
 
 def test_uneven_share_differs_by_at_most_one_a_part(sources):
-  (batch,) = batches(*sources(50, 100), real_fraction=5 / 16, real_repeats=1)
+  (batch,) = batches(*sources(50, 100), share=5 / 16, real_repeats=1)
   shares = (~batch.is_generated).reshape(4, 4).sum(1)
   assert shares.sum() == 5 and set(shares) == {1, 2}
 
 
 def test_repeats_are_in_different_quarters(sources):
   # 8 real slots of 16 hold 2 images, 4 times each.
-  for batch in batches(*sources(50, 100), steps=4, real_fraction=0.5):
+  for batch in batches(*sources(50, 100), steps=4, share=0.5):
     quarters = [sorted(part[part < OFFSET]) for part in numbers(batch).reshape(4, 4)]
     assert all(len(set(part)) == 2 and part == quarters[0] for part in quarters)
 
 
 def test_each_image_once_an_epoch_of_its_own_source(sources):
   # 6 distinct real of 25 and 10 generated of 33 a step: epochs end inside batches.
-  run = batches(*sources(25, 33), steps=99, real_fraction=6 / 16, real_repeats=1)
+  run = batches(*sources(25, 33), steps=99, share=6 / 16, real_repeats=1)
   number = np.stack([numbers(b) for b in run])
   generated = run[0].is_generated
   for columns, size in ((number[:, ~generated], 25), (number[:, generated], 33)):
@@ -96,7 +95,7 @@ def test_each_image_once_an_epoch_of_its_own_source(sources):
 
 
 def test_small_source_wraps_inside_one_batch(sources):
-  (batch,) = batches(*sources(3, 5), real_fraction=0.5, real_repeats=1)
+  (batch,) = batches(*sources(3, 5), share=0.5, real_repeats=1)
   real, generated = np.split(np.sort(numbers(batch)), 2)
   assert set(collections.Counter(real.tolist()).values()) == {2, 3}
   assert set(collections.Counter(generated.tolist()).values()) == {1, 2}
@@ -111,21 +110,20 @@ def assert_equal(left, right):
 
 def test_resume_continues_the_stream(sources):
   pair = sources(25, 33)
-  whole = batches(*pair, steps=12, **LATER)
+  whole = batches(*pair, LATER, steps=12)
   for start in (2, 5, 7):  # Before, at and after the change of the mix.
-    assert_equal(batches(*pair, start=start, steps=12 - start, **LATER), whole[start:])
+    assert_equal(batches(*pair, LATER, start=start, steps=12 - start), whole[start:])
   assert_equal(batches(*pair, start=7, steps=5), batches(*pair, steps=12)[7:])
 
 
-LATER = {'real_fraction': 0.0, 'later_real_fraction': 0.5, 'later_from_step': 5}
+LATER = [(0.0, 0), (0.5, 5)]
 
 
 def test_a_later_share_goes_on_where_each_source_is(sources):
   """Exact counts on both sides; no image skipped or repeated in an epoch."""
   pair = sources(25, 33)
   for first, later in ((0.0, 0.5), (0.75, 0.25)):
-    settings = {**LATER, 'real_fraction': first, 'later_real_fraction': later}
-    run = batches(*pair, steps=60, real_repeats=1, **settings)
+    run = batches(*pair, [(first, 0), (later, 5)], steps=60, real_repeats=1)
     counts = [int((~batch.is_generated).sum()) for batch in run]
     assert counts == [16 * first] * 5 + [16 * later] * 55
     for generated, size in ((False, 25), (True, 33)):
@@ -153,7 +151,7 @@ def test_processes_concatenate_to_the_whole_batch(sources, processes):
 
 def test_seeds_sources_and_epochs_shuffle_differently(sources):
   real, sample_set = sources(64, 64)
-  settings = {'real_fraction': 0.5, 'real_repeats': 1, 'batch_size': 128}
+  settings = {'share': 0.5, 'real_repeats': 1, 'batch_size': 128}
   streams = []
   for seed in (1, 2):
     for batch in batches(real, sample_set, steps=2, seed=seed, **settings):
@@ -207,11 +205,11 @@ def test_golden_order_so_that_old_runs_resume():
 
 def test_one_source_alone(sources):
   real, sample_set = sources(25, 33)
-  (batch,) = batches(real, None, real_fraction=1.0)
+  (batch,) = batches(real, None, share=1.0)
   assert not batch.is_generated.any() and numbers(batch).max() < OFFSET
-  (batch,) = batches(None, sample_set, real_fraction=0.0)
+  (batch,) = batches(None, sample_set, share=0.0)
   assert batch.is_generated.all() and numbers(batch).min() >= OFFSET
-  assert_equal([batch], batches(real, sample_set, real_fraction=0.0))
+  assert_equal([batch], batches(real, sample_set, share=0.0))
 
 
 def test_mix_counts():

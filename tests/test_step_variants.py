@@ -82,7 +82,7 @@ def take_step(batch, overrides, model=None, net_state=None):
 
   @jax.jit
   def inputs(batch):
-    images, targets, rngs = update._augmented(config, CLASSES, 0, batch)
+    images, targets, _, rngs, _ = update._augmented(config, CLASSES, 0, batch)
     logits_fn = lambda x: model.apply(before.params, {}, x, batch_stats=True)[0]
     reference = jax.nn.softmax(logits_fn(images))
     return images, attack(logits_fn, rngs, images, reference), targets

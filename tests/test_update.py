@@ -42,6 +42,8 @@ def make_config(**overrides):
   config.data.batch_size = BATCH
   config.model.batch_norm_group = GROUP
   config.optimizer.warmup_epochs = 0.0
+  if 'augment.cutmix_workers' in overrides:  # A number where it is unset, or unset.
+    config.augment.cutmix_workers = overrides.pop('augment.cutmix_workers')
   config.update_from_flattened_dict(overrides)
   return config
 
@@ -172,7 +174,9 @@ def case(batch, plain):
   setup = plain
   config, state = setup.config, setup.state
   after, metrics = setup.run(batch)
-  images, targets, rngs = jax.jit(lambda b: update._augmented(config, 10, 0, b))(batch)
+  images, targets, _, rngs, _ = jax.jit(lambda b: update._augmented(config, 10, 0, b))(
+    batch
+  )
   attack = pgd.from_config(
     config.attack, norms.get(config.threat.norm, config.threat.epsilon)
   )
@@ -199,7 +203,7 @@ def test_inputs_of_the_loss(batch, case):
 
 def test_labels_of_real_images_are_smoothed_on_request(batch):
   config = make_config(**{'augment.smooth_real_labels': True})
-  targets = jax.jit(lambda b: update._augmented(config, 10, 0, b)[1])(batch)
+  targets = jax.jit(lambda b: update._augmented(config, 10, 0, b).targets)(batch)
   assert not batch.is_generated.all()
   np.testing.assert_allclose(targets, np.eye(10)[batch.labels] * 0.9 + 0.01, atol=1e-7)
 
@@ -377,6 +381,21 @@ def test_augmentation_does_not_depend_on_the_layout(batch):
   assert images.min() >= 0 and images.max() <= 1
   assert (np.abs(images - batch.images / 255).max((1, 2, 3)) > 0.1).all()
   assert (np.sort(targets)[:, -2] > 0.01).any()
+
+
+def test_cutmix_draws_once_for_each_batch_norm_group(batch):
+  """As published, where a group was a device's batch: none of it leaves the group."""
+  options = {'augment.cutmix': True, 'augment.label_smoothing': 0.0}
+  own = batch._replace(labels=np.arange(BATCH, dtype=np.int32) % 10)
+  groups = inputs_fn(**options, **{'augment.cutmix_workers': None})(2, own)
+  for found, wanted in zip(
+    groups, inputs_fn(**options, **{'augment.cutmix_workers': 4})(2, own), strict=True
+  ):
+    np.testing.assert_array_equal(found, wanted)
+  weights = groups[1].reshape(BATCH // GROUP, GROUP, 10)
+  for group, part in enumerate(weights):
+    members = np.arange(group * GROUP, (group + 1) * GROUP) % 10
+    np.testing.assert_allclose(part[:, members].sum(-1), 1, atol=1e-6)
 
 
 def test_draws_of_old_runs_do_not_move():

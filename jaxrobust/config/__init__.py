@@ -12,7 +12,7 @@ import os
 
 from ml_collections import config_dict
 
-from jaxrobust.config import dataset_info
+from jaxrobust.config import dataset_info, registries
 from jaxrobust.errors import UserError
 
 # Fields that say where, how often or what to look at, not what is trained: a run
@@ -66,7 +66,6 @@ _CHOICES = {
   'dataset.name': tuple(dataset_info.INFO),
   'augment.policy': ('', 'randaugment', 'autoaugment'),
   'threat.norm': ('linf', 'l2', 'l1'),
-  'loss.name': ('standard', 'adversarial', 'trades', 'lbgat', 'uat'),
   'loss.divergence': ('kl', 'improved_kl', 'squared'),
   'optimizer.schedule': ('cosine', 'step', 'constant'),
   'ema.batch_norm': ('raw', 'own'),
@@ -153,6 +152,7 @@ def check(config):
     if (value := _get(config, field)) not in choices:
       names = ', '.join(choice or "''" for choice in choices)
       raise UserError(f'config.{field} = {value!r}: use one of {names}')
+  registries.LOSSES.check(config.loss.name, 'config.loss.name')
   positive = (
     'data.batch_size',
     'data.real_repeats',

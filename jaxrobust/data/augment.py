@@ -103,23 +103,24 @@ def one_hot_targets(
 
 
 def cutmix(
-  all_images: jax.Array, all_targets: jax.Array, rng: jax.Array, num_workers: int
+  all_images: jax.Array, all_targets: jax.Array, rng: jax.Array, num_parts: int
 ) -> tuple[jax.Array, jax.Array]:
   """Pastes a box of another image into each image, and mixes the targets alike.
 
-  A virtual worker holds a contiguous part of the global batch and draws one ratio and
-  one box for it, and a permutation that gives each image its partner. The draws
-  depend on `rng` and the worker only, not on how the batch lies on devices.
-  Source: Yun et al. 2019; one ratio of Beta(1, 1) and one box a worker as in the
-  published runs.
-  Deviation: the released code mixes within the batch of a device, which is a part of
-  a worker's; here partners come from the whole worker, on any number of devices.
+  Each contiguous part of the global batch has one ratio of Beta(1, 1), one box, and a
+  permutation that gives each of its images a partner in the same part. The draws
+  depend on `rng` and the part only, not on how the batch lies on devices.
+  Source: Yun et al. 2019. In the released code a part is the batch of a device, 32
+  images of 1,024 in the published runs, so that as many parts as BatchNorm groups are
+  its layout on any number of devices.
+  Deviation: several workers that it emulates on one device share a draw; here each
+  part has its own.
 
   Args:
     all_images: [G, H, W, C], the global batch.
     all_targets: [G, K].
     rng: key of this batch.
-    num_workers: parts of the batch; must divide G.
+    num_parts: of the batch; must divide G.
 
   Returns:
     Images [G, H, W, C] and targets [G, K]. The weight of an image in its targets is
@@ -141,26 +142,26 @@ def cutmix(
     weight = 1 - jnp.mean(box, dtype=targets.dtype)
     return mixed, weight * targets + (1 - weight) * targets[partner]
 
-  return _by_worker(mix, all_images, all_targets, rng, num_workers)
+  return _by_part(mix, all_images, all_targets, rng, num_parts)
 
 
 def mixup(
   all_images: jax.Array,
   all_targets: jax.Array,
   rng: jax.Array,
-  num_workers: int,
+  num_parts: int,
   alpha: float,
 ) -> tuple[jax.Array, jax.Array]:
   """Averages each image with another one, and the targets with the same weights.
 
   Source: Zhang et al. 2018, whose code draws one ratio a batch: here, as for `cutmix`,
-  one for each virtual worker, and a permutation that gives each image its partner.
+  one for each part, and a permutation that gives each image its partner.
 
   Args:
     all_images: [G, H, W, C], the global batch.
     all_targets: [G, K].
     rng: key of this batch.
-    num_workers: parts of the batch; must divide G.
+    num_parts: of the batch; must divide G.
     alpha: the ratio is of Beta(alpha, alpha); above 0.
 
   Returns:
@@ -174,14 +175,14 @@ def mixup(
     blend = lambda x: ratio * x + (1 - ratio) * x[partner]
     return blend(images), blend(targets)
 
-  return _by_worker(mix, all_images, all_targets, rng, num_workers)
+  return _by_part(mix, all_images, all_targets, rng, num_parts)
 
 
-def _by_worker(
+def _by_part(
   mix: Callable, all_images: jax.Array, all_targets: jax.Array, rng: jax.Array, count
 ):
-  """Images and targets after `mix(rng, images, targets)` of each worker's part."""
-  rngs = jax.vmap(lambda worker: jax.random.fold_in(rng, worker))(jnp.arange(count))
+  """Images and targets after `mix(rng, images, targets)` of each part."""
+  rngs = jax.vmap(lambda part: jax.random.fold_in(rng, part))(jnp.arange(count))
   split = lambda x: x.reshape(count, -1, *x.shape[1:])
   images, targets = jax.vmap(mix)(rngs, split(all_images), split(all_targets))
   return images.reshape(all_images.shape), targets.reshape(all_targets.shape)

@@ -6,7 +6,7 @@ devices and processes, and wherever the run was resumed: nothing is stored.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,17 +21,31 @@ _PARALLEL_CALLS = 4  # They overlap disk reads; cached reads gain nothing from 2
 
 
 class Batch(NamedTuple):
-  """The images of one step that this process feeds.
+  """The images of one step that a process feeds, or a device's shard of them.
 
   Attributes:
     images: uint8 [n, H, W, C].
     labels: int32 [n].
     is_generated: bool [n].
+    slots: int32 [n], positions in the global batch.
   """
 
   images: np.ndarray
   labels: np.ndarray
   is_generated: np.ndarray
+  slots: np.ndarray
+
+
+class Share(NamedTuple):
+  """A part of a mix: the share of real images from a step on.
+
+  Attributes:
+    real_fraction: in [0, 1]; see `mix_counts`.
+    from_step: first step with it.
+  """
+
+  real_fraction: float
+  from_step: int = 0
 
 
 def mix_counts(
@@ -44,20 +58,20 @@ def mix_counts(
   """Resolves the share of real images into counts of a global batch.
 
   Args:
-    batch_size: Images in a global batch, at least 1.
-    real_fraction: Share of real images in [0, 1].
-    real_repeats: How often each real image occurs in a batch, at least 1. The
+    batch_size: images in a global batch, at least 1.
+    real_fraction: share of real images in [0, 1].
+    real_repeats: how often each real image occurs in a batch, at least 1. The
       published runs had 4 workers that read the real images in the same order.
-    parts: Into how many equal contiguous parts the batch is divided, by what they
+    parts: into how many equal contiguous parts the batch is divided, by what they
       are ('devices', 'BatchNorm groups'). Each part must hold as many real images
       as the others.
-    field: Where the share comes from, for the message.
+    field: where the share comes from, for the message.
 
   Returns:
     (num_real, num_generated), which sum to batch_size.
 
   Raises:
-    UserError: A value is out of range, the batch is not a multiple of its parts, or
+    UserError: if a value is out of range, the batch is not a multiple of its parts, or
       its real images are not a multiple of them or of real_repeats.
   """
   parts = parts or {}
@@ -99,17 +113,14 @@ def mix_counts(
 def train_batches(
   real: Split | None,
   samples: SampleSet | None,
+  mix: Sequence[Share],
   *,
   batch_size: int,
-  real_fraction: float,
-  real_repeats: int,
+  steps: range,
   seed: int,
-  start_step: int,
-  num_steps: int,
+  real_repeats: int = 1,
   slots: tuple[int, int] | None = None,
   num_classes: int | None = None,
-  later_real_fraction: float | None = None,
-  later_from_step: int = 0,
 ) -> Iterator[Batch]:
   """Returns the training batches of consecutive steps, read ahead by threads.
 
@@ -119,27 +130,24 @@ def train_batches(
   each source goes on with its next image.
 
   Args:
-    real: The real images; None only where real_fraction gives none.
-    samples: The generated images; None only where real_fraction leaves none.
-    batch_size: Images in a global batch.
-    real_fraction: Share of real images in [0, 1]; see `mix_counts`.
-    real_repeats: How often each real image occurs in a batch, each time in
+    real: the real images; None only where the mix takes none.
+    samples: the generated images; None only where the mix takes none.
+    mix: the share of real images, the first from step 0 on, then those of later steps
+      in their order.
+    batch_size: images in a global batch.
+    steps: to yield, of all steps of the run.
+    seed: of the shuffles, at least 0.
+    real_repeats: how often each real image occurs in a batch, each time in
       another part of it (paper: 4 workers with the same real images).
-    seed: Seed of the shuffles, at least 0.
-    start_step: First step to yield.
-    num_steps: How many steps to yield.
     slots: (start, stop) of the part of the global batch to yield, for the
       processes of a pod; all of it by default.
-    num_classes: Number of classes; by default the largest real label plus 1.
-    later_real_fraction: Share of real images from later_from_step on; None for the
-      same share.
-    later_from_step: First step with that share.
+    num_classes: number of classes; by default the largest real label plus 1.
 
   Returns:
-    An iterator of num_steps batches of stop - start images.
+    An iterator of batches of stop - start images.
 
   Raises:
-    UserError: A source is missing or empty, or sources do not fit together.
+    UserError: if a source is missing or empty, or sources do not fit together.
   """
   start, stop = slots or (0, batch_size)
   if not 0 <= start < stop <= batch_size:
@@ -147,56 +155,50 @@ def train_batches(
       f'slots {start}..{stop} in a batch of {batch_size}; a process '
       'feeds a part of the batch'
     )
-  first = mix_counts(batch_size, real_fraction, real_repeats)
-  later, end = first, start_step + num_steps
-  switch = end  # The first step of the later mix.
-  if later_real_fraction is not None:
-    later = mix_counts(batch_size, later_real_fraction, real_repeats)
-    switch = later_from_step
-  for counts in (first, later):
+  ends = [from_step for _, from_step in mix[1:]] + [steps.stop]
+  parts, used = [], (0, 0)
+  for (share, since), end in zip(mix, ends, strict=True):
+    counts = mix_counts(batch_size, share, real_repeats)
     check_sources(real, samples, *counts, num_classes)
-
-  def batches(counts, begin, stop_step, since, used):
-    return _batches_of_one_mix(
-      real,
-      samples,
-      counts,
-      real_repeats=real_repeats,
-      seed=seed,
-      steps=(begin, max(begin, stop_step)),
-      since=since,
-      used=used,
-      slots=(start, stop),
+    parts.append(
+      _batches_of_one_share(
+        real,
+        samples,
+        counts,
+        real_repeats=real_repeats,
+        seed=seed,
+        steps=range(max(steps.start, since), min(steps.stop, end)),
+        since=since,
+        used=used,
+        slots=(start, stop),
+      )
     )
-
-  num_real, num_generated = first
-  used = (switch * (num_real // real_repeats), switch * num_generated)
-  return itertools.chain(
-    batches(first, start_step, min(switch, end), 0, (0, 0)),
-    batches(later, max(start_step, switch), end, switch, used),
-  )
+    passed = end - since
+    used = used[0] + passed * (counts[0] // real_repeats), used[1] + passed * counts[1]
+  return itertools.chain(*parts)
 
 
-def _batches_of_one_mix(
+def _batches_of_one_share(
   real, samples, counts, *, real_repeats, seed, steps, since, used, slots
 ):
   """Batches of consecutive steps with the same numbers of real and generated images.
 
   `used` counts the real and generated images that earlier steps took, those before
-  step `since`, at which this mix starts.
+  step `since`, from which on the share is this.
   """
   num_real, num_generated = counts
-  batch_size, (start, stop) = sum(counts), slots
-  if steps[0] == steps[1]:
+  batch_size = sum(counts)
+  if not steps:
     return
   tf = datasets.import_tensorflow()
-  slot = np.arange(batch_size)
+  slot = np.arange(batch_size, dtype=np.int64)
   is_real = (slot + 1) * num_real // batch_size > slot * num_real // batch_size
   num_distinct = num_real // real_repeats
   order = np.where(is_real, np.cumsum(is_real), np.cumsum(~is_real)) - 1
   order[is_real] %= max(num_distinct, 1)
   order += np.where(is_real, *used)
-  is_real, order = is_real[start:stop], order[start:stop]
+  mine = slice(*slots)
+  slot, is_real, order = slot[mine].astype(np.int32), is_real[mine], order[mine]
   per_step = np.where(is_real, num_distinct, num_generated)
   num_images = len(real.images) if num_real else 0
   sizes = np.where(is_real, num_images, len(samples) if num_generated else 0)
@@ -205,8 +207,8 @@ def _batches_of_one_mix(
   generated_slots = np.flatnonzero(~is_real)
 
   def gather(indices):
-    images = _aligned_empty((stop - start, *shape))
-    labels = np.empty(stop - start, np.int32)
+    images = _aligned_empty((len(slot), *shape))
+    labels = np.empty(len(slot), np.int32)
     if num_real:
       images[is_real] = real.images[indices[is_real]]
       labels[is_real] = real.labels[indices[is_real]]
@@ -222,12 +224,12 @@ def _batches_of_one_mix(
     return tf.numpy_function(gather, [indices], (tf.uint8, tf.int32), stateful=False)
 
   dataset = (
-    tf.data.Dataset.range(*steps)
+    tf.data.Dataset.range(steps.start, steps.stop)
     .map(load, num_parallel_calls=_PARALLEL_CALLS, deterministic=True)
     .prefetch(2)
   )
-  for arrays in dataset.as_numpy_iterator():
-    yield Batch(*arrays, ~is_real)
+  for images, labels in dataset.as_numpy_iterator():
+    yield Batch(images, labels, ~is_real, slot)
 
 
 def _nearest_fractions(num_real, batch_size, multiple):
@@ -247,11 +249,11 @@ def check_sources(
   """Refuses sources that are missing, empty or do not fit together.
 
   Args:
-    real: The real images.
-    samples: The generated images.
-    num_real: Real images in a batch.
-    num_generated: Generated images in a batch.
-    num_classes: Number of classes; by default the largest real label plus 1.
+    real: the real images.
+    samples: the generated images.
+    num_real: real images in a batch.
+    num_generated: generated images in a batch.
+    num_classes: number of classes; by default the largest real label plus 1.
 
   Raises:
     UserError: As said.

@@ -123,23 +123,19 @@ class DDPM:
     adam, learning_rate_fn = make_optimizer(training)
     fresh = jax.jit(lambda: init_state(settings, info, adam, seed))()
     run = loop.Loop(folder, fresh, keep=training.checkpoint_keep)
-    slots = parallel.process_slots(training.batch_size)
-    positions = np.arange(*slots, dtype=np.int32)
     batches = pipeline.train_batches(
       real,
       None,
+      [pipeline.Share(1.0)],
       batch_size=training.batch_size,
-      real_fraction=1.0,
-      real_repeats=1,
+      steps=range(run.start, training.num_steps),
       seed=seed,
-      start_step=run.start,
-      num_steps=training.num_steps - run.start,
-      slots=slots,
+      slots=parallel.process_slots(training.batch_size),
       num_classes=info.num_classes,
     )
     run.train(
       parallel.pmap(make_step(settings, info, adam, seed), donate_argnums=0),
-      (update.Batch(*batch, positions) for batch in batches),
+      batches,
       intervals=loop.Intervals(
         num_steps=training.num_steps,
         log=training.log_interval_steps,

@@ -40,7 +40,7 @@ class Model(NamedTuple):
     features: `(params, net_state, images) -> features`, what the last layer sees,
       float [B, F].
     natural: `apply` of a network that is trained without attacks beside this one;
-      None without one (see `models.beside`).
+      None without one (see `models.companions`).
   """
 
   init: Callable[[jax.Array], tuple[Any, Any]]

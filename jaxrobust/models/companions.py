@@ -41,6 +41,11 @@ def without(tree):
   return {k: v for k, v in tree.items() if not k.startswith(_PREFIX)}
 
 
+def has_classes(net_state) -> bool:
+  """Whether mean predictions of the classes are kept in a state."""
+  return _CLASSES in net_state
+
+
 def class_weights(net_state, labels: jax.Array) -> jax.Array:
   """The mean prediction for images of the same class, [B, K]; rows sum to 1."""
   sums = net_state[_CLASSES]['sums'][labels]

@@ -16,7 +16,7 @@ from etils import epath
 
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.runs import checkpoints, metrics
+from jaxrobust.runs import checkpoints, metrics, waiting
 
 _NOT_FINITE = (
   '{}: the last good checkpoint is kept; lower the learning rate in a new --workdir'
@@ -135,7 +135,8 @@ class Loop:
       preemption.close()
       progress.close()
       self._writer.close()
-      self.checkpoints.wait()
+      with waiting.waiting('waiting for the last checkpoint to be on disk'):
+        self.checkpoints.wait()
 
   def _save(self, step: int, evaluate_fn: Callable | None):
     """Saves a checkpoint, with its score when an evaluation is due."""

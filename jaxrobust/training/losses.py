@@ -1,4 +1,20 @@
-"""Losses of training, and the weight decay that is part of them."""
+"""Losses of training by name, and the weight decay that is part of each.
+
+`config.loss.name` chooses a function of what the passes of a step gave. One of your
+own, in an experiment's file, is a choice like any other:
+
+  from jaxrobust.training import losses
+
+  @losses.register('my-loss')
+  def my_loss(passes: losses.Passes, settings):
+    return losses.cross_entropy(passes.adv_logits, passes.targets).mean()
+
+  def get_config(arg=''):
+    ...
+    c.loss.name = 'my-loss'
+"""
+
+from typing import NamedTuple
 
 import haiku as hk
 import jax
@@ -6,6 +22,35 @@ import jax.numpy as jnp
 import optax
 
 from jaxrobust.attacks.objectives import cross_entropy, log_probabilities
+from jaxrobust.config import registries
+
+# A decorator with a name, of `(passes, settings) -> loss []`: `Passes`, and
+# `config.loss`. The loss must be a mean over images, so that it does not depend on how
+# they lie on devices.
+register = registries.LOSSES.register
+
+
+class Passes(NamedTuple):
+  """What the passes of a step over its images gave, and what they were to give.
+
+  Attributes:
+    clean_logits: float [B, K], of the images; gradients flow, as into all logits.
+    adv_logits: float [B, K], of their adversarial versions; with loss `standard`, which
+      has no attack, those of the images.
+    targets: float [B, K], rows that sum to 1.
+    is_generated: bool [B], of images whose labels a classifier gave.
+    natural_logits: float [B, K], of the images by a network that learns beside, without
+      attacks; None without one.
+    class_weights: float [B, K], mean predictions for the classes of the images, rows
+      that sum to 1; None where none are kept.
+  """
+
+  clean_logits: jax.Array
+  adv_logits: jax.Array
+  targets: jax.Array
+  is_generated: jax.Array
+  natural_logits: jax.Array | None = None
+  class_weights: jax.Array | None = None
 
 
 def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
@@ -23,26 +68,6 @@ def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
   )
 
 
-def trades(
-  clean_logits: jax.Array, adv_logits: jax.Array, targets: jax.Array, beta: float
-) -> jax.Array:
-  """Accuracy on clean images plus beta times the effect of the attack.
-
-  Source: Zhang et al. 2019; the released recipe has beta = 6.
-
-  Args:
-    clean_logits: [B, K], of the images.
-    adv_logits: [B, K], of their adversarial versions.
-    targets: [B, K], rows that sum to 1.
-    beta: weight of the second term, 0 or more.
-
-  Returns:
-    [], mean over the batch.
-  """
-  clean = jnp.mean(cross_entropy(clean_logits, targets))
-  return clean + beta * jnp.mean(kl_divergence(clean_logits, adv_logits))
-
-
 def squared_distance(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
   """Squared l2 distance of the softmax of logits to probabilities.
 
@@ -57,120 +82,112 @@ def squared_distance(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
   return jnp.sum(jnp.square(found - probabilities), axis=-1)
 
 
-def score(
-  clean_logits: jax.Array, adv_logits: jax.Array, targets: jax.Array, beta: float
-) -> jax.Array:
+@register('standard')
+def standard(passes: Passes, settings) -> jax.Array:
+  """Cross-entropy of the images as they are."""
+  del settings
+  return jnp.mean(cross_entropy(passes.clean_logits, passes.targets))
+
+
+@register('adversarial')
+def adversarial(passes: Passes, settings) -> jax.Array:
+  """Cross-entropy of adversarial images. Source: Madry et al. 2018."""
+  del settings
+  return jnp.mean(cross_entropy(passes.adv_logits, passes.targets))
+
+
+@register('trades')
+def trades(passes: Passes, settings) -> jax.Array:
+  """Accuracy on clean images plus the effect of the attack, by one of DIVERGENCES."""
+  return DIVERGENCES[settings.divergence](passes, settings)
+
+
+def kl(passes: Passes, settings) -> jax.Array:
+  """TRADES: cross-entropy of clean images + beta * KL(clean || adversarial).
+
+  Source: Zhang et al. 2019; the released recipe has beta = 6.
+  """
+  clean = jnp.mean(cross_entropy(passes.clean_logits, passes.targets))
+  effect = kl_divergence(passes.clean_logits, passes.adv_logits)
+  return clean + settings.beta * jnp.mean(effect)
+
+
+def squared(passes: Passes, settings) -> jax.Array:
   """TRADES with squared distances of probabilities in both terms.
 
   Source: Pang et al. 2022 (SCORE); their clipping is left out, which their command for
   generated data leaves at 0.
-
-  Args:
-    clean_logits: [B, K], of the images.
-    adv_logits: [B, K], of their adversarial versions.
-    targets: [B, K], rows that sum to 1.
-    beta: weight of the second term, 0 or more.
-
-  Returns:
-    [], mean over the batch.
   """
-  clean = jnp.exp(log_probabilities(clean_logits))
+  clean = jnp.exp(log_probabilities(passes.clean_logits))
   return jnp.mean(
-    squared_distance(clean_logits, targets) + beta * squared_distance(adv_logits, clean)
+    squared_distance(passes.clean_logits, passes.targets)
+    + settings.beta * squared_distance(passes.adv_logits, clean)
   )
 
 
-def improved_kl(
-  clean_logits: jax.Array,
-  adv_logits: jax.Array,
-  targets: jax.Array,
-  class_weights: jax.Array,
-  beta: float,
-  pairwise: float,
-) -> jax.Array:
+def improved_kl(passes: Passes, settings) -> jax.Array:
   """TRADES with the improved Kullback-Leibler divergence.
 
   The divergence is beta * cross-entropy to the clean prediction, held fixed, +
   pairwise / 4 * sum over classes j, k of w_j w_k ((d_j - d_k)²), where d is the
-  difference of clean and adversarial logits. The second is half the variance of d
-  under w. Source: Cui et al. 2023, "Decoupled Kullback-Leibler Divergence Loss".
-
-  Args:
-    clean_logits: [B, K], of the images; in the second part gradients flow into them.
-    adv_logits: [B, K], of their adversarial versions.
-    targets: [B, K], rows that sum to 1.
-    class_weights: w [B, K], rows that sum to 1: mean prediction for the class.
-    beta: weight of the cross-entropy, 0 or more (their alpha).
-    pairwise: weight of the logits' differences, 0 or more (their beta).
-
-  Returns:
-    [], mean over the batch.
+  difference of clean and adversarial logits, into both of which gradients flow, and w
+  are `class_weights`. The second is half the variance of d under w. Source: Cui et al.
+  2023, "Decoupled Kullback-Leibler Divergence Loss", whose alpha is beta here, and
+  whose beta is pairwise.
   """
+  clean_logits, adv_logits, weights = (
+    passes.clean_logits,
+    passes.adv_logits,
+    passes.class_weights,
+  )
   clean = jax.lax.stop_gradient(jnp.exp(log_probabilities(clean_logits)))
   soft = cross_entropy(adv_logits, clean)
   difference = clean_logits - adv_logits
-  mean = jnp.sum(class_weights * difference, axis=-1, keepdims=True)
-  variance = jnp.sum(class_weights * jnp.square(difference - mean), axis=-1)
+  mean = jnp.sum(weights * difference, axis=-1, keepdims=True)
+  variance = jnp.sum(weights * jnp.square(difference - mean), axis=-1)
   return jnp.mean(
-    cross_entropy(clean_logits, targets) + beta * soft + pairwise * variance / 2
+    cross_entropy(clean_logits, passes.targets)
+    + settings.beta * soft
+    + settings.pairwise * variance / 2
   )
 
 
-def lbgat(
-  clean_logits: jax.Array,
-  adv_logits: jax.Array,
-  natural_logits: jax.Array,
-  targets: jax.Array,
-  beta: float,
-) -> jax.Array:
+# What `config.loss.divergence` may be.
+DIVERGENCES = {'kl': kl, 'improved_kl': improved_kl, 'squared': squared}
+
+
+@register('lbgat')
+def lbgat(passes: Passes, settings) -> jax.Array:
   """Adversarial logits follow those of a network that learns beside, without attacks.
 
   Mean square of (adversarial - natural logits) + cross-entropy of the natural network
   + beta * KL(clean || adversarial); gradients flow through everything.
-  Source: Cui et al. 2021, "Learnable Boundary Guided Adversarial Training".
-
-  Args:
-    clean_logits: [B, K], of the robust network at the images.
-    adv_logits: [B, K], of the robust network at their adversarial versions.
-    natural_logits: [B, K], of the natural network at the images.
-    targets: [B, K], rows that sum to 1.
-    beta: weight of the last term, 0 or more (their alpha: 0 or 6).
-
-  Returns:
-    [], mean over the batch.
+  Source: Cui et al. 2021, "Learnable Boundary Guided Adversarial Training", whose alpha
+  (0 or 6) is beta here.
   """
-  pull = jnp.mean(jnp.square(adv_logits - natural_logits))
-  natural = jnp.mean(cross_entropy(natural_logits, targets))
-  return pull + natural + beta * jnp.mean(kl_divergence(clean_logits, adv_logits))
+  pull = jnp.mean(jnp.square(passes.adv_logits - passes.natural_logits))
+  natural = jnp.mean(cross_entropy(passes.natural_logits, passes.targets))
+  return (
+    pull
+    + natural
+    + settings.beta * jnp.mean(kl_divergence(passes.clean_logits, passes.adv_logits))
+  )
 
 
-def uat(
-  clean_logits: jax.Array,
-  adv_logits: jax.Array,
-  targets: jax.Array,
-  is_generated: jax.Array,
-  beta: float,
-) -> jax.Array:
+@register('uat')
+def uat(passes: Passes, settings) -> jax.Array:
   """Unsupervised adversarial training with fixed and online targets (UAT++).
 
   Cross-entropy of adversarial images to their labels, fixed pseudo-labels where these
   were not given, + beta * KL(clean || adversarial) of the images without given labels,
   with the clean prediction held fixed. Source: Uesato et al. 2019, "Are Labels Required
   for Improving Adversarial Robustness?".
-
-  Args:
-    clean_logits: [B, K], of the images.
-    adv_logits: [B, K], of their adversarial versions.
-    targets: [B, K], rows that sum to 1.
-    is_generated: bool [B], of the images whose labels were not given.
-    beta: weight of the second term, 0 or more.
-
-  Returns:
-    [], mean over the batch.
   """
-  smooth = kl_divergence(jax.lax.stop_gradient(clean_logits), adv_logits)
+  clean = jax.lax.stop_gradient(passes.clean_logits)
+  smooth = kl_divergence(clean, passes.adv_logits)
   return jnp.mean(
-    cross_entropy(adv_logits, targets) + beta * jnp.where(is_generated, smooth, 0)
+    cross_entropy(passes.adv_logits, passes.targets)
+    + settings.beta * jnp.where(passes.is_generated, smooth, 0)
   )
 
 

@@ -1,12 +1,34 @@
-"""The loss of a step: clean pass → attack → adversarial pass → terms."""
+"""The loss of a step: clean pass → attack → adversarial pass → loss of the passes."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrobust.attacks import norms, objectives, pgd
+from jaxrobust.config import registries
 from jaxrobust.errors import UserError
 from jaxrobust.models import companions
+from jaxrobust.runs import metrics as names
 from jaxrobust.training import losses
+
+
+class Inputs(NamedTuple):
+  """What a step trains on, of one device.
+
+  Attributes:
+    images: float [b, H, W, C] in [0, 1], augmented.
+    targets: float [b, K], rows that sum to 1.
+    is_generated: bool [b].
+    rngs: keys [b] of the attack.
+    adv_images: float [b, H, W, C]; None where the attack is still to be run.
+  """
+
+  images: jax.Array
+  targets: jax.Array
+  is_generated: jax.Array
+  rngs: jax.Array
+  adv_images: jax.Array | None = None
 
 
 def make(config, model):
@@ -14,77 +36,63 @@ def make(config, model):
 
   Args:
     config: a classifier's config.
-    model: of `models.build`, or of `beside.for_training`.
+    model: of `models.build`, or of `companions.for_training`.
 
   Returns:
-    `loss(params, net_state, images, targets, is_generated, rngs, adv_images=None) ->
-    (loss, (net_state, adv_images, metrics))`. Keys are of the attack, which is left out
-    where its images are given.
+    `loss(params, net_state, inputs) -> (loss, (net_state, adv_images, metrics))`, of
+    Inputs. The attack is left out where its images are given.
 
   Raises:
-    UserError: for an attack that cannot be meant.
+    UserError: for an attack that cannot be meant, or a loss that does not exist.
   """
-  name = config.loss.name
+  loss_of_passes = registries.LOSSES.get(config.loss.name, 'config.loss.name')
   attack = None
-  if name != 'standard':
+  if config.loss.name != 'standard':
     attack = pgd.from_config(
       config.attack, norms.get(config.threat.norm, config.threat.epsilon)
     )
   reference_of = _make_reference(config)
 
-  def loss_fn(params, net_state, images, targets, is_generated, rngs, adv_images=None):
+  def loss_fn(params, net_state, inputs: Inputs):
+    images, targets, adv_images = inputs.images, inputs.targets, inputs.adv_images
     forward = lambda p, x: model.apply(p, net_state, x, batch_stats=True)
     labels = jnp.argmax(targets, axis=-1)
     accuracy = lambda logits: jnp.mean(jnp.argmax(logits, axis=-1) == labels)
     metrics = {}
-    if name == 'standard':
-      adv_images = images
-      logits, net_state = forward(params, images)
-      metrics['train/clean_accuracy'] = accuracy(logits)
-      loss = jnp.mean(losses.cross_entropy(logits, targets))
+    # One clean pass serves the loss and, held fixed, the attack: both use the
+    # statistics of the same batch and the same parameters.
+    clean_logits, moved = forward(params, images)
+    if attack is None:
+      adv_images, adv_logits = images, clean_logits
+      metrics[names.TRAIN_CLEAN] = accuracy(clean_logits)
     else:
-      # One clean pass serves the loss and, held fixed, the attack: both use the
-      # statistics of the same batch and the same parameters.
-      clean_logits = forward(params, images)[0]
       if adv_images is None:
         frozen = jax.lax.stop_gradient(params)
         adv_images = attack(
           lambda x: forward(frozen, x)[0],
-          rngs,
+          inputs.rngs,
           images,
           reference_of(jax.lax.stop_gradient(clean_logits), targets),
         )
-      adv_logits, net_state = forward(params, adv_images)
-      metrics['train/clean_accuracy'] = accuracy(clean_logits)
-      metrics['train/adv_accuracy'] = accuracy(adv_logits)
-      beta = config.loss.beta
-      if name == 'adversarial':
-        loss = jnp.mean(losses.cross_entropy(adv_logits, targets))
-      elif name == 'uat':
-        loss = losses.uat(clean_logits, adv_logits, targets, is_generated, beta)
-      elif name == 'lbgat':
-        natural_logits, net_state = model.natural(
-          params, net_state, images, batch_stats=True
-        )
-        metrics['train/natural_accuracy'] = accuracy(natural_logits)
-        loss = losses.lbgat(clean_logits, adv_logits, natural_logits, targets, beta)
-      elif config.loss.divergence == 'squared':
-        loss = losses.score(clean_logits, adv_logits, targets, beta)
-      elif config.loss.divergence == 'improved_kl':
-        weights = companions.class_weights(net_state, labels)
-        net_state = companions.with_predictions(
-          net_state,
-          labels,
-          clean_logits,
-          config.loss.class_temperature,
-          config.loss.class_decay,
-        )
-        loss = losses.improved_kl(
-          clean_logits, adv_logits, targets, weights, beta, config.loss.pairwise
-        )
-      else:
-        loss = losses.trades(clean_logits, adv_logits, targets, beta)
-    return loss, (net_state, adv_images, metrics)
+      # Only the adversarial pass moves the running statistics.
+      adv_logits, moved = forward(params, adv_images)
+      metrics[names.TRAIN_CLEAN] = accuracy(clean_logits)
+      metrics[names.TRAIN_ADV] = accuracy(adv_logits)
+    passes = losses.Passes(clean_logits, adv_logits, targets, inputs.is_generated)
+    if model.natural is not None:
+      logits, moved = model.natural(params, moved, images, batch_stats=True)
+      metrics[names.TRAIN_NATURAL] = accuracy(logits)
+      passes = passes._replace(natural_logits=logits)
+    if companions.has_classes(net_state):
+      passes = passes._replace(class_weights=companions.class_weights(moved, labels))
+      moved = companions.with_predictions(
+        moved,
+        labels,
+        clean_logits,
+        config.loss.class_temperature,
+        config.loss.class_decay,
+      )
+    return loss_of_passes(passes, config.loss), (moved, adv_images, metrics)
 
   return loss_fn
 
@@ -95,7 +103,7 @@ def with_weight_decay(config, loss_fn):
   def decayed(params, *args):
     loss, (net_state, adv_images, metrics) = loss_fn(params, *args)
     loss += config.loss.weight_decay * losses.weight_decay(params)
-    return loss, (net_state, adv_images, {**metrics, 'train/loss': loss})
+    return loss, (net_state, adv_images, {**metrics, names.TRAIN_LOSS: loss})
 
   return decayed
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrobust.data import augment, policies
+from jaxrobust.data.pipeline import Batch
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.training import optimizer as optimizers
@@ -37,22 +38,6 @@ class TrainState(NamedTuple):
   ema_params: Any
   ema_net_state: Any
   step: jax.Array
-
-
-class Batch(NamedTuple):
-  """A device's shard of the global batch.
-
-  Attributes:
-    images: uint8 [b, H, W, C].
-    labels: int32 [b].
-    is_generated: bool [b].
-    slots: int32 [b], positions in the global batch.
-  """
-
-  images: jax.Array
-  labels: jax.Array
-  is_generated: jax.Array
-  slots: jax.Array
 
 
 def init_state(config, model, optimizer: optax.GradientTransformation) -> TrainState:
@@ -95,21 +80,20 @@ def make_step(config, model, optimizer: optax.GradientTransformation, num_classe
   parts = config.training.accumulation
 
   def step(state: TrainState, batch: Batch):
-    images, targets, attack_rngs = _augmented(config, num_classes, state.step, batch)
-    check_parts(len(images), parts, config.model.batch_norm_group)
-    data = [images, targets, batch.is_generated, attack_rngs]
+    inputs = _augmented(config, num_classes, state.step, batch)
+    check_parts(len(inputs.images), parts, config.model.batch_norm_group)
     params = state.params
     if config.loss.awp_gamma:
-      params, adv_images = _perturbed(config, loss_fn, state, data)
-      data.append(adv_images)
+      params, adv_images = _perturbed(config, loss_fn, state, inputs)
+      inputs = inputs._replace(adv_images=adv_images)
 
-    def pass_of(*data):
+    def pass_of(inputs):
       (_, (net_state, adv_images, metrics)), grads = value_and_grad(
-        params, state.net_state, *data
+        params, state.net_state, inputs
       )
       return (grads, net_state, metrics), adv_images
 
-    means, adv_images = _in_parts(pass_of, parts, *data)
+    means, adv_images = _in_parts(pass_of, parts, inputs)
     grads, net_state, metrics = parallel.mean_over_devices(means)
     params, opt_state, ema_params = descend(state, grads, optimizer, config.ema.decay)
     if config.ema.batch_norm == 'own':
@@ -165,30 +149,30 @@ def check_parts(batch_size: int, parts: int, group_size: int):
     )
 
 
-def _in_parts(fn, count, *arrays):
-  """`fn(*arrays) -> (means, each)`, a part of the images after the other.
+def _in_parts(fn, count, inputs):
+  """`fn(inputs) -> (means, each)`, a part of the images after the other.
 
   `means`, which must be means over images or not depend on them, are averaged; `each`
   has a leading axis of images.
   """
   if count == 1:
-    return fn(*arrays)
+    return fn(inputs)
   split = lambda x: x.reshape(count, -1, *x.shape[1:])
-  parts = jax.tree.map(split, arrays)
+  parts = jax.tree.map(split, inputs)
   inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
 
   def one(total, part):
-    means, each = fn(*part)
+    means, each = fn(part)
     add = lambda t, x: t + x / count if inexact(x) else x
     return jax.tree.map(add, total, means), each
 
-  shapes, _ = jax.eval_shape(fn, *(x[0] for x in parts))
+  shapes, _ = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts))
   nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   means, each = jax.lax.scan(one, nothing, parts)
   return means, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), each)
 
 
-def _perturbed(config, loss_fn, state, data):
+def _perturbed(config, loss_fn, state, inputs):
   """Weights moved against the network, and the images that were attacked before.
 
   The published code leaves weight decay out of the direction and moves nothing in the
@@ -196,11 +180,11 @@ def _perturbed(config, loss_fn, state, data):
   """
   gradient = jax.grad(loss_fn, has_aux=True)
 
-  def pass_of(*data):
-    grads, (_, adv_images, _) = gradient(state.params, state.net_state, *data)
+  def pass_of(inputs):
+    grads, (_, adv_images, _) = gradient(state.params, state.net_state, inputs)
     return grads, adv_images
 
-  grads, adv_images = _in_parts(pass_of, config.training.accumulation, *data)
+  grads, adv_images = _in_parts(pass_of, config.training.accumulation, inputs)
   images = config.loss.awp_warmup_epochs * config.training.epoch_examples
   warm = state.step >= int(images / config.data.batch_size)
   gamma = jnp.where(warm, config.loss.awp_gamma, 0.0)
@@ -208,8 +192,8 @@ def _perturbed(config, loss_fn, state, data):
   return weight_perturbation.perturb(state.params, grads, gamma), adv_images
 
 
-def _augmented(config, num_classes, step, batch: Batch):
-  """Images [b, H, W, C] in [0, 1], targets [b, K] and the attack's keys [b]."""
+def _augmented(config, num_classes, step, batch: Batch) -> step_loss.Inputs:
+  """What the step of a number trains on."""
   rng = lambda name: jax.random.fold_in(_stream(config.seed, name), step)
   rngs = lambda name: parallel.key_per_slot(rng(name), batch.slots)
   options, mean = config.augment, config.model.mean
@@ -238,15 +222,15 @@ def _augmented(config, num_classes, step, batch: Batch):
     # The partner may be on another device: mix the whole batch, keep our slots.
     slots, all_images, all_targets = parallel.all_gather((batch.slots, images, targets))
     order = jnp.argsort(slots)
-    whole, workers = (all_images[order], all_targets[order]), options.cutmix_workers
+    whole = all_images[order], all_targets[order]
+    # Unset: a part for each BatchNorm group, as published for each device's batch.
+    parts = options.cutmix_workers or len(order) // config.model.batch_norm_group
     if options.cutmix:
-      images, targets = augment.cutmix(*whole, rng('cutmix'), workers)
+      images, targets = augment.cutmix(*whole, rng('cutmix'), parts)
     else:
-      images, targets = augment.mixup(
-        *whole, rng('mixup'), workers, options.mixup_alpha
-      )
+      images, targets = augment.mixup(*whole, rng('mixup'), parts, options.mixup_alpha)
     images, targets = images[batch.slots], targets[batch.slots]
-  return images, targets, rngs('attack')
+  return step_loss.Inputs(images, targets, batch.is_generated, rngs('attack'))
 
 
 def _stream(seed: int, name: str) -> jax.Array:

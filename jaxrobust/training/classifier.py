@@ -1,0 +1,397 @@
+"""Trains a classifier from a config, and images where the config names none.
+
+>>> from jaxrobust.training import classifier
+>>> path = classifier.train(config, 'runs/mine', train=(images, labels))
+
+`python -m jaxrobust.train` is this function with the config of its command line.
+"""
+
+import functools
+import json
+import os
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+from absl import logging
+from etils import epath
+
+from jaxrobust import config as configs
+from jaxrobust.attacks import norms, suites
+from jaxrobust.attacks.evaluation import Evaluator
+from jaxrobust.config import dataset_info
+from jaxrobust.data import datasets, pipeline
+from jaxrobust.distributed import parallel
+from jaxrobust.errors import UserError
+from jaxrobust.files import json_files
+from jaxrobust.models import batch_norm, companions, parameter_files
+from jaxrobust.runs import metrics, process_group, waiting
+from jaxrobust.runs import workdir as workdirs
+from jaxrobust.samples import sample_sets
+from jaxrobust.training import loop, optimizer, update
+
+# What the compiler takes for the step of the paper's networks, in processor time.
+_HINT_FOR_TPUS = '3 to 12 minutes for the networks of the paper'
+
+
+def train(
+  config,
+  workdir: str | os.PathLike,
+  *,
+  train: tuple[np.ndarray, np.ndarray] | None = None,
+  validation: tuple[np.ndarray, np.ndarray] | None = None,
+  samples: str | os.PathLike = '',
+) -> epath.Path:
+  """Trains the run of `config` in `workdir`, from wherever it is.
+
+  Args:
+    config: a classifier's config, after all overrides.
+    workdir: the run's folder, local or `gs://`; made if absent.
+    train: images uint8 [n, H, W, C] and labels int [n] in 0..K-1, in the place of the
+      data set's training images: the first `config.dataset.validation_images` of them
+      are held out unless `validation` is given. The same ones must be given to resume.
+    validation: images and labels that are not trained on, in the place of those.
+    samples: folder of a sample set, in the place of `config.data.samples`.
+
+  Returns:
+    The path of the final `checkpoint.npy`: the averaged parameters and BatchNorm state.
+
+  Raises:
+    PreemptedError: after a checkpoint, because the process was asked to stop.
+    UserError: for a config or images that cannot be meant, before anything is written;
+      or if training diverges.
+  """
+  if samples:
+    config = config.copy_and_resolve_references().unlock()
+    config.data.samples = os.fspath(samples)
+    config.lock()
+  derived = configs.resolve(config)
+  finished = epath.Path(workdir) / 'checkpoint.npy'
+  done = finished.exists()
+  parallel.require_agreement(int(done))
+  if done:
+    workdirs.claim(workdir, config)
+    logging.info('%s is finished: %s', configs.experiment_name(config), finished)
+    return finished
+  # Everything is checked before the workdir is touched.
+  evaluation_attacks(config)
+  mixes = check_batch(config, derived)
+  data = load_data(config, train, validation)
+  info = _info(config, data)
+  for counts in mixes:
+    pipeline.check_sources(data.real, data.generated, *counts, info.num_classes)
+  model = companions.for_training(config, info)
+  process_group.require_alike(data.checksums())
+  images = epath.Path(workdir) / 'images.json'
+  if images.exists() and _recorded(images) != data.checksums():
+    raise UserError(
+      f'{workdir} holds a run with other images: give the same arrays, or another '
+      'workdir'
+    )
+  folder = workdirs.claim(workdir, config)
+  if parallel.is_writer() and (train is not None or validation is not None):
+    workdirs.write(images, json.dumps(data.checksums()) + '\n')
+  logging.info(
+    '%s: %d steps of %d images, %s, on %d devices; learning rate %g',
+    configs.experiment_name(config),
+    derived.num_steps,
+    config.data.batch_size,
+    f', from step {derived.later_from_step} on '.join(
+      f'{real} real and {generated} generated' for real, generated in mixes
+    ),
+    parallel.num_devices(),
+    derived.learning_rate,
+  )
+  return Run(config, derived, folder, model, info.num_classes, data).train()
+
+
+class Data(NamedTuple):
+  """What a run learns from; validation and generated may be None."""
+
+  real: datasets.Split
+  validation: datasets.Split | None
+  generated: sample_sets.SampleSet | None
+
+  def checksums(self) -> dict[str, str]:
+    """Of each source that there is."""
+    found = {'training images': self.real.checksum()}
+    if self.validation is not None:
+      found['validation images'] = self.validation.checksum()
+    if self.generated is not None:
+      found['generated images'] = self.generated.checksum()
+    return found
+
+
+def load_data(config, train=None, validation=None) -> Data:
+  """Loads the images that are not given, and opens the sample set.
+
+  The set is compared with its checksums once.
+  """
+  load = lambda split: datasets.load(
+    config.dataset.name,
+    split,
+    data_dir=config.dataset.data_dir,
+    train_images=config.dataset.train_images,
+    validation_images=config.dataset.validation_images,
+  )
+  generated = None
+  if config.data.samples:
+    generated = sample_sets.SampleSet.open(config.data.samples)
+    if config.data.verify_samples:
+      logging.info('comparing checksums of %s (once)', config.data.samples)
+      generated.verify(functools.partial(tqdm.tqdm, desc='checksums', disable=None))
+  if validation is not None:
+    validation = _split(validation, 'validation')
+  if train is None:
+    real = load('train')
+    if validation is None and config.dataset.validation_images:
+      validation = load('validation')
+    return Data(real, validation, generated)
+  real, held_out = _split(train, 'train'), 0
+  if validation is None and (held_out := config.dataset.validation_images):
+    validation = datasets.Split(*(x[:held_out] for x in real))
+  last = config.dataset.train_images and held_out + config.dataset.train_images
+  if not 0 < (last or held_out + 1) <= len(real.labels):
+    raise UserError(
+      f'train has {len(real.labels)} images, of which '
+      f'config.dataset.validation_images = {held_out} are held out and '
+      f'config.dataset.train_images = {config.dataset.train_images} are trained on: '
+      'give more images, or lower one of the two'
+    )
+  return Data(datasets.Split(*(x[held_out:last] for x in real)), validation, generated)
+
+
+def _recorded(path: epath.Path) -> dict:
+  """The checksums of the arrays that a run began with."""
+  return json_files.parse(path.read_bytes(), str(path))
+
+
+def _split(arrays, name: str) -> datasets.Split:
+  """Images and labels of the caller's; UserError if they are none."""
+  try:
+    images, labels = (np.asarray(x) for x in arrays)
+  except (TypeError, ValueError) as e:
+    raise UserError(f'{name} is not a pair of images and labels: {e}') from e
+  if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
+    raise UserError(
+      f'{name}: images are {images.dtype} {list(images.shape)}; give uint8 [n, H, W, C]'
+      ' from 0 to 255, such as np.rint(255 * images).astype(np.uint8)'
+    )
+  if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
+    raise UserError(
+      f'{name}: labels are {labels.dtype} {list(labels.shape)} for {len(images)} '
+      'images; give a whole number from 0 for each'
+    )
+  if not 0 <= labels.min() <= labels.max() < 2**15:
+    raise UserError(
+      f'{name}: labels are from {labels.min()} to {labels.max()}; number the classes '
+      'from 0'
+    )
+  return datasets.Split(images, labels.astype(np.int32))
+
+
+def _info(config, data: Data) -> dataset_info.DatasetInfo:
+  """What is known of the images, which need not be those of the data set's name."""
+  info = dataset_info.INFO[config.dataset.name]
+  shape, last = data.real.images.shape[1:], int(data.real.labels.max())
+  if data.validation is not None:
+    if data.validation.images.shape[1:] != shape:
+      raise UserError(
+        f'validation has images {list(data.validation.images.shape[1:])}, train '
+        f'{list(shape)}: give images of one shape'
+      )
+    last = max(last, int(data.validation.labels.max()))
+  if shape == info.image_shape and last < info.num_classes:
+    return info
+  return info._replace(image_shape=shape, num_classes=max(last + 1, 2))
+
+
+def evaluation_attacks(config) -> list:
+  """The attacks of evaluations while training, a name and an attack each.
+
+  Raises:
+    UserError: for an attack that cannot be meant, also one of `evaluation.suite`, which
+      would otherwise be noticed when the network is trained.
+  """
+  ball = norms.get(config.threat.norm, config.threat.epsilon)
+  attack = suites.attack_from_config(config.evaluation.attack, ball)
+  if config.evaluation.suite != 'pgd':
+    suites.get(config.evaluation.suite, ball)
+  return [] if config.loss.name == 'standard' else [('pgd', attack)]
+
+
+def mix(derived: configs.Derived) -> list[pipeline.Share]:
+  """The shares of real images, one after the other."""
+  shares = [pipeline.Share(derived.real_fraction)]
+  if derived.later_real_fraction is not None:
+    shares.append(pipeline.Share(derived.later_real_fraction, derived.later_from_step))
+  return shares
+
+
+def check_batch(config, derived: configs.Derived) -> list[tuple[int, int]]:
+  """The numbers of real and generated images in a batch, of each share in turn.
+
+  Raises:
+    UserError: for a batch that devices or BatchNorm groups cannot share equally.
+  """
+  batch_size, group = config.data.batch_size, config.model.batch_norm_group
+  devices = parallel.num_devices()
+  counts = [
+    pipeline.mix_counts(
+      batch_size,
+      share.real_fraction,
+      config.data.real_repeats,
+      {'devices': devices, 'BatchNorm groups': batch_size // group},
+      field,
+    )
+    for share, field in zip(
+      mix(derived), ('data.real_fraction', 'data.later_real_fraction'), strict=False
+    )
+  ]
+  batch_norm.layout(batch_size // devices, group)
+  update.check_parts(batch_size // devices, config.training.accumulation, group)
+  return counts
+
+
+class Run:
+  """A run in its workdir: what its loop trains on, evaluates and exports."""
+
+  def __init__(
+    self,
+    config,
+    derived: configs.Derived,
+    folder: epath.Path,
+    model,
+    num_classes: int,
+    data: Data,
+  ):
+    """Builds the network's programs, and restores the run's last checkpoint."""
+    self._config, self._derived, self._folder = config, derived, folder
+    self._num_classes, self._data = num_classes, data
+    sgd = optimizer.make(config.optimizer, derived)
+    step = update.make_step(config, model, sgd, num_classes)
+    self._step, self._compiled = parallel.pmap(step, donate_argnums=0), False
+    attacks = evaluation_attacks(config)
+    self._robust = f'pgd{attacks[0][1].num_steps}' if attacks else 'clean'
+    if data.validation is not None:
+      self._evaluator = Evaluator(
+        lambda variables, x: model.apply(*variables, x, batch_stats=False)[0],
+        attacks,
+        # More than there are would be padding.
+        batch_size=min(config.evaluation.batch_size, len(data.validation.labels)),
+        seed=config.seed,
+      )
+    with waiting.waiting('initialising the network'):
+      fresh = jax.jit(lambda: update.init_state(config, model, sgd))()
+      self._loop = loop.Loop(folder, fresh, keep=config.checkpoint.keep)
+
+  def train(self) -> epath.Path:
+    """Runs the loop to its end, then writes the final checkpoint; returns its path."""
+    config, derived = self._config, self._derived
+    batches = pipeline.train_batches(
+      self._data.real,
+      self._data.generated,
+      mix(derived),
+      batch_size=config.data.batch_size,
+      steps=range(self._loop.start, derived.num_steps),
+      seed=config.seed,
+      real_repeats=config.data.real_repeats,
+      slots=parallel.process_slots(config.data.batch_size),
+      num_classes=self._num_classes,
+    )
+    self._loop.train(
+      self._step_aloud,
+      batches,
+      intervals=loop.Intervals(
+        num_steps=derived.num_steps,
+        log=derived.log_interval_steps,
+        checkpoint=derived.checkpoint_interval_steps,
+        evaluation=derived.eval_interval_steps,
+      ),
+      batch_size=config.data.batch_size,
+      learning_rate_fn=optimizer.schedule(
+        config.optimizer.schedule,
+        learning_rate=derived.learning_rate,
+        num_steps=derived.num_steps,
+        warmup_steps=derived.warmup_steps,
+        drop_fractions=config.optimizer.drop_fractions,
+      ),
+      note_fn=_note,
+      evaluate_fn=None if self._data.validation is None else self._evaluate,
+    )
+    with waiting.waiting('writing the final checkpoint'):
+      return self._export()
+
+  def _step_aloud(self, state: update.TrainState, batch: pipeline.Batch):
+    """The step of all devices; says so while its first call compiles it."""
+    if self._compiled:
+      return self._step(state, batch)
+    self._compiled = True
+    hint = _HINT_FOR_TPUS if 'TPU' in parallel.kind_of_device() else ''
+    with waiting.waiting('compiling the training step', hint=hint, first=2.0):
+      return self._step(state, batch)
+
+  def _evaluate(self, state: update.TrainState) -> tuple[dict[str, float], float]:
+    """Accuracies on the validation images, and the one that chooses a checkpoint."""
+    figures = {}
+    for name, variables in (
+      (metrics.EVAL, (state.params, state.net_state)),
+      (metrics.EVAL_EMA, (state.ema_params, state.ema_net_state)),
+    ):
+      with waiting.waiting(f'validation, {name}') as note:
+        outcome = self._evaluator(
+          variables, *self._data.validation, progress=functools.partial(_Noted, note)
+        )
+      figures[metrics.eval_accuracy(name)] = float(outcome.clean.mean())
+      robust = float(outcome.robust.mean())
+      figures[metrics.eval_accuracy(name, self._robust)] = robust
+    return figures, figures[metrics.eval_accuracy(metrics.EVAL_EMA, self._robust)]
+
+  def _export(self) -> epath.Path:
+    """Writes checkpoint.npy from the best or the last checkpoint."""
+    checkpoints = self._loop.checkpoints
+    step, path = self._derived.num_steps, self._folder / 'checkpoint.npy'
+    state = parallel.unreplicate(self._loop.state)
+    if parallel.is_writer():
+      if self._config.checkpoint.export == 'best':
+        step = checkpoints.best_step()
+        if step is None:
+          raise UserError(
+            f'no checkpoint in {self._folder} has a score, and '
+            "config.checkpoint.export = 'best' exports the one with the highest: "
+            "restore their files metrics/metrics, or write 'last' in config.json and "
+            'in the command'
+          )
+        state = checkpoints.restore(state, step)
+      parameter_files.export_npy(
+        path,
+        companions.without(state.ema_params),
+        companions.without(state.ema_net_state),
+      )
+      logging.info('wrote %s, the averaged parameters after step %d', path, step)
+    checkpoints.close()
+    parallel.barrier('exported')
+    return path
+
+
+class _Noted:
+  """The progress of an attack, as the note of a wait."""
+
+  def __init__(self, note, what: str, total: int, unit: str):
+    self._note, self._what, self._total, self._unit = note, what, total, unit
+    self._done = 0
+    note(what)
+
+  def advance(self, count: int, text: str):
+    self._done += count
+    self._note(f'{self._what}: {self._done} of {self._total} {self._unit}, {text}')
+
+  def close(self):
+    pass
+
+
+def _note(figures: dict[str, float]) -> str:
+  """What the progress line says of the last figures."""
+  accuracy = figures.get(metrics.TRAIN_ADV, figures[metrics.TRAIN_CLEAN])
+  return f'loss {figures[metrics.TRAIN_LOSS]:.3f}, accuracy {accuracy:.1%}'

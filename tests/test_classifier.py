@@ -1,0 +1,249 @@
+"""Training from Python, with images and a loss that the package does not know."""
+
+import json
+import queue
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import digits
+from jaxrobust import train
+from jaxrobust.config import experiments, registries
+from jaxrobust.errors import UserError
+from jaxrobust.models import parameter_files
+from jaxrobust.runs import waiting
+from jaxrobust.training import classifier
+
+STEPS, HELD_OUT = 2, 24
+MINE = """
+from jaxrobust.config import registries
+from jaxrobust.training import losses
+
+@registries.LOSSES.register('clean-and-adversarial')
+def loss(passes, settings):
+  both = passes.clean_logits, passes.adv_logits
+  return sum(losses.cross_entropy(x, passes.targets).mean() for x in both) / 2
+
+def get_config(arg=''):
+  from experiments import digits
+
+  c = digits.get_config('wrn-10-1').unlock()
+  c.loss.name = 'clean-and-adversarial'
+  return c
+"""
+
+
+@pytest.fixture(scope='module')
+def images():
+  """Seven classes of noise, 10x10, which no data set of the package has."""
+  rng = np.random.RandomState(0)
+  images = rng.randint(0, 256, (64, 10, 10, 1)).astype(np.uint8)
+  return images, np.arange(64) % 7
+
+
+def small(config):
+  """The config with two steps that compile fast."""
+  config.unlock()
+  config.update_from_flattened_dict(
+    {
+      'dataset.validation_images': HELD_OUT,
+      'dataset.train_images': 40,
+      'data.batch_size': 16,
+      'model.batch_norm_group': 4,
+      'attack.num_steps': 1,
+      'attack.step_sizes': (0.1,),
+      'attack.step_boundaries': (),
+      'training.num_steps': STEPS,
+      'training.epoch_examples': 16,
+      'loss.weight_decay': 0.0,
+      'optimizer.warmup_epochs': 0.0,
+      'log.interval_epochs': 1.0,
+      'evaluation.attack.num_steps': 1,
+      'evaluation.attack.step_sizes': (0.1,),
+      'evaluation.attack.step_boundaries': (),
+    }
+  )
+  return config.lock()
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  file = tmp_path_factory.mktemp('mine') / 'mine.py'
+  file.write_text(MINE)
+  yield small(experiments.load(str(file)))
+  registries.LOSSES._items.pop('clean-and-adversarial')
+
+
+@pytest.fixture(scope='module')
+def batches():
+  """How many images the evaluations of a run had at a time."""
+  return []
+
+
+@pytest.fixture(scope='module')
+def run(config, images, batches, tmp_path_factory):
+  """A finished run: its workdir, and what `train` returned."""
+  folder = tmp_path_factory.mktemp('run')
+  with pytest.MonkeyPatch.context() as patch:
+    ask = classifier.Evaluator.__call__
+
+    def evaluate(self, *arguments, **options):
+      batches.append(self._size(HELD_OUT))
+      return ask(self, *arguments, **options)
+
+    patch.setattr(classifier.Evaluator, '__call__', evaluate)
+    return folder, classifier.train(config, folder, train=images)
+
+
+def lines(folder):
+  return [json.loads(x) for x in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_a_loss_in_a_file_outside_the_package_trains(run):
+  """Two steps by it, of which the first has the value that it must have."""
+  folder, path = run
+  first, *_ = lines(folder)
+  assert first['step'] == 1
+  # The last layer begins at zero, so that all logits are 0: log 7 of seven classes, of
+  # the clean and of the adversarial images alike.
+  np.testing.assert_allclose(first['train/loss'], np.log(7), rtol=1e-5)
+  params, _ = parameter_files.import_npy(path)
+  [last] = [v for k, v in params.items() if k.endswith('logits')]
+  assert last['w'].shape[1] == 7 and np.abs(last['w']).max() > 0
+
+
+def test_a_run_from_python_is_a_run_of_the_program(run, config, images):
+  folder, path = run
+  assert path == folder / 'checkpoint.npy' and path.exists()
+  assert {'config.json', 'metrics.jsonl', 'checkpoints'} <= {
+    x.name for x in folder.iterdir()
+  }
+  before = path.read_bytes()
+  assert classifier.train(config, folder, train=images) == path  # It is finished.
+  train.main(None, str(folder))  # And so it is by the workdir's own config.
+  assert path.read_bytes() == before
+
+
+def test_validation_is_no_larger_than_its_images(run, batches, config):
+  """All are judged, in one batch of them alone: no padding up to the config's size."""
+  folder, _ = run
+  assert config.evaluation.batch_size == 400
+  assert batches and set(batches) == {HELD_OUT}
+  shares = [
+    v for line in lines(folder) for k, v in line.items() if k.startswith('eval')
+  ]
+  assert shares
+  counts = np.array(shares) * HELD_OUT
+  np.testing.assert_allclose(counts, np.rint(counts), atol=1e-4)
+
+
+def test_a_run_goes_on_with_its_own_images_only(run, config, images, tmp_path):
+  folder, _ = run
+  for name in ('config.json', 'images.json'):
+    (tmp_path / name).write_bytes((folder / name).read_bytes())
+  other = images[0].copy()
+  other[-1] ^= 1
+  with pytest.raises(UserError, match='holds a run with other images'):
+    classifier.train(config, tmp_path, train=(other, images[1]))
+  (tmp_path / 'images.json').write_text('[')
+  with pytest.raises(UserError, match='images.json is not JSON'):
+    classifier.train(config, tmp_path, train=images)
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (lambda x, y: (x / 255, y), r'float64 \[64, 10, 10, 1\]; give uint8'),
+    (lambda x, y: (x[..., 0], y), r'uint8 \[64, 10, 10\]; give uint8'),
+    (lambda x, y: (x, y[1:]), r'labels are int64 \[63\] for 64 images'),
+    (lambda x, y: (x, y - 1), 'from -1 to 5; number the classes from 0'),
+    (lambda x, y: (x, y.astype(np.uint64) - 1), 'number the classes from 0'),
+    (lambda x, y: (x[:30], y[:30]), 'train has 30 images, of which .* = 24 are held'),
+    (lambda x, y: x, 'not a pair of images and labels'),
+  ],
+)
+def test_images_that_cannot_be_meant_are_refused(
+  change, message, config, images, tmp_path
+):
+  with pytest.raises(UserError, match=message):
+    classifier.train(config, tmp_path / 'run', train=change(*images))
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'field, value, message',
+  [
+    ('evaluation.suite', 'autoattak', "suite 'autoattak': .* autoattack"),
+    ('evaluation.attack.objective', 'kl_divergence', 'use margin'),
+    ('loss.name', 'tradez', "loss.name = 'tradez': use one of .*trades"),
+  ],
+)
+def test_what_would_fail_after_training_is_refused_before(
+  field, value, message, tmp_path
+):
+  config = digits.get_config('wrn-10-1').unlock()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(UserError, match=message):
+    train.main(config, str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
+
+
+def test_the_best_is_not_replaced_by_the_last_where_no_score_is_left(
+  run, config, images, tmp_path
+):
+  """Its files are there, as after a run that was interrupted before its export."""
+  folder, _ = run
+  shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+  (tmp_path / 'checkpoint.npy').unlink()
+  for step in (tmp_path / 'checkpoints').iterdir():
+    shutil.rmtree(step / 'metrics')
+  with pytest.raises(UserError, match=r"no checkpoint .* has a score, .* write 'last'"):
+    classifier.train(config, tmp_path, train=images)
+  assert not (tmp_path / 'checkpoint.npy').exists()
+
+
+def test_a_workdir_alone_must_hold_a_run(tmp_path):
+  with pytest.raises(UserError, match='--config is missing, and .* holds no run'):
+    train.main(None, str(tmp_path))
+
+
+def test_losses_of_all_names_are_functions_of_the_passes():
+  """With companions where a loss asks for them, and finite at any logits."""
+  logits = jnp.array([[1e3, -1e3, 0.0]])
+  passes = classifier.update.step_loss.losses.Passes(
+    logits, -logits, jnp.eye(3)[:1], jnp.array([True]), logits, jnp.full((1, 3), 1 / 3)
+  )
+  for name in ('standard', 'adversarial', 'trades', 'lbgat', 'uat'):
+    loss = registries.LOSSES.get(name)(passes, digits.get_config('wrn-10-1').loss)
+    assert loss.shape == () and jnp.isfinite(loss), name
+  assert jax.tree.structure(passes).num_leaves == 6
+
+
+@pytest.fixture
+def said(monkeypatch):
+  """The lines that waits log, each taken when it is said."""
+  lines = queue.Queue()
+  monkeypatch.setattr(
+    waiting.logging, 'info', lambda text, *values: lines.put(text % values)
+  )
+  return lines
+
+
+def test_a_long_wait_is_said_again_and_again_with_how_far_it_is(said):
+  with waiting.waiting('folding', hint='minutes', first=0.001, every=0.001) as note:
+    assert said.get(timeout=60) == 'folding: 0:00 so far, minutes'
+    note('3 of 7')
+    while said.get(timeout=60) != 'folding: 0:00 so far, 3 of 7':
+      pass
+  while said.qsize() > 1:
+    said.get()
+  assert said.get() == 'folding took 0:00'
+
+
+def test_a_wait_that_is_short_is_not_said(said):
+  with waiting.waiting('folding'):
+    pass
+  assert said.empty()
