@@ -177,6 +177,7 @@ def test_images_that_cannot_be_meant_are_refused(
   'field, value, message',
   [
     ('evaluation.suite', 'autoattak', "suite 'autoattak': .* autoattack"),
+    ('evaluation.suite', 'autoattack-rand', 'is for randomised networks'),
     ('evaluation.attack.objective', 'kl_divergence', 'use margin'),
     ('loss.name', 'tradez', "loss.name = 'tradez': use one of .*trades"),
   ],

@@ -216,8 +216,7 @@ def evaluation_attacks(config) -> list:
   """
   ball = norms.get(config.threat.norm, config.threat.epsilon)
   attack = suites.attack_from_config(config.evaluation.attack, ball)
-  if config.evaluation.suite != 'pgd':
-    suites.get(config.evaluation.suite, ball)
+  suites.from_config(config.evaluation, ball)
   return [] if config.loss.name == 'standard' else [('pgd', attack)]
 
 
