@@ -41,7 +41,7 @@ Uncertain (remembered, or not published):
               the attack, and the recipe, which is that of rst
 """
 
-from experiments import base
+from jaxrobust.config import classifier
 
 _NAMES = (
   'awp',
@@ -59,15 +59,12 @@ def get_config(arg: str = 'awp'):
   """A baseline by name."""
   if arg not in _NAMES:
     raise ValueError(f'config argument {arg!r}: use one of {", ".join(_NAMES)}')
-  c = base.get_config()
+  on_cifar100 = arg in ('lbgat', 'gowal-2020-cifar100')
+  c = classifier.get_config('cifar100' if on_cifar100 else 'cifar10')
   c.variant = arg.removesuffix('-l2').removesuffix('-cifar100')
   c.data.real_repeats = 1
   if arg.endswith('-l2'):
     _l2(c)
-  if arg in ('lbgat', 'gowal-2020-cifar100'):
-    c.dataset.name = 'cifar100'
-    c.model.mean = (0.5071, 0.4865, 0.4409)
-    c.model.std = (0.2673, 0.2564, 0.2762)
   if arg.startswith('gowal'):
     c.model.name = 'wrn-70-16'
     c.data.batch_size = 512

@@ -10,11 +10,10 @@ Uncertain: its size, training and sampling are not published. Here all is as for
 CIFAR-10, without class condition.
 """
 
-from experiments import base_generator
+from jaxrobust.config import generator
 
 
 def get_config():
   """1M samples."""
-  c = base_generator.get_config('ddpm')
-  c.dataset.name = 'cifar100'
+  c = generator.get_config('ddpm', 'cifar100')
   return c.lock()

@@ -11,13 +11,10 @@ The recipe is that of CIFAR-10; the samples are of a DDPM trained on CIFAR-100 (
 cifar100_ddpm.npz). Uncertain: as for CIFAR-10.
 """
 
-from experiments import base
+from jaxrobust.config import classifier
 
 
 def get_config(arg: str = ''):
   """CIFAR-100 l-inf."""
-  c = base.get_config()
-  c.dataset.name = 'cifar100'
-  c.model.mean = (0.5071, 0.4865, 0.4409)
-  c.model.std = (0.2673, 0.2564, 0.2762)
-  return base.with_arg(c, arg, 'wrn-28-10,ddpm')
+  c = classifier.get_config('cifar100')
+  return classifier.with_arg(c, arg, 'wrn-28-10,ddpm')

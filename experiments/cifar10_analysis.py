@@ -19,11 +19,11 @@ each set). Their features are those of LPIPS, of which network is not known; by 
 the features here are the labeller's, with which figures are not comparable.
 """
 
-from experiments import base_analysis
+from jaxrobust.config import analysis
 
 
 def get_config(arg: str = ''):
   """CIFAR-10, l-inf 8/255; every value is the base's."""
-  return base_analysis.with_samples(
-    base_analysis.get_config(), arg, 'ddpm', named='data/cifar10_{}'
+  return analysis.with_samples(
+    analysis.get_config(), arg, 'ddpm', named='data/cifar10_{}'
   )

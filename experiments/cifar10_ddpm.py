@@ -14,9 +14,9 @@ sampler here is DPM-Solver++ with 20 evaluations, 50 times fewer. The generator 
 images that the classifier trains on: the first 1,024 are held out, as there.
 """
 
-from experiments import base_generator
+from jaxrobust.config import generator
 
 
 def get_config():
   """1M samples; every value is the base's."""
-  return base_generator.get_config('ddpm').lock()
+  return generator.get_config('ddpm').lock()

@@ -11,12 +11,12 @@ Uncertain: the attacks of the l2 runs were not published. Here: the most common 
 Everything else is as for l-inf.
 """
 
-from experiments import base
+from jaxrobust.config import classifier
 
 
 def get_config(arg: str = ''):
   """CIFAR-10 l2."""
-  c = base.get_config()
+  c = classifier.get_config()
   c.threat.norm = 'l2'
   c.threat.epsilon = 128 / 255
   c.attack.step_rule = 'normalized'
@@ -25,4 +25,4 @@ def get_config(arg: str = ''):
   c.evaluation.attack.step_rule = 'normalized'
   c.evaluation.attack.step_sizes = (30 / 255,)
   c.evaluation.attack.step_boundaries = ()
-  return base.with_arg(c, arg, 'wrn-28-10,ddpm')
+  return classifier.with_arg(c, arg, 'wrn-28-10,ddpm')

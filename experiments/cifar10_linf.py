@@ -23,12 +23,12 @@ the checkpoint and report the better of two runs; the released code trains on al
 --config.checkpoint.export=last.
 """
 
-from experiments import base
+from jaxrobust.config import classifier
 
 
 def get_config(arg: str = ''):
   """CIFAR-10 l-inf; every value is the base's."""
-  return base.with_arg(base.get_config(), arg, 'wrn-28-10,ddpm')
+  return classifier.with_arg(classifier.get_config(), arg, 'wrn-28-10,ddpm')
 
 
 def sweep():

@@ -10,9 +10,9 @@ Uncertain: how the mixes of that row were drawn. Here each is of two different t
 images, with a ratio from Beta(1, 1), which is uniform.
 """
 
-from experiments import base_generator
+from jaxrobust.config import generator
 
 
 def get_config():
   """1M samples; every value is the base's."""
-  return base_generator.get_config('mixup').lock()
+  return generator.get_config('mixup').lock()

@@ -12,14 +12,13 @@ Only 100 training images are used, because that is where generated images help h
 README has the search on the validation images that led to this setting.
 """
 
-from experiments import base
+from jaxrobust.config import classifier
 
 
 def get_config(arg: str = ''):
   """Digits: 100 training images, 400 to choose the checkpoint, 797 to test."""
   labeller = arg == 'labeller'
-  c = base.get_config()
-  c.dataset.name = 'digits'
+  c = classifier.get_config('digits')
   c.dataset.validation_images = 400
   c.dataset.train_images = 100
   c.data.batch_size = 64
@@ -28,8 +27,6 @@ def get_config(arg: str = ''):
   c.augment.pad = 0  # 8x8 leaves no room to shift
   c.augment.flip = False  # a mirrored digit is another sign
   c.model.name = 'wrn-10-1'
-  c.model.mean = (0.5,)
-  c.model.std = (0.5,)
   c.threat.epsilon = 0.2
   c.optimizer.warmup_epochs = 5.0
   c.training.epoch_examples = 640  # 10 steps
@@ -43,7 +40,7 @@ def get_config(arg: str = ''):
     c.training.num_epochs = 40.0
     c.evaluation.interval_epochs = 10.0
     arg = ''
-  return base.with_arg(c, arg, 'wrn-10-1,real')
+  return classifier.with_arg(c, arg, 'wrn-10-1,real')
 
 
 def sweep():

@@ -8,19 +8,16 @@ The argument is a folder, or NAME for runs/paper/digits_NAME/samples. The genera
 up to 5 points. No number of the paper belongs to this data set.
 """
 
-from experiments import base_analysis
+from jaxrobust.config import analysis
 
 
 def get_config(arg: str = ''):
   """The threat and the training images of experiments/digits.py."""
-  c = base_analysis.get_config()
-  c.dataset.name = 'digits'
+  c = analysis.get_config('digits')
   c.dataset.validation_images = 400
   c.dataset.train_images = 100
   c.labeller = 'runs/paper/digits_labeller'
   c.num_images = 100
   c.num_attacked = 797  # all test images
   c.threat.epsilon = 0.2
-  return base_analysis.with_samples(
-    c, arg, 'gaussian', named='runs/paper/digits_{}/samples'
-  )
+  return analysis.with_samples(c, arg, 'gaussian', named='runs/paper/digits_{}/samples')

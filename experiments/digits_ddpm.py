@@ -8,13 +8,12 @@ that two busy cores made. Its settings were not searched. No number of the paper
 to this data set.
 """
 
-from experiments import base_generator
+from jaxrobust.config import generator
 
 
 def get_config():
   """10,000 samples from 100 training images."""
-  c = base_generator.get_config('ddpm')
-  c.dataset.name = 'digits'
+  c = generator.get_config('ddpm', 'digits')
   c.dataset.validation_images = 400
   c.dataset.train_images = 100
   c.generator.network.channels = 32

@@ -7,13 +7,12 @@ The covariance of 10 images a class in 64 dimensions is singular, so it is shrun
 (Ledoit and Wolf 2004).
 """
 
-from experiments import base_generator
+from jaxrobust.config import generator
 
 
 def get_config():
   """10,000 samples from 100 training images."""
-  c = base_generator.get_config()
-  c.dataset.name = 'digits'
+  c = generator.get_config('gaussian', 'digits')
   c.dataset.validation_images = 400
   c.dataset.train_images = 100
   c.generator.covariance = 'ledoit-wolf'

@@ -4,13 +4,12 @@ r"""Mixed training images of the digits, pseudo-labelled and balanced.
       --config=experiments/digits_mixup.py --config.labeller=runs/labeller
 """
 
-from experiments import base_generator
+from jaxrobust.config import generator
 
 
 def get_config():
   """10,000 mixes of 100 training images."""
-  c = base_generator.get_config('mixup')
-  c.dataset.name = 'digits'
+  c = generator.get_config('mixup', 'digits')
   c.dataset.validation_images = 400
   c.dataset.train_images = 100
   c.samples.count = 10_000

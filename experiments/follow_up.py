@@ -44,7 +44,7 @@ Uncertain (remembered, or not published):
                class means of the epoch before, here running ones (loss.class_decay)
 """
 
-from experiments import base
+from jaxrobust.config import classifier
 
 # Of each: model, samples, images a batch, epochs, share of real images.
 _RUNS = {
@@ -61,7 +61,7 @@ def get_config(arg: str = 'edm-20m'):
   """A later result by name."""
   if arg not in _RUNS:
     raise ValueError(f'config argument {arg!r}: use one of {", ".join(_RUNS)}')
-  c = base.get_config()
+  c = classifier.get_config()
   c.model.name, samples, batch_size, num_epochs, real_fraction = _RUNS[arg]
   c.data.samples = f'data/cifar10_{samples}'
   c.data.batch_size = batch_size

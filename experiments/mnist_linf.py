@@ -10,18 +10,15 @@ the released checkpoint expects. Uncertain: the other hyper-parameters; here the
 those of CIFAR-10, without augmentation, so each image occurs once in a batch.
 """
 
-from experiments import base
+from jaxrobust.config import classifier
 
 
 def get_config(arg: str = ''):
   """MNIST l-inf."""
-  c = base.get_config()
-  c.dataset.name = 'mnist'
+  c = classifier.get_config('mnist')
   c.threat.epsilon = 0.3
   c.data.real_repeats = 1  # Without augmentation, repeats would be copies.
   c.augment.pad = 0
   c.augment.flip = False
   c.model.padding = 2
-  c.model.mean = (0.5,)
-  c.model.std = (0.5,)
-  return base.with_arg(c, arg, 'wrn-28-10,real')
+  return classifier.with_arg(c, arg, 'wrn-28-10,real')

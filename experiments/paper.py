@@ -10,7 +10,7 @@ better one; here both count. Each table of the paper has an edition in handwritt
 digits, in `digits-*`, that a laptop can fill; no number of the paper belongs to these.
 """
 
-from experiments.base_table import Preparation, Row, Table
+from jaxrobust.config.tables import Preparation, Row, Table
 
 _SEEDS = (0, 1)
 _DIGITS_SEEDS = (0, 1, 2)

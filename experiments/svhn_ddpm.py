@@ -10,12 +10,11 @@ Uncertain: network, training and sampling are not published. Here all is as for
 CIFAR-10 but for the flips: a mirrored digit is another sign.
 """
 
-from experiments import base_generator
+from jaxrobust.config import generator
 
 
 def get_config():
   """1M samples."""
-  c = base_generator.get_config('ddpm')
-  c.dataset.name = 'svhn'
+  c = generator.get_config('ddpm', 'svhn')
   c.generator.training.flip = False
   return c.lock()

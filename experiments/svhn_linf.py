@@ -13,16 +13,13 @@ once in a batch. The `extra` images are not
 used. The samples are in the file svhn_ddpm.npz.
 """
 
-from experiments import base
+from jaxrobust.config import classifier
 
 
 def get_config(arg: str = ''):
   """SVHN l-inf."""
-  c = base.get_config()
-  c.dataset.name = 'svhn'
+  c = classifier.get_config('svhn')
   c.data.real_repeats = 1  # Without augmentation, repeats would be copies.
   c.augment.pad = 0
   c.augment.flip = False
-  c.model.mean = (0.5, 0.5, 0.5)
-  c.model.std = (0.5, 0.5, 0.5)
-  return base.with_arg(c, arg, 'wrn-28-10,ddpm')
+  return classifier.with_arg(c, arg, 'wrn-28-10,ddpm')

@@ -11,13 +11,12 @@ Here all is as for CIFAR-10 with one more resolution, so that attention is at 16
 the smallest map has 4x4 pixels as there.
 """
 
-from experiments import base_generator
+from jaxrobust.config import generator
 
 
 def get_config():
   """1M samples."""
-  c = base_generator.get_config('ddpm')
-  c.dataset.name = 'tiny_imagenet'
+  c = generator.get_config('ddpm', 'tiny_imagenet')
   c.generator.network.multipliers = (1, 1, 2, 2, 2)
   c.samples.batch_size = 64
   return c.lock()

@@ -13,13 +13,10 @@ and flip, and the usual mean and standard deviation. The official validation ima
 are the test images.
 """
 
-from experiments import base
+from jaxrobust.config import classifier
 
 
 def get_config(arg: str = ''):
   """TinyImageNet l-inf."""
-  c = base.get_config()
-  c.dataset.name = 'tiny_imagenet'
-  c.model.mean = (0.4802, 0.4481, 0.3975)
-  c.model.std = (0.2302, 0.2265, 0.2262)
-  return base.with_arg(c, arg, 'wrn-28-10,ddpm')
+  c = classifier.get_config('tiny_imagenet')
+  return classifier.with_arg(c, arg, 'wrn-28-10,ddpm')

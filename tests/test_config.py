@@ -1,17 +1,21 @@
 """Derived values, refusals, names, and the identity of a config."""
 
 import json
+import pathlib
+import random
 
 import pytest
 
-from experiments import base, cifar10_linf, digits, digits_ddpm
+from experiments import cifar10_linf, digits, digits_ddpm
 from jaxrobust import config as configs
+from jaxrobust.config import analysis, classifier, experiments, fields, generator
+from jaxrobust.config.fields import field
 from jaxrobust.errors import UserError
 
 
 @pytest.fixture
 def config():
-  return base.get_config()
+  return classifier.get_config()
 
 
 def test_released_recipe_by_the_papers_rules(config):
@@ -60,6 +64,13 @@ def test_short_runs_have_at_least_one_step(config):
     ('dataset.validation_images', 0, 'checkpoint.export'),
     ('ema.batch_norm', 'mine', 'raw, own'),
     ('loss.beta', -1.0, '0 or more'),
+    ('loss.beta', float('nan'), '0 or more'),
+    ('loss.name', 'trade', 'did you mean trades?'),
+    ('threat.epsilon', 8.0, 'did you mean 8/255?'),
+    ('threat.epsilon', 1.5, 'below 1'),
+    ('model.std', (0.2, 0.0, 0.2), 'above 0'),
+    ('dataset.name', 'folder', 'config.dataset.path'),
+    ('dataset.name', 'cifar11', 'did you mean cifar10?'),
     ('loss.divergence', 'js', 'kl, improved_kl, squared'),
     ('loss.awp_gamma', -0.1, '0 or more'),
     ('loss.class_temperature', 0.0, 'above 0'),
@@ -116,12 +127,160 @@ def test_mixup_and_cutmix_together_are_refused(config):
     configs.resolve(config)
 
 
-def test_a_config_from_before_a_field_means_what_it_did(config):
+# Fields that were made after the first configs were written.
+YOUNGER = {
+  'classifier': (
+    *('data.later_real_fraction', 'data.later_from_epoch', 'loss.divergence'),
+    *('loss.pairwise', 'loss.class_temperature', 'loss.class_decay'),
+    *('loss.natural_model', 'loss.awp_gamma', 'loss.awp_warmup_epochs'),
+    *('optimizer.drop_fractions', 'augment.smooth_real_labels', 'augment.mixup'),
+    *('augment.mixup_alpha', 'augment.cutout', 'augment.policy', 'model.remat'),
+    *('augment.randaugment_operations', 'augment.randaugment_magnitude'),
+    *('model.compute_dtype', 'training.accumulation', 'evaluation.save_adversarial'),
+    *('dataset.path', 'dataset.image_shape'),
+  ),
+  'ddpm': (
+    *('samples.top_fraction', 'generator.training.b1', 'generator.training.b2'),
+    *('generator.training.epsilon', 'dataset.path', 'dataset.num_classes'),
+  ),
+  'analysis': ('dataset.path', 'dataset.train_size', 'features'),
+}
+MAKE = {
+  'classifier': classifier.get_config,
+  'analysis': analysis.get_config,
+  'ddpm': lambda: generator.get_config('ddpm'),
+}
+
+
+def lacking(config, paths):
+  """JSON of a config without some fields."""
   tree = config.to_dict()
-  for part, fields in configs._YOUNGER.items():
-    for name, old in fields.items():
-      assert tree[part].pop(name) == old, 'also the default'
-  assert configs.differences(config, configs.from_json(json.dumps(tree))) == []
+  for path in paths:
+    *parts, name = path.split('.')
+    part = tree
+    for x in parts:
+      part = part[x]
+    del part[name]
+  return json.dumps(tree)
+
+
+@pytest.mark.parametrize('kind', YOUNGER)
+def test_a_config_from_before_a_field_means_what_it_did(kind):
+  config = MAKE[kind]()
+  read = configs.from_json(lacking(config, YOUNGER[kind]))
+  assert configs.differences(config, read) == []
+  for path in YOUNGER[kind]:  # It can be set, too, as on the command line.
+    fields.override(read, {path: fields.flatten(read)[path]}, '')
+
+
+def test_a_field_whose_default_changed_keeps_what_it_meant(config):
+  old = configs.from_json(lacking(config, ['augment.cutmix_workers']))
+  assert old.augment.cutmix_workers == 4
+  # The same command goes on with it.
+  assert configs.differences(old, config) == []
+  assert configs.continued(config, old).augment.cutmix_workers == 4
+  config.augment.cutmix_workers = 8
+  assert configs.differences(old, config) == ['augment.cutmix_workers: 4 → 8']
+  assert configs.continued(config, old).augment.cutmix_workers == 8
+
+
+def test_another_optimizer_of_a_generator_gets_no_fields_of_adam():
+  config = generator.get_config('ddpm')
+  config.generator = {'name': 'mine', 'training': {'momentum': 0.9}}
+  again = configs.from_json(configs.to_json(config))
+  assert again.generator.to_dict() == {'name': 'mine', 'training': {'momentum': 0.9}}
+  assert configs.differences(again, config) == []
+
+
+def test_a_generators_own_fields_are_known_once_declared(monkeypatch):
+  monkeypatch.setattr(generator, 'GENERATORS', dict(generator.GENERATORS))
+  generator.register('noise', {'scale': field(0.5, 'of the noise', above=0)})
+  config = generator.get_config('noise')
+  assert config.generator.to_dict() == {'name': 'noise', 'scale': 0.5}
+  assert configs.from_json(lacking(config, ['generator.scale'])).generator.scale == 0.5
+  with pytest.raises(UserError, match='has its fields already'):
+    generator.register('ddpm', {})
+
+
+GOLDEN = json.loads(
+  (pathlib.Path(__file__).parent / 'golden' / 'configs.json').read_text()
+)
+# What was added to or changed in all configs since the golden ones were written.
+SINCE = dict.fromkeys(
+  [f'dataset.{x}' for x in ('image_shape', 'num_classes', 'train_size', 'test_size')]
+) | {'dataset.path': ''}
+
+
+def golden(kind, changed):
+  values = GOLDEN['defaults'][kind] | changed | SINCE
+  return values | {'augment.cutmix_workers': None} if kind == 'classifier' else values
+
+
+@pytest.mark.parametrize('kind', GOLDEN['defaults'])
+def test_defaults_are_what_they_were(kind):
+  make = MAKE.get(kind, lambda: generator.get_config(kind))
+  assert fields.flatten(json.loads(configs.to_json(make()))) == golden(kind, {})
+
+
+@pytest.mark.parametrize('experiment', GOLDEN['experiments'])
+def test_every_experiment_is_what_it_was(experiment):
+  config = experiments.load(experiment)
+  kind = 'analysis' if 'rules' in config else 'classifier'
+  if 'generator' in config:
+    kind = config.generator.name
+  found = fields.flatten(json.loads(configs.to_json(config)))
+  assert found == golden(kind, GOLDEN['experiments'][experiment])
+
+
+@pytest.mark.parametrize(
+  'text, words',
+  [
+    ('[]', 'a list and not an object'),
+    ('{"loss": {"beta": 1e999}}', 'not a finite number'),
+    ('{"loss"', 'is not JSON'),
+    ('{"loss": 3}', 'loss is 3'),
+    ('{"loss": {"beta": "6"}}', "loss.beta is '6', and not a number"),
+    ('{"loss": {}, "seed": true}', 'seed is True, and not a whole number'),
+    ('{"loss": {}, "seed": null}', 'seed is None'),
+    ('{"loss": {}, "model": {"mean": {}}}', 'model.mean is {}'),
+    ('{"generator": 5}', 'generator is 5'),
+    ('{"generator": {"name": []}}', 'generator.name is (), and not text'),
+    ('{"rules": {"most_flips": []}}', 'rules.most_flips is ()'),
+  ],
+)
+def test_what_is_no_config_is_told_in_one_line(text, words):
+  with pytest.raises(UserError) as e:
+    configs.from_json(text)
+  assert words in str(e.value) and '\n' not in str(e.value)
+
+
+def test_mutated_configs_are_read_or_refused(config):
+  rng = random.Random(0)
+  values = [
+    'null',
+    '[]',
+    '{}',
+    '-1',
+    '"x"',
+    'true',
+    '1e999',
+    '[[1]]',
+    '{"a": 1}',
+    '',
+    ',',
+  ]
+  texts = [configs.to_json(make()) for make in MAKE.values()]
+  for number in range(300):
+    lines = texts[number % len(texts)].splitlines()
+    for _ in range(rng.randint(1, 3)):
+      place = rng.randrange(len(lines))
+      name, colon, _ = lines[place].partition(': ')
+      lines[place] = name + colon + rng.choice(values) + rng.choice(['', ','])
+    try:
+      read = configs.from_json('\n'.join(lines))
+      configs.check(read)
+    except UserError as e:
+      assert '\n' not in str(e)
 
 
 def test_misspelt_field_is_refused():
@@ -152,7 +311,7 @@ def test_variant_and_labeller_have_their_place_in_the_name():
 
 
 def test_two_data_sources_are_refused():
-  with pytest.raises(ValueError, match='names two data sources'):
+  with pytest.raises(UserError, match='names two data sources'):
     cifar10_linf.get_config('ddpm,real2')
 
 

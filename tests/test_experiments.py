@@ -12,7 +12,7 @@ import pytest
 from experiments import baselines, follow_up
 from jaxrobust import config as configs
 from jaxrobust import generators
-from jaxrobust.config import dataset_info
+from jaxrobust.config import dataset_info, experiments
 from jaxrobust.data import pipeline
 from jaxrobust.errors import UserError
 from jaxrobust.models import companions
@@ -227,3 +227,39 @@ def test_both_mixes_are_checked_before_a_run():
 def test_recipes_have_names_of_their_own():
   names = [configs.experiment_name(load(file, name)) for file, name in BY_NAME]
   assert len(set(names)) == len(names)
+
+
+def test_experiments_are_found_by_name_and_by_path_from_any_folder(
+  tmp_path, monkeypatch
+):
+  by_name = experiments.load('cifar10_linf:wrn-16-1,real')
+  monkeypatch.chdir(tmp_path)
+  for same in ('cifar10_linf', 'cifar10_linf.py', 'experiments/cifar10_linf.py'):
+    found = experiments.load(f'{same}:wrn-16-1,real')
+    assert configs.differences(by_name, found, ignore=()) == []
+  # A file of one's own comes first.
+  (tmp_path / 'digits.py').write_text(
+    'from jaxrobust.config import classifier\n'
+    "def get_config(): return classifier.get_config('svhn')\n"
+  )
+  assert experiments.load('digits.py').dataset.name == 'svhn'
+  assert experiments.load('digits').dataset.name == 'digits'
+  with pytest.raises(UserError, match='did you mean cifar10_linf'):
+    experiments.find('cifar10_lin')
+  with pytest.raises(UserError, match='use one of baselines, .*digits'):
+    experiments.find('zzz')
+  with pytest.raises(UserError, match='no such file'):
+    experiments.find('elsewhere/digits.py')
+
+
+def test_experiments_of_earlier_versions_find_what_they_import(tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text(
+    'from experiments import base, base_analysis, base_generator\n'
+    'def get_config(arg=""):\n'
+    '  assert base_analysis.with_samples and base_generator.get_config("ddpm")\n'
+    '  return base.with_arg(base.get_config(), arg, "wrn-28-10,ddpm")\n'
+  )
+  same = experiments.load(f'{file}:real'), experiments.load('cifar10_linf:real')
+  assert configs.differences(*same, ignore=()) == []
+  assert experiments.load('base_generator:gaussian').generator.name == 'gaussian'

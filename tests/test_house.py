@@ -181,7 +181,6 @@ def test_the_step_imports_without_tensorflow():
   assert 'data.augment' in seen
 
 
-def test_experiments_import_no_jax():
+def test_experiments_import_the_fields_alone():
   for path in (ROOT / 'experiments').glob('*.py'):
-    used = {m.split('.')[0] for m in imports(path)}
-    assert used <= {'re', 'typing', 'ml_collections', 'experiments'}, path
+    assert all(m.startswith('jaxrobust.config') for m in imports(path)), path

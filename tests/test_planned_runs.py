@@ -10,9 +10,9 @@ import sys
 import pytest
 from etils import epath
 
-from experiments.base_table import Preparation, Row, Table
 from jaxrobust import sweep
 from jaxrobust.attacks import norms, suites
+from jaxrobust.config.tables import Preparation, Row, Table
 from jaxrobust.errors import UserError
 from jaxrobust.reporting import planned_runs
 from jaxrobust.runs import cli, workdir
@@ -327,7 +327,7 @@ def test_tables_are_read_from_a_file(tmp_path):
 )
 def test_wrong_tables_are_told_in_one_line(tmp_path, content, message):
   file = tmp_path / 'mine.py'
-  file.write_text(f'from experiments.base_table import Row, Table\n{content}\n')
+  file.write_text(f'from jaxrobust.config.tables import Row, Table\n{content}\n')
   with pytest.raises(UserError, match=message) as e:
     planned_runs.read_tables(str(file))
   assert '\n' not in str(e.value)
@@ -335,5 +335,7 @@ def test_wrong_tables_are_told_in_one_line(tmp_path, content, message):
 
 def test_a_wrong_argument_of_a_rows_experiment_is_told_in_one_line(tmp_path):
   table = TABLE._replace(rows=[Row('a', f'{DIGITS}:foo,bar')])
-  with pytest.raises(UserError, match=f'{DIGITS}:foo,bar: ValueError: '):
+  with pytest.raises(
+    UserError, match=f"{DIGITS}:foo,bar: .* two data sources, 'foo' and 'bar'"
+  ):
     planned_runs.Maker(str(tmp_path), {}).of_table(table)

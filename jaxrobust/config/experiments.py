@@ -1,18 +1,67 @@
-"""Reads the files of experiments, which are no part of the package."""
+"""Finds and reads the files of experiments, by name or by path.
+
+They lie beside the package in a clone, in its folder `experiments`; in an installed
+package, inside it. Nothing in the package imports one.
+"""
 
 import importlib.util
 import os
 import pathlib
 
 from jaxrobust import config as configs
+from jaxrobust.config import fields, registries
 from jaxrobust.errors import UserError
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
+
+
+def folder() -> pathlib.Path:
+  """Where the package's experiments are."""
+  inside = _PACKAGE / 'experiments'
+  return inside if inside.is_dir() else _PACKAGE.parent / 'experiments'
+
+
+def names() -> list[str]:
+  """Names of the package's experiments."""
+  found = {path.stem for path in folder().glob('*.py')}
+  return sorted(
+    x for x in found - {'base', 'paper'} if not x.startswith(('base_', '_'))
+  )
+
+
+def find(experiment: str) -> str:
+  """The path of an experiment's file, from any folder.
+
+  Args:
+    experiment: a path, or the name of one of the package's experiments ('digits',
+      'experiments/digits.py').
+
+  Raises:
+    UserError: if there is none, with the nearest name.
+  """
+  path = os.path.expanduser(experiment)
+  if os.path.isfile(path):
+    return path
+  parent, name = os.path.split(experiment)
+  here = folder() / f'{name.removesuffix(".py")}.py'
+  if parent in ('', 'experiments') and here.is_file():
+    return (
+      os.path.relpath(here) if here.is_relative_to(pathlib.Path.cwd()) else str(here)
+    )
+  raise UserError(
+    f'{experiment}: no such file, and no experiment of that name'
+    + (
+      registries.did_you_mean(here.stem, names())
+      or f': use one of {", ".join(names())}'
+    )
+    + ', or give the path of an experiment'
+  )
 
 
 def load_file(file: str):
   """The module in a Python file; UserError if there is none, or it does not run."""
-  if not os.path.exists(file):
-    raise UserError(f'{file}: no such file; run from the repository, or give its path')
-  spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
+  path = find(file)
+  spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
@@ -22,9 +71,11 @@ def load_file(file: str):
 
 
 def load(experiment: str):
-  """The locked config of an experiment, written `FILE.py` or `FILE.py:ARG`."""
+  """The locked config of an experiment, written `NAME[:ARG]` or `FILE.py[:ARG]`."""
   file, *arg = experiment.split(':', 1)
   module = load_file(file)
+  if not hasattr(module, 'get_config'):
+    raise UserError(f'{file} defines no get_config(): an experiment returns its config')
   try:
     return module.get_config(*arg).lock()
   except Exception as e:
@@ -32,7 +83,8 @@ def load(experiment: str):
 
 
 def _one_line(error: Exception) -> str:
-  return f'{type(error).__name__}: {" ".join(str(error).split())}'
+  text = ' '.join(str(error).split())
+  return text if isinstance(error, UserError) else f'{type(error).__name__}: {text}'
 
 
 def sweep_points(config, file: str) -> list[tuple]:
@@ -55,21 +107,15 @@ def sweep_points(config, file: str) -> list[tuple]:
       f'{file} defines no sweep(): yield pairs of a name and overrides from it, such '
       "as ('seed-1', {'seed': 1, 'variant': 'seed-1'})"
     )
-  points, names = [], {}
+  points, known = [], {}
   for name, overrides in experiment.sweep():
-    point = config.copy_and_resolve_references().lock()
-    try:
-      point.update_from_flattened_dict(overrides)
-    except (KeyError, TypeError, ValueError) as e:
+    point = fields.override(config, overrides, f'{file}, sweep(), {name}')
+    run = configs.experiment_name(point)
+    if run in known:
       raise UserError(
-        f'{file}, sweep(), {name}: {e}; experiments/base.py has every field'
-      ) from e
-    folder = configs.experiment_name(point)
-    if folder in names:
-      raise UserError(
-        f'{file}, sweep(): {names[folder]} and {name} are both named {folder}; tell '
+        f'{file}, sweep(): {known[run]} and {name} are both named {run}; tell '
         'them apart by the field variant'
       )
-    names[folder] = name
+    known[run] = name
     points.append((name, overrides, point))
   return points

@@ -68,6 +68,12 @@ class Registry:
     """All names: those of the package, then others in the order of registration."""
     return tuple(dict.fromkeys((*self._builtin, *self._items)))
 
+  def __iter__(self):
+    return iter(self.names())
+
+  def __getitem__(self, name: str) -> Any:
+    return self.get(name)
+
   def __contains__(self, name) -> bool:
     return name in self._builtin or name in self._items
 

@@ -1,6 +1,5 @@
 """What the programs share: their flags, their help page and their exit codes."""
 
-import importlib.util
 import inspect
 import os
 import pathlib
@@ -13,6 +12,8 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
+from jaxrobust import config as configs
+from jaxrobust.config import classifier, experiments
 from jaxrobust.errors import PreemptedError, UserError
 
 DONE, ERROR, PREEMPTED, INTERRUPTED, CRASHED = 0, 1, 42, 130, 134
@@ -21,11 +22,11 @@ _COMMON_HELP = """
 Flags of every program:
   --workdir=DIR      the run's folder, local or gs://. The same command again resumes
                      it or shows its result; another config in it is refused.
-  --config=FILE.py[:ARG]
-                     an experiment, with its argument if it takes one.
+  --config=NAME[:ARG]
+                     an experiment, with its argument if it takes one: one of the
+                     package's by its name, or a FILE.py by its path.
   --config.a.b=VALUE overrides a field of it, or without --config of the workdir's.
-                     experiments/base.py says what each field is, base_generator.py
-                     of generate's, base_analysis.py of analyze's.
+                     --helpfull has the page of all fields.
   --coordinator=HOST:PORT --num_processes=N --process_id=I
                      joins a run of N processes. On a TPU pod none of these is needed;
                      --coordinator=auto under Slurm or Open MPI.
@@ -62,17 +63,15 @@ def run(
   page = inspect.getdoc(inspect.getmodule(main)).strip()
   if {'--help', '-h', '-help', '--helpfull'} & set(sys.argv[1:]):
     print(f'{page}\n{_COMMON_HELP}', end='')
+    if '--helpfull' in sys.argv[1:]:
+      print(f'\n{configs.describe()}', end='')
     sys.exit(DONE)
   sys.exit(_run(main, extra_flags, needs_workdir, default_config, alone))
 
 
 def base_config():
   """The base experiment's config: every field at its default."""
-  path = pathlib.Path(__file__).parents[2] / 'experiments' / 'base.py'
-  spec = importlib.util.spec_from_file_location('base', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
+  return classifier.get_config()
 
 
 def _run(
@@ -158,25 +157,24 @@ def _define_config(values, extra_flags, default_config):
 
 def _parse(values, extra_flags, needs_workdir, default_config):
   """The config, or None where none is given; UserError for what is wrong."""
+  arguments = []
   for argument in sys.argv:
-    path = argument.removeprefix('--config=').split(':')[0]
-    if argument.startswith('--config=') and not os.path.isfile(path):
-      raise UserError(
-        f'--config={path}: no such file; run from the repository, or '
-        'give the path of an experiment'
-      )
+    if argument.startswith('--config='):
+      name, *arg = argument.removeprefix('--config=').split(':', 1)
+      argument = '--config=' + ':'.join([experiments.find(name), *arg])
+    arguments.append(argument)
   if needs_workdir and not any(a.lstrip('-').startswith('workdir') for a in sys.argv):
     raise UserError("--workdir is missing: give the run's folder")
   try:
     _define_config(values, extra_flags, default_config)
-    rest = values(sys.argv)[1:]
+    rest = values(arguments)[1:]
     config = values.config
   except UserError:
     raise
   except Exception as e:  # Whatever an experiment's file or an override may raise.
     raise UserError(
-      f'{_one_line(e)} (--help shows how to use this program, and which of '
-      'experiments/base*.py has every field of its config)'
+      f'{_one_line(e)} (--help shows how to use this program, --helpfull every field '
+      'of its config)'
     ) from e
   if rest:
     raise UserError(f'{rest[0]!r} is not a flag: write --name=value')
