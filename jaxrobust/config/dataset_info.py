@@ -38,6 +38,7 @@ class DatasetInfo(NamedTuple):
     tfds_name: that tensorflow-datasets has for it; '' for the same. None if it is not
       read by it.
     splits: its names there of the official training and test splits.
+    unused: parts of it that are not read, so that their archives are not asked for.
     builder: module that registers its builder; '' if tensorflow-datasets has it.
     is_bundled: whether it comes with the package's dependencies, so that it can be
       read anywhere at once.
@@ -52,6 +53,7 @@ class DatasetInfo(NamedTuple):
   std: tuple[float, ...] = ()
   tfds_name: str | None = ''
   splits: tuple[str, str] = ('train', 'test')
+  unused: tuple[str, ...] = ()
   builder: str = ''
   is_bundled: bool = False
 
@@ -96,6 +98,7 @@ for _info in (
     mean=(0.5, 0.5, 0.5),  # as is common for it
     std=(0.5, 0.5, 0.5),
     tfds_name='svhn_cropped',
+    unused=('extra',),
   ),
   DatasetInfo(
     'mnist',

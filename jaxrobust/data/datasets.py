@@ -5,22 +5,28 @@ dataset in the order in which tensorflow-datasets stores it, which is a hash of 
 example's key: the same on every machine, whatever the number of shards, and mixed
 in the classes. "The first n training images" always means this order.
 
+Own images. `own_images` says what a folder or a file holds; `tfds:NAME[/CONFIG]` is any
+data set of tensorflow-datasets with images of one size and integer labels.
+
 Splits. `train` and `validation` are cut from the official training images, `test`
-is the official test split, whole. SVHN's `extra` images are not used. The official
+is the official test split, whole. SVHN's `extra` images are not read. The official
 test labels of TinyImageNet are not public, so its official validation split is the
 test split here.
 
 Importing this module imports neither tensorflow nor scikit-learn.
 """
 
+import importlib
 import os
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
-from jaxrobust.config import dataset_info
+from jaxrobust.config import dataset_info, fields, registries
+from jaxrobust.data import own_images
 from jaxrobust.errors import UserError
 
 
@@ -36,6 +42,14 @@ class Split(NamedTuple):
     return f'{zlib.crc32(labels, zlib.crc32(images)):08x}'
 
 
+class Opened(NamedTuple):
+  """An official split: size, classes, and `read(start, stop)` of its examples."""
+
+  size: int
+  num_classes: int
+  read: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+
+
 SPLITS = ('train', 'validation', 'test')
 
 _READ_BATCH = 1_000
@@ -46,16 +60,18 @@ def load(
   split: str,
   *,
   data_dir: str = '',
+  path: str = '',
   train_images: int | None = None,
   validation_images: int = 0,
 ) -> Split:
   """Loads one split of a real dataset into memory.
 
   Args:
-    name: a key of `dataset_info.INFO`.
+    name: of a data set, as a config's `dataset.name`.
     split: 'train', 'validation' or 'test'.
     data_dir: folder of the prepared tensorflow-datasets, local or `gs://`; '' for
       their default (`$TFDS_DATA_DIR` or `~/tensorflow_datasets`). Digits need none.
+    path: of one's own images.
     train_images: how many images 'train' keeps, the first ones after those held
       out; None for all.
     validation_images: how many training images are held out, the first ones: they
@@ -69,17 +85,122 @@ def load(
     UserError: unknown name or split, a number of images out of range, 'validation'
       with nothing held out, or a dataset that is absent or damaged.
   """
-  _check_name(name)
+  _check_split(split)
+  opened = _open(name, _official(split), data_dir, path)
+  return _cut(opened, name, split, train_images, validation_images)
+
+
+def of(dataset, split: str) -> Split:
+  """Loads one split of a config's data set, whole or not at all.
+
+  Args:
+    dataset: a config's `dataset`.
+    split: 'train', 'validation' or 'test'.
+
+  Returns:
+    images uint8 [n, H, W, C] in 0..255 and labels int32 [n].
+
+  Raises:
+    UserError: as `load`, or if there are other images than its DatasetInfo says.
+  """
+  info = dataset_info.of(dataset)
+  _check_split(split)
+  official = _official(split)
+  opened = _open(dataset.name, official, dataset.data_dir, dataset.path)
+  expected = info.test_size if official == 'test' else info.train_size
+  if opened.size != expected:
+    remedy = 'prepare it again (python -m jaxrobust.data prepare --help)'
+    if dataset_info.is_own(dataset):
+      remedy = 'they changed since the run began: use another --workdir'
+    raise UserError(
+      f'{info.name} has {expected} {official} images, {opened.size} are here: {remedy}'
+    )
+  found = _cut(
+    opened, info.name, split, dataset.train_images, dataset.validation_images
+  )
+  if found.images.shape[1:] != tuple(info.image_shape):
+    raise UserError(
+      f'{info.name} has images {list(found.images.shape[1:])}, and not '
+      f'{list(info.image_shape)}: correct what is known of it'
+    )
+  return found
+
+
+def record(config):
+  """The config with what is known of one's own images, which are read for it once.
+
+  Args:
+    config: of any kind. Of the data sets that are known without being opened, it is
+      returned as it is.
+
+  Returns:
+    The config, locked, with `dataset.image_shape` and what follows it; a classifier's
+    with mean and standard deviation of the training images, unless it sets others than
+    those of a known data set.
+
+  Raises:
+    UserError: if the images are absent or damaged.
+  """
+  dataset, found = config.dataset, {}
+  if not dataset_info.is_own(dataset):
+    return config
+  dataset_info.check(dataset)
+  normalises = 'model' in config and dataset_info.has_others_normalisation(config)
+  if None not in [dataset[x] for x in dataset_info.RECORDED] and not normalises:
+    return config
+  where = dataset.name, dataset.data_dir, dataset.path
+  train, test = (_open(where[0], split, *where[1:]) for split in ('train', 'test'))
+  images, _ = _cut(
+    train, dataset.name, 'train', dataset.train_images, dataset.validation_images
+  )
+  found = {
+    'dataset.image_shape': images.shape[1:],
+    'dataset.num_classes': train.num_classes,
+    'dataset.train_size': train.size,
+    'dataset.test_size': test.size,
+  }
+  if normalises:
+    found['model.mean'], found['model.std'] = _normalisation(images)
+  said = ', '.join(f'{path} {value}' for path, value in found.items())
+  logging.info('recorded of %s: %s', dataset.path or dataset.name, said)
+  return fields.replace(config, found)
+
+
+def _normalisation(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Mean and standard deviation of each channel of uint8 images, in [0, 1]."""
+  levels = np.arange(256) / 255
+  means, deviations = [], []
+  for channel in range(images.shape[-1]):
+    shares = np.bincount(images[..., channel].reshape(-1), minlength=256)
+    shares = shares / shares.sum()
+    mean = shares @ levels
+    means.append(round(float(mean), 4))
+    # A constant channel is left as it is.
+    deviation = float(np.sqrt(shares @ np.square(levels - mean)))
+    deviations.append(round(deviation, 4) or 1.0)
+  return tuple(means), tuple(deviations)
+
+
+def _check_split(split: str) -> None:
   if split not in SPLITS:
     raise UserError(f'unknown split {split!r}: choose one of {", ".join(SPLITS)}')
-  official_split = 'test' if split == 'test' else 'train'
-  if name == 'digits':
-    size, read = _open_digits(official_split)
-  else:
-    size, read = _open_prepared(name, official_split, data_dir)
-  if split == 'test':
-    return read(0, size)
 
+
+def _official(split: str) -> str:
+  return 'test' if split == 'test' else 'train'
+
+
+def _cut(
+  opened: 'Opened',
+  name: str,
+  split: str,
+  train_images: int | None,
+  validation_images: int,
+) -> Split:
+  """The part of an official split that `load` describes."""
+  size, _, read = opened
+  if split == 'test':
+    return Split(*read(0, size))
   if not 0 <= validation_images < size:
     raise UserError(
       f'validation_images={validation_images}: {name} has {size} training images, '
@@ -91,7 +212,7 @@ def load(
         f'validation_images=0 leaves {name} without a validation split: hold out 1 '
         f'to {size - 1} training images'
       )
-    return read(0, validation_images)
+    return Split(*read(0, validation_images))
 
   available = size - validation_images
   if train_images is None:
@@ -101,7 +222,7 @@ def load(
       f'train_images={train_images}: {name} has {available} training images when '
       f'{validation_images} are held out; choose 1 to {available}, or None for all'
     )
-  return read(validation_images, validation_images + train_images)
+  return Split(*read(validation_images, validation_images + train_images))
 
 
 def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
@@ -111,8 +232,8 @@ def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
   dataset that is already there is left as it is.
 
   Args:
-    name: a key of `dataset_info.INFO`; for the digits, which are part of scikit-learn,
-      nothing happens.
+    name: of a data set; for the digits, which are part of scikit-learn, and for one's
+      own images nothing happens.
     data_dir: as in `load`.
     archives: folder with the official archives under their official names; then
       nothing is downloaded. '' downloads them.
@@ -121,8 +242,7 @@ def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
     UserError: unknown name, an archive that is missing or not the official one, or
       a download that failed.
   """
-  _check_name(name)
-  if name == 'digits':
+  if name in dataset_info.OWN or _find(name) is None:
     return
   builder = _builder(name, data_dir)
   if _is_prepared(builder):
@@ -130,7 +250,7 @@ def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
   tfds = _import_tfds()
   from tensorflow_datasets.core.download import download_manager
 
-  files = _archive_names(builder)
+  files = _archive_names(name, builder)
   if archives:
     missing = [f for f in files if not os.path.exists(os.path.join(archives, f))]
     if missing:
@@ -143,6 +263,8 @@ def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
     # By default tfds takes any folder in the dataset's place for the dataset.
     download_mode=tfds.download.GenerateMode.REUSE_CACHE_IF_EXISTS,
   )
+  if name in dataset_info.INFO and (unused := dataset_info.INFO.get(name).unused):
+    _leave_out(builder, unused)
   try:
     builder.download_and_prepare(download_config=config)
   except download_manager.NonMatchingChecksumError as error:
@@ -168,16 +290,40 @@ def import_tensorflow():
   return tf
 
 
-def _check_name(name: str) -> None:
-  """Refuses a name that is not in `dataset_info.INFO`."""
+def _open(name: str, official_split: str, data_dir: str, path: str) -> Opened:
+  """Opens an official split of any data set."""
+  if name == 'folder':
+    return Opened(*own_images.open_folder(path, official_split))
+  if name == 'npz':
+    return Opened(*own_images.open_npz(path, official_split))
+  if _find(name) is None:
+    return Opened(*_open_digits(official_split))
+  return Opened(*_open_prepared(name, official_split, data_dir))
+
+
+def _find(name: str) -> str | None:
+  """What tensorflow-datasets calls a data set; None for one that it does not read.
+
+  Imports the module that registers its builder, if there is one.
+  """
+  if name.startswith('tfds:'):
+    return name.removeprefix('tfds:')
   if name not in dataset_info.INFO:
     raise UserError(
-      f'unknown dataset {name!r}: choose one of {", ".join(dataset_info.INFO)}'
+      f'unknown dataset {name!r}: choose one of {", ".join(dataset_info.INFO)}, '
+      f'folder, npz or tfds:NAME{registries.did_you_mean(name, dataset_info.INFO)}'
     )
+  info = dataset_info.INFO.get(name)
+  if info.tfds_name is None:
+    return None
+  if info.builder:
+    import_tensorflow()
+    importlib.import_module(info.builder)
+  return info.tfds_name or name
 
 
-def _open_digits(official_split: str) -> tuple[int, Callable[[int, int], Split]]:
-  """Size and reader of a split of scikit-learn's digits, 8x8 in 17 greys.
+def _open_digits(official_split: str):
+  """Size, classes and reader of a split of scikit-learn's digits, 8x8 in 17 greys.
 
   The images are shuffled once, for good, and then dealt out class by class: 0, 1,
   …, 9, 0, 1, …. So in any prefix of the first 1,000 (train) the classes differ by
@@ -198,32 +344,65 @@ def _open_digits(official_split: str) -> tuple[int, Callable[[int, int], Split]]
   order = order[:train_size] if official_split == 'train' else order[train_size:]
   images = np.rint(greys[order] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
   labels = labels[order].astype(np.int32)
-  return len(labels), lambda start, stop: Split(images[start:stop], labels[start:stop])
+  read = lambda start, stop: (images[start:stop], labels[start:stop])
+  return len(labels), 10, read
 
 
-def _open_prepared(
-  name: str, official_split: str, data_dir: str
-) -> tuple[int, Callable[[int, int], Split]]:
-  """Size and reader of a split that tensorflow-datasets has prepared."""
+def _open_prepared(name: str, official_split: str, data_dir: str):
+  """Size, classes and reader of a split that tensorflow-datasets has prepared."""
   builder = _builder(name, data_dir)
   if not _is_prepared(builder):
     place = f' --data_dir={data_dir}' if data_dir else ''
     raise UserError(
       f'{name} is not prepared in {builder.data_dir}: run `python -m '
       f'jaxrobust.data prepare {name}{place}`, which downloads it; without a network '
-      f'add --archives=FOLDER, a folder with {", ".join(_archive_names(builder))}'
+      f'add --archives=FOLDER, a folder with {", ".join(_archive_names(name, builder))}'
     )
-  if name == 'tiny_imagenet' and official_split == 'test':
-    official_split = 'validation'
-  size = builder.info.splits[official_split].num_examples
+  names = dict(zip(('train', 'test'), _splits(name, builder), strict=True))
+  split = names[official_split]
+  _, label = _features(name, builder)
+  num_classes = getattr(label, 'num_classes', None)
+  read = lambda start, stop: _read(builder, f'{split}[{start}:{stop}]', stop - start)
+  size = builder.info.splits[split].num_examples
+  if num_classes is None:  # Plain integers.
+    num_classes = 1 + int(read(0, size)[1].max())
+  return size, num_classes, read
 
-  def read(start: int, stop: int) -> Split:
-    return _read(builder, f'{official_split}[{start}:{stop}]', stop - start)
 
-  return size, read
+def _splits(name: str, builder) -> tuple[str, str]:
+  """The builder's names of the official training and test splits."""
+  if not name.startswith('tfds:'):
+    return dataset_info.INFO.get(name).splits
+  found = builder.info.splits
+  test = 'test' if 'test' in found else 'validation'
+  if not {'train', test} <= set(found):
+    raise UserError(
+      f'{name} has the splits {", ".join(found)}: train, and test or validation, are '
+      'needed'
+    )
+  return 'train', test
 
 
-def _read(builder, instruction: str, size: int) -> Split:
+def _features(name: str, builder):
+  """The features of its images and labels; UserError if these cannot be trained on."""
+  features, keys = builder.info.features, builder.info.supervised_keys
+  try:
+    image, label = (features[key] for key in keys)
+    shape = tuple(image.shape)
+    fits = len(shape) == 3 and None not in shape and shape[-1] in (1, 3)
+    fits &= np.dtype(image.np_dtype) == np.uint8
+    fits &= not label.shape and np.dtype(label.np_dtype).kind in 'iu'
+  except (TypeError, ValueError, KeyError, AttributeError):
+    raise UserError(f'{name} has no pairs of an image and a label') from None
+  if not fits:
+    raise UserError(
+      f'{name} has images {list(shape)} and labels {label}: uint8 images of one size, '
+      'of 1 or 3 channels, and integer labels are needed'
+    )
+  return image, label
+
+
+def _read(builder, instruction: str, size: int):
   """Decodes `size` examples in stored order."""
   tf, tfds = import_tensorflow(), _import_tfds()
 
@@ -234,7 +413,7 @@ def _read(builder, instruction: str, size: int) -> Split:
   examples = builder.as_dataset(
     split=instruction, shuffle_files=False, as_supervised=True, read_config=config
   ).batch(_READ_BATCH)
-  shape = builder.info.features['image'].shape
+  shape = builder.info.features[builder.info.supervised_keys[0]].shape
   images, labels = np.empty((size, *shape), np.uint8), np.empty(size, np.int32)
   start = 0
   try:
@@ -247,16 +426,18 @@ def _read(builder, instruction: str, size: int) -> Split:
       f'cannot read {instruction} in {builder.data_dir} ({_first_line(error)}): '
       'delete this folder and prepare the dataset again'
     ) from error
-  return Split(images, labels)
+  return images, labels
 
 
 def _builder(name: str, data_dir: str):
   """The tensorflow-datasets builder of a dataset, prepared or not."""
-  tfds = _import_tfds()
-  if name == 'tiny_imagenet':
-    from jaxrobust.data import tiny_imagenet  # noqa: F401 (registers the builder)
-  official_name = 'svhn_cropped' if name == 'svhn' else name
-  return tfds.builder(official_name, data_dir=data_dir or None)
+  official_name, tfds = _find(name), _import_tfds()
+  try:
+    return tfds.builder(official_name, data_dir=data_dir or None)
+  except (tfds.core.DatasetNotFoundError, ValueError, TypeError) as error:
+    raise UserError(
+      f'tensorflow-datasets cannot open {official_name!r}: {_first_line(error)}'
+    ) from error
 
 
 def _is_prepared(builder) -> bool:
@@ -264,9 +445,31 @@ def _is_prepared(builder) -> bool:
   return builder.data_path.exists() and builder.is_prepared()
 
 
-def _archive_names(builder) -> list[str]:
-  """File names of the official archives."""
-  return sorted(info.filename for info in builder.url_infos.values())
+def _archive_names(name: str, builder) -> list[str]:
+  """File names of the official archives that are needed."""
+  unused = dataset_info.INFO.get(name).unused if name in dataset_info.INFO else ()
+  found = (info.filename for info in builder.url_infos.values())
+  return sorted(x for x in found if not x.startswith(unused))
+
+
+class _Downloads:
+  """A download manager that leaves out parts of a data set."""
+
+  def __init__(self, manager, unused: tuple[str, ...]):
+    self._manager, self._unused = manager, unused
+
+  def download(self, urls: dict) -> dict:
+    """Paths of the parts; None of one that is left out."""
+    wanted = {k: url for k, url in urls.items() if k not in self._unused}
+    return dict.fromkeys(urls) | self._manager.download(wanted)
+
+
+def _leave_out(builder, unused: tuple[str, ...]) -> None:
+  """Makes a builder prepare no split of these names."""
+  make = builder._split_generators
+  builder._split_generators = lambda manager: [
+    split for split in make(_Downloads(manager, unused)) if split.name not in unused
+  ]
 
 
 def _first_line(error: Exception) -> str:
