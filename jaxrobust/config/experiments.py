@@ -109,7 +109,7 @@ def sweep_points(config, file: str) -> list[tuple]:
     )
   points, known = [], {}
   for name, overrides in experiment.sweep():
-    point = fields.override(config, overrides, f'{file}, sweep(), {name}')
+    point = fields.override(config, overrides, f'{file}, sweep(), {name}:')
     run = configs.experiment_name(point)
     if run in known:
       raise UserError(

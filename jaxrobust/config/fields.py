@@ -251,13 +251,17 @@ def override(config, values: dict[str, Any], given: str):
     UserError: for a path that is no field, or a value of another type.
   """
   known = flatten(config)
-  for path in values:
+  for path, value in values.items():
     if path not in known:
-      raise UserError(f'{given}: config.{path} is no field{nearest(config, path)}')
+      raise UserError(
+        f'{given} --config.{path}={value}: there is no such field'
+        f'{nearest(config, path)}'
+      )
   try:
     return replace(config, values)
   except (KeyError, TypeError, ValueError) as e:
-    raise UserError(f'{given}: {e}') from e
+    said = ' '.join(f'--config.{path}={value}' for path, value in values.items())
+    raise UserError(f'{given} {said}: {" ".join(str(e).split())}') from e
 
 
 def replace(config, values: dict[str, Any]):

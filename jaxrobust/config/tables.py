@@ -12,7 +12,7 @@ class Row(NamedTuple):
 
   Attributes:
     name: in the table.
-    config: experiment, `experiments/FILE.py:ARG`; '' for a published row that is not
+    config: experiment, `NAME:ARG` or `FILE.py:ARG`; '' for a published row that is not
       run here.
     overrides: of its fields. A path `{workdir}/NAME` is in the workdir of the
       preparation NAME, which is made before the row. 'variant' tells apart the

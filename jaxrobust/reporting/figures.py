@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from jaxrobust import config as configs
+from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.runs import metrics
 from jaxrobust.runs import workdir as workdirs
@@ -332,12 +333,11 @@ def image_rows(groups: dict) -> list[tuple[str, np.ndarray]]:
           sample_set.gather(np.arange(min(_SHOWN, len(sample_set)))) / 255,
         )
       )
-  config = next((c.dataset for _, c in first.values()), None)
-  if config is not None and config.name == 'digits':
-    real = datasets.load(
-      'digits', 'train', train_images=_SHOWN, validation_images=config.validation_images
-    )
-    rows.insert(0, ('real, training', real.images / 255))
+  dataset = next((c.dataset for _, c in first.values()), None)
+  named = dataset is not None and dataset.name in dataset_info.INFO
+  if named and dataset_info.of(dataset).is_bundled:
+    real = datasets.of(dataset, 'train').images[:_SHOWN]
+    rows.insert(0, ('real, training', real / 255))
   return [(title, row) for title, row in rows if len(row) == _SHOWN]
 
 

@@ -9,13 +9,14 @@ from etils import epath
 
 from jaxrobust import config as configs
 from jaxrobust.attacks import norms, suites
-from jaxrobust.config import dataset_info, experiments
+from jaxrobust.config import dataset_info, experiments, fields, registries
+from jaxrobust.config.tables import Preparation, Row, Table
 from jaxrobust.errors import UserError
 from jaxrobust.reporting.tables import COLUMNS
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.samples import shards
 
-TABLES = 'experiments/paper.py'
+TABLES = 'paper'  # the experiments' file with the tables of the paper
 
 
 class Point(NamedTuple):
@@ -75,8 +76,9 @@ class Point(NamedTuple):
 
   def _protocol(self) -> dict:
     """What an evaluation that answers for the point says of itself."""
-    settings, dataset = self.config.evaluation, self.config.dataset
-    info, held_out = dataset_info.INFO[dataset.name], dataset.validation_images
+    config = workdirs.continued(self.workdir, self.config)
+    settings, dataset = config.evaluation, config.dataset
+    info, held_out = dataset_info.of(dataset), dataset.validation_images
     sizes = {
       'test': info.test_size,
       'validation': held_out,
@@ -164,42 +166,49 @@ def with_needs(names: set[str], found: list[Point]) -> list[Point]:
 def read_tables(file: str = '') -> tuple[dict, dict]:
   """The tables and the preparations of a file such as experiments/paper.py.
 
+  Args:
+    file: its path; '' for the package's.
+
   Raises:
     UserError: if there is no such file, or it defines no tables, or wrong ones.
   """
   file = file or TABLES
-  if not epath.Path(file).exists():
+  try:
+    experiments.find(file)
+  except UserError as e:
     raise UserError(
-      f'{file}: no such file; run from the repository, or give --tables=FILE'
-    )
+      f'{file}: no such file; leave out --tables for the tables of the paper, or give '
+      '--tables=FILE'
+    ) from e
   module = experiments.load_file(file)
   if not hasattr(module, 'TABLES'):
     raise UserError(f'{file} defines no TABLES: experiments/paper.py shows how')
   found, preparations = module.TABLES, getattr(module, 'PREPARATIONS', {})
-  for name, table in _items(found, f'{file}: TABLES', 'Table'):
+  for name, table in _items(found, f'{file}: TABLES', Table):
     where = f'{file}: table {name}'
     if table.kind not in COLUMNS:
       raise UserError(f'{where}: kind {table.kind!r}; use one of {", ".join(COLUMNS)}')
     rows = dict(enumerate(table.rows) if isinstance(table.rows, list) else [])
     if not rows:
       raise UserError(f'{where}: rows is no list with a Row')
-    list(_items(rows, f'{where}: rows', 'Row'))
+    list(_items(rows, f'{where}: rows', Row))
     try:
       suites.parse(table.suite)
     except UserError as e:
       raise UserError(f'{where}: {e}') from e
-  list(_items(preparations, f'{file}: PREPARATIONS', 'Preparation'))
+  list(_items(preparations, f'{file}: PREPARATIONS', Preparation))
   return found, preparations
 
 
-def _items(found, where: str, kind: str):
-  """Yields names and values; UserError for one that is not of a base_table's class."""
+def _items(found, where: str, kind: type):
+  """Yields names and values; UserError for one that is not of a class of `tables`."""
   if not isinstance(found, dict):
-    raise UserError(f'{where} is no dict of {kind}')
+    raise UserError(f'{where} is no dict of {kind.__name__}')
   for name, value in found.items():
-    if type(value).__name__ != kind:
+    if not isinstance(value, kind):
       raise UserError(
-        f'{where}: {name} is {value!r:.40}, not a {kind} of experiments/base_table.py'
+        f'{where}: {name} is {value!r:.40}, not a {kind.__name__} of '
+        'jaxrobust.config.tables'
       )
     yield name, value
 
@@ -207,7 +216,10 @@ def _items(found, where: str, kind: str):
 def find_table(name: str, tables: dict):
   """The table of a name; UserError with the names if there is none."""
   if name not in tables:
-    raise UserError(f'--table={name}: there is none; use one of {", ".join(tables)}')
+    raise UserError(
+      f'--table={name}: there is none; use one of {", ".join(tables)}'
+      f'{registries.did_you_mean(name, tables)}'
+    )
   return tables[name]
 
 
@@ -263,12 +275,8 @@ class Maker:
       if isinstance(value, str) and value.startswith('{workdir}/'):
         needs.append(self._prepare(value.split('/')[1], path))
         values[field] = value.replace('{workdir}', self._workdir.rstrip('/'))
-    config = self._config(path).copy_and_resolve_references().lock()
     flags = [f'--config.{field}={value}' for field, value in values.items()]
-    try:
-      config.update_from_flattened_dict(values)
-    except (KeyError, TypeError, ValueError) as e:
-      raise UserError(f'{path} {" ".join(flags)}: {e}') from e
+    config = fields.override(self._config(path), values, path)
     name = name or configs.experiment_name(config)
     folder = epath.Path(self._workdir) / name
     flags = [f'--workdir={folder}', f'--config={path}', *self._common, *flags]

@@ -112,7 +112,7 @@ def read(table, maker) -> list[Line]:
   """The lines of a table, from the workdirs of its rows.
 
   Args:
-    table: with rows, as in experiments/base_table.py.
+    table: with rows, of `config.tables`.
     maker: `points.Maker` of the folder that the workdirs are in.
   """
   return [_line(table, row, maker.of_row(table, row)) for row in table.rows]

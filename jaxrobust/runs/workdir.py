@@ -80,6 +80,18 @@ def claim(workdir: str, config, free: tuple[str, ...] = ()) -> epath.Path:
   return folder
 
 
+def continued(workdir: str | epath.Path, config):
+  """A command's config, with what the run in `workdir` keeps: see `configs.continued`.
+
+  Args:
+    workdir: a folder; without a run in it, the config is returned as it is.
+    config: the resolved config.
+  """
+  if not (epath.Path(workdir) / 'config.json').exists():
+    return config
+  return configs.continued(config, read_config(workdir))
+
+
 def _refuse_second(folder: epath.Path):
   """Raises UserError if another program of this host is at work in the folder."""
   status = read_status(folder)
