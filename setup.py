@@ -18,7 +18,10 @@ setuptools.setup(
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   python_requires='>=3.11,<3.14',
-  packages=setuptools.find_packages(include=['jaxrobust*', 'experiments*']),
+  # Experiments stand beside the package in a clone and inside it once installed: no
+  # other package is called `experiments`.
+  packages=[*setuptools.find_packages(include=['jaxrobust*']), 'jaxrobust.experiments'],
+  package_dir={'jaxrobust.experiments': 'experiments'},
   install_requires=[
     'absl-py>=2.1',
     'chex>=0.1.90',

@@ -14,8 +14,8 @@ from jaxrobust.config.tables import Preparation, Row, Table
 
 _SEEDS = (0, 1)
 _DIGITS_SEEDS = (0, 1, 2)
-_CIFAR10 = 'experiments/cifar10_linf.py:wrn-28-10'
-_DIGITS = 'experiments/digits.py'
+_CIFAR10 = 'cifar10_linf:wrn-28-10'
+_DIGITS = 'digits'
 _CUTMIX = {'augment.cutmix': True, 'variant': 'cutmix'}
 
 _NO_NUMBER = 'the paper has no such row'
@@ -35,19 +35,19 @@ PREPARATIONS = {
   ),
   'cifar10_gaussian': Preparation(
     'generate',
-    'experiments/base_generator.py:gaussian',
+    'cifar10_gaussian',
     {'labeller': '{workdir}/cifar10_labeller'},
   ),
   'cifar10_mixup': Preparation(
     'generate',
-    'experiments/cifar10_mixup.py',
+    'cifar10_mixup',
     {'labeller': '{workdir}/cifar10_labeller'},
   ),
   'digits_labeller': Preparation('train', f'{_DIGITS}:labeller'),
   **{
     f'digits_{name}': Preparation(
       'generate',
-      f'experiments/digits_{name}.py',
+      f'digits_{name}',
       {'labeller': '{workdir}/digits_labeller'},
     )
     for name in ('gaussian', 'ddpm', 'mixup')
@@ -149,7 +149,7 @@ def _analysis(name: str, samples: str, *published, uncertain: str = '') -> Row:
   dataset = generated.split('_')[0]
   return Row(
     name,
-    f'experiments/{dataset}_analysis.py',
+    f'{dataset}_analysis',
     {'samples': samples, 'labeller': f'{{workdir}}/{dataset}_labeller'},
     _neighbours(*published) if published else {},
     uncertain,
@@ -210,12 +210,12 @@ _PAPER = {
       _C10_DDPM,
       Row(
         'WRN-70-16, 1M DDPM',
-        'experiments/cifar10_linf.py:wrn-70-16,ddpm',
+        'cifar10_linf:wrn-70-16,ddpm',
         published=_scores(86.94, 63.58),
       ),
       Row(
         'PreActResNet-18, 100M DDPM',
-        'experiments/cifar10_linf.py:preact-resnet-18,ddpm-100m',
+        'cifar10_linf:preact-resnet-18,ddpm-100m',
         published=_scores(87.35, 58.50),
         uncertain=_100M,
       ),
@@ -227,7 +227,7 @@ _PAPER = {
       ),
       Row(
         'WRN-70-16, 100M DDPM, CutMix',
-        'experiments/cifar10_linf.py:wrn-70-16,ddpm-100m',
+        'cifar10_linf:wrn-70-16,ddpm-100m',
         _CUTMIX,
         published=_scores(88.74, 66.10),
         uncertain=_100M,
@@ -249,18 +249,18 @@ _PAPER = {
       Row('Gowal et al. 2020, WRN-70-16', published=_scores(90.90, 74.50)),
       Row(
         'WRN-28-10, real images',
-        'experiments/cifar10_l2.py:wrn-28-10,real',
+        'cifar10_l2:wrn-28-10,real',
         uncertain=_NO_NUMBER,
       ),
       Row(
         'WRN-28-10, 1M DDPM',
-        'experiments/cifar10_l2.py:wrn-28-10,ddpm',
+        'cifar10_l2:wrn-28-10,ddpm',
         published=_scores(90.24, 77.37),
         uncertain=_L2,
       ),
       Row(
         'WRN-70-16, 1M DDPM',
-        'experiments/cifar10_l2.py:wrn-70-16,ddpm',
+        'cifar10_l2:wrn-70-16,ddpm',
         published=_scores(90.83, 78.31),
         uncertain=_L2,
       ),
@@ -277,17 +277,17 @@ _PAPER = {
       Row('Gowal et al. 2020, WRN-70-16', published=_scores(60.86, 30.03)),
       Row(
         'WRN-28-10, real images',
-        'experiments/cifar100_linf.py:wrn-28-10,real',
+        'cifar100_linf:wrn-28-10,real',
         uncertain=_NO_NUMBER,
       ),
       Row(
         'WRN-28-10, 1M DDPM',
-        'experiments/cifar100_linf.py:wrn-28-10,ddpm',
+        'cifar100_linf:wrn-28-10,ddpm',
         published=_scores(59.18, 30.81),
       ),
       Row(
         'WRN-70-16, 1M DDPM',
-        'experiments/cifar100_linf.py:wrn-70-16,ddpm',
+        'cifar100_linf:wrn-70-16,ddpm',
         published=_scores(60.46, 33.49),
       ),
     ],
@@ -301,13 +301,13 @@ _PAPER = {
     [
       Row(
         'WRN-28-10, real images',
-        'experiments/svhn_linf.py:wrn-28-10,real',
+        'svhn_linf:wrn-28-10,real',
         published=_scores(92.87, 56.83),
         uncertain=_PLAIN,
       ),
       Row(
         'WRN-28-10, DDPM',
-        'experiments/svhn_linf.py:wrn-28-10,ddpm',
+        'svhn_linf:wrn-28-10,ddpm',
         published=_scores(94.15, 60.90),
         uncertain=_PLAIN,
       ),
@@ -322,13 +322,13 @@ _PAPER = {
     [
       Row(
         'WRN-28-10, real images',
-        'experiments/tiny_imagenet_linf.py:wrn-28-10,real',
+        'tiny_imagenet_linf:wrn-28-10,real',
         published=_scores(51.56, 21.56),
         uncertain=_RECIPE,
       ),
       Row(
         'WRN-28-10, DDPM',
-        'experiments/tiny_imagenet_linf.py:wrn-28-10,ddpm',
+        'tiny_imagenet_linf:wrn-28-10,ddpm',
         published=_scores(60.95, 26.66),
         uncertain=f'{_RECIPE}; {_OWN_SAMPLES}',
       ),
@@ -343,7 +343,7 @@ _PAPER = {
     [
       Row(
         'WRN-28-10, real images',
-        'experiments/mnist_linf.py:wrn-28-10,real',
+        'mnist_linf:wrn-28-10,real',
         published=_scores(99.26, 96.34),
         uncertain=_PLAIN,
       ),
@@ -421,7 +421,7 @@ _PAPER = {
 def _named(file: str, *rows) -> list[Row]:
   """Rows of an experiment that takes a name: (name, text, clean, robust)."""
   return [
-    Row(text, f'experiments/{file}.py:{name}', {}, _scores(clean, robust), _SEE)
+    Row(text, f'{file}:{name}', {}, _scores(clean, robust), _SEE)
     for name, text, clean, robust in rows
   ]
 

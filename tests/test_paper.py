@@ -104,14 +104,14 @@ def test_lines_of_the_digits():
   run = RUNS['digits_linf_wrn-10-1_gaussian_real-0.25_seed-1']
   assert line(run, 'train') == (
     'python -m jaxrobust.train --workdir=runs/paper/digits_linf_wrn-10-1_gaussian_'
-    'real-0.25_seed-1 --config=experiments/digits.py --config.data.samples=runs/paper/'
+    'real-0.25_seed-1 --config=digits --config.data.samples=runs/paper/'
     'digits_gaussian/samples --config.data.real_fraction=0.25 --config.seed=1 '
     '--config.variant=real-0.25_seed-1'
   )
   assert line(run, 'evaluate').endswith('--suite=pgd-40')
   assert line(RUNS['digits_ddpm'], 'generate') == (
     'python -m jaxrobust.generate --workdir=runs/paper/digits_ddpm '
-    '--config=experiments/digits_ddpm.py '
+    '--config=digits_ddpm '
     '--config.labeller=runs/paper/digits_labeller'
   )
 
@@ -148,7 +148,7 @@ def test_numbers_agree_with_the_experiments_docstrings():
   for table in paper.TABLES.values():
     for row in table.rows:
       if row.config and 'clean' in row.published:
-        file = row.config.split('/')[1].split('.py')[0]
+        file = row.config.split(':')[0]
         page = importlib.import_module(f'experiments.{file}').__doc__
         assert '{clean:.2f} / {robust:.2f}'.format(**row.published) in page
 
