@@ -75,6 +75,7 @@ def main(config, workdir):
       '--config is missing: give an analysis, such as '
       '--config=experiments/digits_analysis.py'
     )
+  config = datasets.record(workdirs.continued(workdir, config))
   check(config)
   sample_set = open_samples(config)
   protocol = make_protocol(config, sample_set)
@@ -99,11 +100,7 @@ def check(config):
       "this is not an analysis's config: give an experiment such as "
       'experiments/digits_analysis.py'
     )
-  if config.dataset.name not in dataset_info.INFO:
-    raise UserError(
-      f'config.dataset.name = {config.dataset.name!r}: use one of '
-      f'{", ".join(dataset_info.INFO)}'
-    )
+  dataset_info.check(config.dataset)
   for field, least in zip(_SIZES, (4, 1, 1), strict=True):
     if config[field] < least:
       raise UserError(f'config.{field} = {config[field]}: use {least} or more')
@@ -128,7 +125,7 @@ def make_attack(config):
 def open_samples(config) -> sample_sets.SampleSet:
   """The sample set; UserError if its images are not like those of the data set."""
   found = sample_sets.SampleSet.open(config.samples)
-  info = dataset_info.INFO[config.dataset.name]
+  info = dataset_info.of(config.dataset)
   # Imported sets may lack the last classes.
   if found.image_shape != info.image_shape or found.num_classes > info.num_classes:
     raise UserError(
@@ -142,7 +139,7 @@ def open_samples(config) -> sample_sets.SampleSet:
 def make_protocol(config, sample_set: sample_sets.SampleSet) -> dict:
   """What is compared and how, with checksums of all that is read (JSON values)."""
   protocol = {
-    'dataset': config.dataset.to_dict() | {'data_dir': ''},
+    'dataset': dataset_info.identity(config.dataset),
     'samples_sha256': sha256(epath.Path(sample_set.path) / 'metadata.json'),
     'labeller_sha256': sha256(find_classifier(config, 'labeller').path),
   }
@@ -239,13 +236,7 @@ def open_sources(config, sample_set: sample_sets.SampleSet) -> dict:
     )
   }
   for name in ('train', 'test'):
-    real = datasets.load(
-      config.dataset.name,
-      name,
-      data_dir=config.dataset.data_dir,
-      train_images=config.dataset.train_images,
-      validation_images=config.dataset.validation_images,
-    )
+    real = datasets.of(config.dataset, name)
     sources[name] = (
       len(real.images),
       lambda i, real=real: datasets.Split(real.images[i], real.labels[i]),

@@ -32,7 +32,6 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from jaxrobust.config import dataset_info
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays
 from jaxrobust.models import architecture, parameter_files, zoo
@@ -135,7 +134,7 @@ def _warn(card: cards.Card):
       'of width 1: this file has layer.0.block.0.shortcut.weight, which the classes of '
       'the authors and of RobustBench lack, so they refuse it'
     )
-  size = dataset_info.INFO[card.dataset].image_shape[0] + 2 * card.model['padding']
+  size = card.info.image_shape[0] + 2 * card.model['padding']
   if size != 32:
     logging.warning(
       'images of %d pixels: the classes of the authors and of RobustBench average over '
@@ -158,7 +157,7 @@ def _contradiction(ours: cards.Card, known: cards.Card) -> tuple[str, str] | Non
 
 def _difference(card: cards.Card, model, before, after) -> float:
   """The largest absolute difference of logits on random images."""
-  shape = (_NUM_IMAGES, *dataset_info.INFO[card.dataset].image_shape)
+  shape = (_NUM_IMAGES, *card.info.image_shape)
   images = jnp.asarray(np.random.default_rng(0).random(shape, np.float32))
   logits_fn = jax.jit(lambda v: model.apply(*v, images, batch_stats=False)[0])
   a, b = (np.asarray(logits_fn(v)) for v in (before, after))

@@ -100,28 +100,18 @@ def main(config, workdir, suite='', checkpoint=''):
   with config.unlocked():
     config.evaluation.suite = suite or config.evaluation.suite
     config.evaluation.checkpoint = checkpoint or config.evaluation.checkpoint
+  config = datasets.record(workdirs.continued(workdir, config))
   configs.check(config)
   settings = config.evaluation
   # Runs from before this field was made have none.
   save_images = settings.get('save_adversarial', False)
-  info = dataset_info.INFO[config.dataset.name]
+  info = dataset_info.of(config.dataset)
   model = models.from_config(config.model, info)
   ball = norms.get(config.threat.norm, config.threat.epsilon)
   suite, attacks = suites.from_config(settings, ball)
   name, path = _find(config, workdir)
   variables = parameter_files.load(path, model)
-  images, labels = datasets.load(
-    config.dataset.name,
-    settings.split,
-    data_dir=config.dataset.data_dir,
-    train_images=config.dataset.train_images,
-    validation_images=config.dataset.validation_images,
-  )
-  if settings.split == 'test' and len(images) != info.test_size:
-    raise UserError(
-      f'{info.name} has {info.test_size} test images, {len(images)} are prepared: '
-      'prepare it again (python -m jaxrobust.data prepare --help)'
-    )
+  images, labels = datasets.of(config.dataset, settings.split)
   if settings.num_images is not None:
     if settings.num_images > len(images):
       raise UserError(
@@ -131,7 +121,7 @@ def main(config, workdir, suite='', checkpoint=''):
     images, labels = images[: settings.num_images], labels[: settings.num_images]
   protocol = {
     **suites.protocol(settings, ball),
-    'dataset': config.dataset.name,
+    'dataset': info.name,
     'split': settings.split,
     'num_images': len(images),
     'norm': config.threat.norm,
@@ -192,7 +182,7 @@ def _find(config, workdir) -> tuple[str, epath.Path]:
   found = zoo.find(str(checkpoint or workdir))
   if found is None:
     return configs.experiment_name(config), epath.Path(checkpoint or workdir)
-  said = {'dataset': config.dataset.name}
+  said = {'dataset': dataset_info.of(config.dataset).name}
   known = {'dataset': found.card.dataset}
   for field, value in found.card.model.items():
     said[f'model.{field}'], known[f'model.{field}'] = config.model[field], value

@@ -73,8 +73,9 @@ def main(config, workdir, stage=''):
     )
   if stage and stage not in STAGES:
     raise UserError(f'--stage={stage}: use one of {", ".join(STAGES)}, or none for all')
+  config = datasets.record(workdirs.continued(workdir, config))
   check(config, stage)
-  info = dataset_info.INFO[config.dataset.name]
+  info = dataset_info.of(config.dataset)
   finished = shards.is_whole(epath.Path(workdir) / 'samples')
   parallel.require_agreement(int(finished))
   if finished:
@@ -143,13 +144,9 @@ def check(config, stage=''):
       "this is not a generator's config: give an experiment such as "
       'experiments/digits_gaussian.py'
     )
-  if config.dataset.name not in dataset_info.INFO:
-    raise UserError(
-      f'config.dataset.name = {config.dataset.name!r}: use one of '
-      f'{", ".join(dataset_info.INFO)}'
-    )
+  dataset_info.check(config.dataset)
   generators.get(config.generator.name).check(
-    config.generator, dataset_info.INFO[config.dataset.name]
+    config.generator, dataset_info.of(config.dataset)
   )
   settings = config.samples
   for name in ('count', 'max_draws_factor', 'shard_size', 'draw_size', 'batch_size'):
@@ -219,13 +216,7 @@ def fitted_generator(config, folder: epath.Path, info, may_fit: bool):
   if not found:
     if not may_fit:
       raise UserError(f'{path} is absent: run --stage=fit first')
-    real = datasets.load(
-      config.dataset.name,
-      'train',
-      data_dir=config.dataset.data_dir,
-      train_images=config.dataset.train_images,
-      validation_images=config.dataset.validation_images,
-    )
+    real = datasets.of(config.dataset, 'train')
     process_group.require_alike({'training images': real.checksum()})
     logging.info(
       'fitting %s to %d training images', config.generator.name, len(real.images)
@@ -267,7 +258,7 @@ def find_labeller(path: str, info: dataset_info.DatasetInfo) -> zoo.Found:
       'that finished training, a file with its card, or the name of a released '
       'checkpoint'
     )
-  theirs = dataset_info.INFO[found.card.dataset]
+  theirs = found.card.info
   if (theirs.image_shape, theirs.num_classes) != (info.image_shape, info.num_classes):
     raise UserError(
       f'config.labeller = {path} was trained on {theirs.name}, which has '

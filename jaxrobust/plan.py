@@ -60,6 +60,7 @@ from absl import logging
 
 from jaxrobust import config as configs
 from jaxrobust.config import experiments
+from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.planning import device_programs, hardware, program_cost
@@ -100,6 +101,8 @@ def main(
   if table:
     print_total(f'table {table}', of_table, devices, chip, share)
     return
+  if config is not None:
+    config = datasets.record(config)
   swept = _points_of_sweep(config) if sweep else []  # It may not be what it should.
   program = device_programs.of(config, what, len(devices))
   operations = operations_of(program, len(devices))

@@ -367,7 +367,13 @@ def test_any_builder_is_a_data_set_of_ones_own(prepared):
   config.dataset.name, config.dataset.data_dir = 'tfds:mnist', data_dir
   config.dataset.validation_images = 10
   config = datasets.record(config.lock())
-  assert dataset_info.of(config.dataset)[:5] == ('mnist', (28, 28, 1), 10, TRAIN, TEST)
+  assert dataset_info.of(config.dataset)[:5] == (
+    'own-mnist',
+    (28, 28, 1),
+    10,
+    TRAIN,
+    TEST,
+  )
   assert len(config.model.mean) == 1
 
 

@@ -11,6 +11,7 @@ from jaxrobust import config as configs
 from jaxrobust.config import classifier, dataset_info, generator, registries
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
+from jaxrobust.models import card as cards
 from tests.helpers import mutations
 
 CLASSES = ('apple', 'bear', 'cat')
@@ -258,3 +259,20 @@ def test_a_data_set_is_added_in_one_file(monkeypatch):
   assert configs.experiment_name(config).startswith('fashion_mnist_linf')
   with pytest.raises(UserError, match='prepare fashion_mnist'):
     datasets.of(config.dataset, 'train')
+
+
+def test_a_card_of_a_network_for_own_images_says_what_they_are(folder):
+  path, _ = folder
+  config = datasets.record(own(path))
+  card = cards.from_config(config, 'here')
+  again = cards.from_json(card.to_json(), 'card.json')
+  assert again == card and again.dataset == 'own'
+  assert again.info[:3] == ('own', (6, 5, 3), 3)
+  assert again.architecture.num_classes == 3
+
+
+def test_protocols_say_of_known_data_sets_what_they_always_did(folder):
+  found = dataset_info.identity(classifier.get_config('digits').dataset)
+  assert set(found) == {'name', 'data_dir', 'validation_images', 'train_images'}
+  mine = dataset_info.identity(datasets.record(own(folder[0])).dataset)
+  assert mine['path'] == str(folder[0]) and mine['num_classes'] == 3

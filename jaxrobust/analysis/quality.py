@@ -214,8 +214,10 @@ def find_classifier(path: str, field: str, dataset: str = '') -> zoo.Found:
       + field.endswith('features')
       * ' (or an .npz of features)'
     )
-  theirs = dataset_info.INFO[found.card.dataset]
-  info = dataset_info.INFO[dataset or theirs.name]
+  theirs = found.card.info
+  info = theirs  # Of one's own images too, whose card has no other.
+  if dataset in dataset_info.INFO:
+    info = dataset_info.INFO.get(dataset)
   if (theirs.image_shape, theirs.num_classes) != (info.image_shape, info.num_classes):
     raise UserError(
       f'{field} = {path} was trained on {theirs.name}, which has other images or '

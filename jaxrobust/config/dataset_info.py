@@ -184,13 +184,25 @@ def check(dataset):
     )
 
 
+def identity(dataset) -> dict:
+  """What a config's `dataset` says of which images they are, for protocols of results.
+
+  It has what protocols had before own images could be given, and no more where they are
+  not.
+  """
+  found = dataset.to_dict() | {'data_dir': ''}
+  younger = ('path', *RECORDED)
+  return {k: x for k, x in found.items() if k not in younger or x not in (None, '')}
+
+
 def label(dataset) -> str:
-  """The name of a config's `dataset` in names of runs: of your own the file's name."""
+  """The name of a config's `dataset` in names of runs: of your own the file's."""
   if dataset.name in OWN:
     name = os.path.basename(dataset.path.rstrip('/')).removesuffix('.npz')
   else:
     name = dataset.name.removeprefix('tfds:')
-  return re.sub(r'[^\w.-]+', '-', name) or dataset.name
+  name = re.sub(r'[^\w.-]+', '-', name) or dataset.name
+  return f'own-{name}' if is_own(dataset) and name in INFO else name
 
 
 def of(dataset) -> DatasetInfo:

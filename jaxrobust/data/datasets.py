@@ -130,8 +130,8 @@ def record(config):
   """The config with what is known of one's own images, which are read for it once.
 
   Args:
-    config: of any kind. Of the data sets that are known without being opened, it is
-      returned as it is.
+    config: of any kind, of a run that has begun as `workdirs.continued` gives it. Of
+      the data sets that are known without being opened, it is returned as it is.
 
   Returns:
     The config, locked, with `dataset.image_shape` and what follows it; a classifier's

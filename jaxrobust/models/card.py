@@ -31,7 +31,7 @@ class Card:
 
   Attributes:
     name: of the checkpoint.
-    dataset: a key of `dataset_info.INFO`.
+    dataset: name of the data set.
     norm: 'linf', 'l2' or 'l1', that it was trained against.
     epsilon: radius, pixels in [0, 1].
     model: name, activation, mean, std and padding as in a config's `model`.
@@ -39,6 +39,8 @@ class Card:
       (fractions); published ones also have 'published': where.
     source: where the parameters come from.
     config_sha256: of the training run's config.json; None where it is not known.
+    num_classes: of images of one's own; None for those of a known data set.
+    image_shape: (H, W, C) of these; None likewise.
   """
 
   name: str
@@ -49,10 +51,21 @@ class Card:
   accuracies: tuple[dict, ...] = ()
   source: str = ''
   config_sha256: str | None = None
+  num_classes: int | None = None
+  image_shape: tuple[int, int, int] | None = None
+
+  @property
+  def info(self) -> dataset_info.DatasetInfo:
+    """What is known of its images; of one's own not how many there are."""
+    if self.image_shape is None:
+      return dataset_info.INFO.get(self.dataset, 'dataset of a model card')
+    return dataset_info.DatasetInfo(
+      self.dataset, self.image_shape, self.num_classes, train_size=0, test_size=0
+    )
 
   def build(self, group_size: int | None = None) -> models.Model:
     """The network; `group_size` as in `models.build`."""
-    info = dataset_info.INFO[self.dataset]
+    info = self.info
     return models.build(
       **self.model,
       num_classes=info.num_classes,
@@ -63,12 +76,12 @@ class Card:
   @property
   def architecture(self) -> Architecture:
     """What the parameters must tell of themselves."""
-    info = dataset_info.INFO[self.dataset]
+    info = self.info
     return Architecture(self.model['name'], info.num_classes, info.image_shape[-1])
 
   def to_json(self) -> str:
     """The card's file; it also has the sizes that follow from the data set."""
-    info = dataset_info.INFO[self.dataset]
+    info = self.info
     sizes = {'num_classes': info.num_classes, 'image_shape': info.image_shape}
     return json.dumps(dataclasses.asdict(self) | sizes, indent=2) + '\n'
 
@@ -99,14 +112,13 @@ def from_json(text: bytes | str, source: str) -> Card:
       accuracies=_dictionaries(values['accuracies']),
       source=_text(values, 'source', 2**12),
       config_sha256=values['config_sha256'] and _text(values, 'config_sha256'),
+      **_own_images(values),
     )
-    if card.dataset not in dataset_info.INFO:
-      raise ValueError(f'the data set {_shown(card.dataset)} is unknown')
     if card.norm not in _NORMS:
       raise ValueError(f'the norm {_shown(card.norm)} is none of {", ".join(_NORMS)}')
     if card.epsilon < 0:
       raise ValueError('epsilon must not be negative')
-    channels = dataset_info.INFO[card.dataset].image_shape[-1]
+    channels = card.info.image_shape[-1]
     if {len(card.model[field]) for field in ('mean', 'std')} != {channels}:
       raise ValueError(f'mean and std need a value for each of {channels} channels')
     card.build()  # A network of that name exists.
@@ -127,9 +139,12 @@ def from_config(config, source: str, accuracies: tuple[dict, ...] = ()) -> Card:
     UserError: if the config has a value that cannot be meant.
   """
   configs.check(config)
+  info, is_own = dataset_info.of(config.dataset), dataset_info.is_own(config.dataset)
   return Card(
+    num_classes=info.num_classes if is_own else None,
+    image_shape=tuple(info.image_shape) if is_own else None,
     name=configs.experiment_name(config),
-    dataset=config.dataset.name,
+    dataset=info.name,
     norm=config.threat.norm,
     epsilon=config.threat.epsilon,
     model=_model(config.model),
@@ -166,6 +181,20 @@ def from_workdir(folder: str | epath.Path) -> Card:
 def path_of(checkpoint: str | epath.Path) -> epath.Path:
   """Where the card of a file of parameters stands."""
   return epath.Path(checkpoint).with_suffix('.json')
+
+
+def _own_images(values) -> dict:
+  """Classes and shape of a card's images, where its data set is not a known one."""
+  if values['dataset'] in dataset_info.INFO:
+    return {}
+  classes, shape = values['num_classes'], values['image_shape']
+  sizes = [classes, *shape] if type(shape) is list else []
+  if len(sizes) != 4 or not all(type(x) is int and 0 < x <= 2**15 for x in sizes):
+    raise ValueError(
+      f'the data set {_shown(values["dataset"])} is unknown, and num_classes and '
+      'image_shape do not say what its images are'
+    )
+  return {'num_classes': classes, 'image_shape': tuple(shape)}
 
 
 def _model(values) -> dict:

@@ -111,7 +111,7 @@ def of(config, what: str, num_devices: int) -> Program:
   make = _training
   if 'generator' in config:
     make = _sampling if what == 'sample' else _training_of_generator
-  return make(config, dataset_info.INFO[config.dataset.name], images, num_devices)
+  return make(config, dataset_info.of(config.dataset), images, num_devices)
 
 
 def _batch_of(info, images):
@@ -177,7 +177,7 @@ def judging(config, num_devices: int) -> list[Program]:
     A Program an attack, as if every image stood until its last attempt.
   """
   configs.check(config)
-  settings, info = config.evaluation, dataset_info.INFO[config.dataset.name]
+  settings, info = config.evaluation, dataset_info.of(config.dataset)
   model = models.from_config(config.model, info)
   ball = norms.get(config.threat.norm, config.threat.epsilon)
   _, attacks = suites.from_config(settings, ball)

@@ -66,6 +66,7 @@ def train(
     config = config.copy_and_resolve_references().unlock()
     config.data.samples = os.fspath(samples)
     config.lock()
+  config = datasets.record(workdirs.continued(workdir, config))
   derived = configs.resolve(config)
   finished = epath.Path(workdir) / 'checkpoint.npy'
   done = finished.exists()
@@ -128,13 +129,7 @@ def load_data(config, train=None, validation=None) -> Data:
 
   The set is compared with its checksums once.
   """
-  load = lambda split: datasets.load(
-    config.dataset.name,
-    split,
-    data_dir=config.dataset.data_dir,
-    train_images=config.dataset.train_images,
-    validation_images=config.dataset.validation_images,
-  )
+  load = lambda split: datasets.of(config.dataset, split)
   generated = None
   if config.data.samples:
     generated = sample_sets.SampleSet.open(config.data.samples)
@@ -193,7 +188,7 @@ def _split(arrays, name: str) -> datasets.Split:
 
 def _info(config, data: Data) -> dataset_info.DatasetInfo:
   """What is known of the images, which need not be those of the data set's name."""
-  info = dataset_info.INFO[config.dataset.name]
+  info = dataset_info.of(config.dataset)
   shape, last = data.real.images.shape[1:], int(data.real.labels.max())
   if data.validation is not None:
     if data.validation.images.shape[1:] != shape:
