@@ -16,25 +16,14 @@ from jaxrobust.config import dataset_info, experiments
 from jaxrobust.data import pipeline
 from jaxrobust.errors import UserError
 from jaxrobust.models import companions
-from jaxrobust.training import classifier, optimizer, update
+from jaxrobust.training import classifier
+from tests.helpers.experiment_steps import CASES, DEEPER, FILES, load, step_shapes
 
-FILES = sorted(
-  p.stem
-  for p in (pathlib.Path(__file__).parent.parent / 'experiments').glob('*.py')
-  if not p.stem.startswith(('base', 'follow_up', 'paper', '__'))
-  and not p.stem.endswith(('_gaussian', '_ddpm', '_mixup', '_analysis'))
-)
 GENERATORS = sorted(
   p.stem
   for p in (pathlib.Path(__file__).parent.parent / 'experiments').glob('*.py')
   if p.stem.endswith(('_gaussian', '_ddpm', '_mixup'))
 )
-CASES = [(file, 'wrn-10-1') for file in FILES]
-CASES += [('cifar10_linf', model) for model in ('wrn-28-10', 'preact-resnet-18')]
-# More of the same blocks.
-DEEPER = ['wrn-34-10', 'wrn-70-16', 'wrn-106-16']
-MODELS = [*dict.fromkeys(model for _, model in CASES), *DEEPER]
-
 BY_NAME = [
   (file, name)
   for file, names in {
@@ -43,31 +32,6 @@ BY_NAME = [
   }.items()
   for name in names
 ]
-
-
-def load(file, arg):
-  return importlib.import_module(f'experiments.{file}').get_config(arg)
-
-
-def step_shapes(config):
-  """Shapes of state and metrics of one step, without computing anything."""
-  derived = configs.resolve(config)
-  info = dataset_info.INFO[config.dataset.name]
-  model = companions.for_training(config, info)
-  sgd = optimizer.make(config.optimizer, derived)
-  step = update.make_step(config, model, sgd, info.num_classes)
-  state = jax.eval_shape(functools.partial(update.init_state, config, model, sgd))
-  devices = 4
-  size = config.data.batch_size // devices
-  lead = lambda x: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype)
-  batch = update.Batch(
-    jax.ShapeDtypeStruct((devices, size, *info.image_shape), np.uint8),
-    jax.ShapeDtypeStruct((devices, size), np.int32),
-    jax.ShapeDtypeStruct((devices, size), np.bool_),
-    jax.ShapeDtypeStruct((devices, size), np.int32),
-  )
-  state = jax.tree.map(lead, state)
-  return state, *jax.eval_shape(jax.pmap(step, axis_name='devices'), state, batch)
 
 
 @pytest.mark.parametrize('file, model', CASES)

@@ -1,5 +1,6 @@
 """The paper's tables: every row resolves, builds and has a workdir of its own."""
 
+import functools
 import importlib
 import json
 
@@ -12,25 +13,32 @@ from jaxrobust import config as configs
 from jaxrobust.attacks import norms, suites
 from jaxrobust.data import pipeline
 from jaxrobust.reporting import planned_runs, tables
-from tests import test_experiments
+from tests.helpers.experiment_steps import CASES, MODELS, load, step_shapes
 
-MAKER = planned_runs.Maker('runs/paper', paper.PREPARATIONS)
-FOUND = {name: MAKER.of_table(table) for name, table in paper.TABLES.items()}
-# A run may stand in several tables; each is checked once.
-RUNS = {p.name: p for found in FOUND.values() for p in found}
-TRAINED = {name: p for name, p in RUNS.items() if 'train' in p.programs}
+
+@functools.cache
+def found():
+  """The points of every table."""
+  maker = planned_runs.Maker('runs/paper', paper.PREPARATIONS)
+  return {name: maker.of_table(table) for name, table in paper.TABLES.items()}
+
+
+@functools.cache
+def runs():
+  """Every run by its name: one may stand in several tables, and is checked once."""
+  return {point.name: point for points in found().values() for point in points}
 
 
 def line(point, program):
   """What the sweep would run."""
-  (found,) = (c for c, _ in point.commands() if c[0] == program)
-  return planned_runs.command_line(found)
+  (command,) = (c for c, _ in point.commands() if c[0] == program)
+  return planned_runs.command_line(command)
 
 
 @pytest.mark.parametrize('name', paper.TABLES)
 def test_every_row_resolves_and_is_judged_by_a_known_suite(name):
   table = paper.TABLES[name]
-  for point in FOUND[name]:
+  for point in found()[name]:
     if 'train' in point.programs:
       derived = configs.resolve(point.config)
       config, size = point.config, point.config.data.batch_size
@@ -54,18 +62,18 @@ def test_every_row_resolves_and_is_judged_by_a_known_suite(name):
 
 
 def test_one_workdir_has_one_config_in_all_tables():
-  for found in FOUND.values():
-    for point in found:
-      assert not configs.differences(RUNS[point.name].config, point.config, ignore=())
+  for points in found().values():
+    for point in points:
+      assert not configs.differences(runs()[point.name].config, point.config, ignore=())
 
 
 def test_what_a_row_needs_stands_before_it():
-  for name, found in FOUND.items():
-    names = [p.name for p in found]
+  for name, points in found().items():
+    names = [p.name for p in points]
     assert len(set(names)) == len(names)
-    for place, point in enumerate(found):
+    for place, point in enumerate(points):
       assert set(point.needs) <= set(names[:place]), name
-  assert [p.name for p in FOUND['digits-linf'] if 'evaluate' not in p.programs] == [
+  assert [p.name for p in found()['digits-linf'] if 'evaluate' not in p.programs] == [
     'digits_labeller',
     'digits_gaussian',
     'digits_ddpm',
@@ -77,31 +85,44 @@ def test_what_a_row_needs_stands_before_it():
 def _kind(config):
   tree = json.loads(configs.to_json(config))
   parts = ('augment', 'loss', 'attack', 'ema', 'threat', 'training')
-  assert config.model.name in test_experiments.MODELS
+  assert config.model.name in MODELS
   return json.dumps([tree['dataset']['name'], *(tree[k] for k in parts)])
 
 
-OTHERS = {p.name for name in ('baselines', 'follow-ups') for p in FOUND[name]}
-DEFAULTS = {
-  _kind(test_experiments.load(file, f'{model},ddpm'))
-  for file, model in test_experiments.CASES
-}
-KINDS = {_kind(p.config): n for n, p in TRAINED.items() if n not in OTHERS}
-KINDS = {kind: name for kind, name in KINDS.items() if kind not in DEFAULTS}
+@functools.cache
+def new_kinds():
+  """Of each table the first runs whose step is of a kind that none before had."""
+  seen = {_kind(load(file, f'{model},ddpm')) for file, model in CASES}
+  elsewhere = [p.name for t in ('baselines', 'follow-ups') for p in found()[t]]
+  first = {}
+  for name, points in found().items():
+    for point in points:
+      if 'train' in point.programs and point.name not in elsewhere:
+        kind = _kind(point.config)
+        if kind not in seen:
+          first.setdefault(name, []).append(point)
+        seen.add(kind)
+  return first
 
 
-@pytest.mark.parametrize('name', KINDS.values())
+@pytest.mark.parametrize('name', paper.TABLES)
 def test_the_whole_step_of_every_kind_of_row_builds(name):
-  config = TRAINED[name].config.copy_and_resolve_references().unlock()
-  config.model.name = 'wrn-10-1'
-  before, after, metrics = test_experiments.step_shapes(config)
-  shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
-  assert shapes(before) == shapes(after)
-  assert 'train/loss' in metrics
+  for point in new_kinds().get(name, []):
+    config = point.config.copy_and_resolve_references().unlock()
+    config.model.name = 'wrn-10-1'
+    before, after, metrics = step_shapes(config)
+    shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+    assert shapes(before) == shapes(after), point.name
+    assert 'train/loss' in metrics
+
+
+def test_rows_bring_kinds_of_their_own():
+  names = [point.name for points in new_kinds().values() for point in points]
+  assert 'cifar10_linf_wrn-70-16_ddpm-100m_cutmix_seed-0' in names and len(names) > 10
 
 
 def test_lines_of_the_digits():
-  run = RUNS['digits_linf_wrn-10-1_gaussian_real-0.25_seed-1']
+  run = runs()['digits_linf_wrn-10-1_gaussian_real-0.25_seed-1']
   assert line(run, 'train') == (
     'python -m jaxrobust.train --workdir=runs/paper/digits_linf_wrn-10-1_gaussian_'
     'real-0.25_seed-1 --config=digits --config.data.samples=runs/paper/'
@@ -109,7 +130,7 @@ def test_lines_of_the_digits():
     '--config.variant=real-0.25_seed-1'
   )
   assert line(run, 'evaluate').endswith('--suite=pgd-40')
-  assert line(RUNS['digits_ddpm'], 'generate') == (
+  assert line(runs()['digits_ddpm'], 'generate') == (
     'python -m jaxrobust.generate --workdir=runs/paper/digits_ddpm '
     '--config=digits_ddpm '
     '--config.labeller=runs/paper/digits_labeller'

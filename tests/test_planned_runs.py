@@ -338,3 +338,29 @@ def test_a_wrong_argument_of_a_rows_experiment_is_told_in_one_line(tmp_path):
     UserError, match=f"{DIGITS}:foo,bar: .* two data sources, 'foo' and 'bar'"
   ):
     planned_runs.Maker(str(tmp_path), {}).of_table(table)
+
+
+def test_a_table_is_added_in_one_file(tmp_path):
+  """With an experiment of one's own in the same file."""
+  file = tmp_path / 'mine.py'
+  file.write_text(
+    'from jaxrobust.config import classifier\n'
+    'from jaxrobust.config.tables import Row, Table\n'
+    'def get_config(arg="real"):\n'
+    "  c = classifier.get_config('mnist')\n"
+    "  return classifier.with_arg(c, arg, 'wrn-10-1,real')\n"
+    f"ROWS = [Row('mine', '{file}'), Row('theirs', 'digits')]\n"
+    "TABLES = {'own': Table('My table', 'accuracies', ROWS, 'autoattack')}\n"
+  )
+  tables, preparations = planned_runs.read_tables(str(file))
+  table = planned_runs.find_table('own', tables)
+  points = planned_runs.Maker(str(tmp_path), preparations).of_table(table)
+  assert [p.name for p in points] == [
+    'mnist_linf_wrn-10-1_real_seed-0',
+    'digits_linf_wrn-10-1_real_seed-0',
+  ]
+  assert points[0].commands()[0][0][:3] == [
+    'train',
+    f'--workdir={tmp_path}/mnist_linf_wrn-10-1_real_seed-0',
+    f'--config={file}',
+  ]
