@@ -5,8 +5,10 @@ registered in place of the official ones, and MNIST's builder is told their size
 """
 
 import gzip
+import hashlib
 import io
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from tensorflow_datasets.image_classification import mnist
 
 from jaxrobust.config import classifier, dataset_info
 from jaxrobust.data import __main__ as command
-from jaxrobust.data import datasets, tiny_imagenet
+from jaxrobust.data import cifar_archives, datasets, tiny_imagenet
 from jaxrobust.errors import UserError
 
 TRAIN, TEST = 60, 20
@@ -354,6 +356,51 @@ def test_unknown_name():
   for function in (lambda name: datasets.load(name, 'train'), datasets.prepare):
     with pytest.raises(UserError, match="'cifar': choose one of digits, cifar10"):
       function('cifar')
+
+
+def write_python(folder, name, splits):
+  """CIFAR's archive for Python, in pickles of protocol 2."""
+  known = cifar_archives.ARCHIVES[name]
+  names = {key: [f'{key}{k}' for k in range(100)] for key in known.names}
+  files = {known.meta: names}
+  if name == 'cifar10':
+    files[known.meta]['label_names'] = [f'c{k}' for k in range(10)]
+    parts = np.split(np.arange(TRAIN), 5)
+    batches = {f'data_batch_{i + 1}': ('train', part) for i, part in enumerate(parts)}
+    batches['test_batch'] = ('test', np.arange(TEST))
+  else:
+    names['coarse_label_names'] = names['coarse_label_names'][:20]
+    batches = {split: (split, np.arange(len(x[1]))) for split, x in splits.items()}
+  for member, (split, part) in batches.items():
+    images, labels = (x[part] for x in splits[split])
+    batch = {b'data': images.transpose(0, 3, 1, 2).reshape(len(images), -1)}
+    values = (labels,) if name == 'cifar10' else (labels // 5, labels)
+    for key, x in zip(known.labels, values, strict=True):
+      batch[key.encode()] = x.tolist()
+    files[member] = batch
+  content = {
+    f'{known.folders[0]}/{member}': pickle.dumps(x, 2) for member, x in files.items()
+  }
+  write_tar(folder / known.file, content)
+  return hashlib.sha256((folder / known.file).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize('name', cifar_archives.ARCHIVES)
+def test_archives_for_python_prepare_the_same(prepared, name, tmp_path, monkeypatch):
+  splits, data_dir, _ = prepared(name)
+  (tmp_path / 'archives').mkdir()
+  sha256 = write_python(tmp_path / 'archives', name, splits)
+  arguments = {'data_dir': str(tmp_path), 'archives': str(tmp_path / 'archives')}
+  with pytest.raises(UserError, match='python.tar.gz is not the official archive'):
+    datasets.prepare(name, **arguments)
+  known = cifar_archives.ARCHIVES[name]._replace(sha256=sha256)
+  monkeypatch.setitem(cifar_archives.ARCHIVES, name, known)
+  datasets.prepare(name, **arguments)
+  for split in ('train', 'test'):
+    binary = datasets.load(name, split, data_dir=data_dir)
+    python = datasets.load(name, split, data_dir=str(tmp_path))
+    np.testing.assert_array_equal(python.images, binary.images)
+    np.testing.assert_array_equal(python.labels, binary.labels)
 
 
 def test_any_builder_is_a_data_set_of_ones_own(prepared):

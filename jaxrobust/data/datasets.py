@@ -18,6 +18,9 @@ Importing this module imports neither tensorflow nor scikit-learn.
 
 import importlib
 import os
+import pathlib
+import tempfile
+import types
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,7 +29,7 @@ import numpy as np
 from absl import logging
 
 from jaxrobust.config import dataset_info, fields, registries
-from jaxrobust.data import own_images
+from jaxrobust.data import cifar_archives, own_images
 from jaxrobust.errors import UserError
 
 
@@ -235,8 +238,9 @@ def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
     name: of a data set; for the digits, which are part of scikit-learn, and for one's
       own images nothing happens.
     data_dir: as in `load`.
-    archives: folder with the official archives under their official names; then
-      nothing is downloaded. '' downloads them.
+    archives: folder with the official archives under their official names (of CIFAR
+      the binary ones, or those for Python); then nothing is downloaded. '' downloads
+      them.
 
   Raises:
     UserError: unknown name, an archive that is missing or not the official one, or
@@ -250,23 +254,19 @@ def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
   tfds = _import_tfds()
   from tensorflow_datasets.core.download import download_manager
 
-  files = _archive_names(name, builder)
-  if archives:
-    missing = [f for f in files if not os.path.exists(os.path.join(archives, f))]
-    if missing:
-      raise UserError(
-        f"archives={archives} lacks {', '.join(missing)}: put {name}'s official "
-        f'archives there ({", ".join(files)}), or leave archives out to download them'
-      )
+  if unused := _unused(name):
+    _leave_out(builder, unused)
   config = tfds.download.DownloadConfig(
     manual_dir=archives or None,
     # By default tfds takes any folder in the dataset's place for the dataset.
     download_mode=tfds.download.GenerateMode.REUSE_CACHE_IF_EXISTS,
   )
-  if name in dataset_info.INFO and (unused := dataset_info.INFO.get(name).unused):
-    _leave_out(builder, unused)
+  files = _archive_names(name, builder)
   try:
-    builder.download_and_prepare(download_config=config)
+    with tempfile.TemporaryDirectory() as unpacked:
+      if archives:
+        _check_archives(name, builder, archives, unpacked)
+      builder.download_and_prepare(download_config=config)
   except download_manager.NonMatchingChecksumError as error:
     raise UserError(
       f'{_first_line(error)}: it is not the official archive of {name}; fetch it again'
@@ -276,6 +276,25 @@ def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
       f'cannot prepare {name} in {builder.data_dir}: {_first_line(error)}; without a '
       f'network, pass as archives a folder that holds {", ".join(files)}'
     ) from error
+
+
+def _check_archives(name: str, builder, archives: str, unpacked: str) -> None:
+  """Refuses a folder without the archives; unpacks those of CIFAR for Python."""
+  files = _archive_names(name, builder)
+  missing = [f for f in files if not os.path.exists(os.path.join(archives, f))]
+  if not missing:
+    return
+  if name in cifar_archives.ARCHIVES:
+    path = pathlib.Path(archives) / cifar_archives.ARCHIVES[name].file
+    files.append(f'or {path.name}')
+    if path.exists():
+      cifar_archives.write_binary(name, path, pathlib.Path(unpacked))
+      _use_unpacked(builder, unpacked)
+      return
+  raise UserError(
+    f"archives={archives} lacks {', '.join(missing)}: put {name}'s official archives "
+    f'there ({", ".join(files)}), or leave archives out to download them'
+  )
 
 
 def import_tensorflow():
@@ -447,9 +466,13 @@ def _is_prepared(builder) -> bool:
 
 def _archive_names(name: str, builder) -> list[str]:
   """File names of the official archives that are needed."""
-  unused = dataset_info.INFO.get(name).unused if name in dataset_info.INFO else ()
   found = (info.filename for info in builder.url_infos.values())
-  return sorted(x for x in found if not x.startswith(unused))
+  return sorted(x for x in found if not x.startswith(_unused(name)))
+
+
+def _unused(name: str) -> tuple[str, ...]:
+  """The parts of a data set that are not read."""
+  return dataset_info.INFO.get(name).unused if name in dataset_info.INFO else ()
 
 
 class _Downloads:
@@ -462,6 +485,13 @@ class _Downloads:
     """Paths of the parts; None of one that is left out."""
     wanted = {k: url for k, url in urls.items() if k not in self._unused}
     return dict.fromkeys(urls) | self._manager.download(wanted)
+
+
+def _use_unpacked(builder, folder: str) -> None:
+  """Makes a builder read an archive that was unpacked into a folder."""
+  make = builder._split_generators
+  manager = types.SimpleNamespace(download_and_extract=lambda url: folder)
+  builder._split_generators = lambda _: make(manager)
 
 
 def _leave_out(builder, unused: tuple[str, ...]) -> None:
