@@ -7,6 +7,7 @@ It stands beside the file, under the same name with the ending `.json`, and insi
 import dataclasses
 import hashlib
 import json
+import re
 
 from etils import epath
 
@@ -185,10 +186,12 @@ def path_of(checkpoint: str | epath.Path) -> epath.Path:
 
 def _own_images(values) -> dict:
   """Classes and shape of a card's images, where its data set is not a known one."""
-  if values['dataset'] in dataset_info.INFO:
+  if _text(values, 'dataset') in dataset_info.INFO:
     return {}
   classes, shape = values['num_classes'], values['image_shape']
   sizes = [classes, *shape] if type(shape) is list else []
+  if not re.fullmatch(r'[\w.-]+', values['dataset']):
+    sizes = []  # It is in the names of runs, which are names of folders.
   if len(sizes) != 4 or not all(type(x) is int and 0 < x <= 2**15 for x in sizes):
     raise ValueError(
       f'the data set {_shown(values["dataset"])} is unknown, and num_classes and '
