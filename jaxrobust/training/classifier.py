@@ -20,7 +20,7 @@ from etils import epath
 from jaxrobust import config as configs
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator
-from jaxrobust.config import dataset_info
+from jaxrobust.config import dataset_info, fields
 from jaxrobust.data import datasets, pipeline
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
@@ -63,10 +63,10 @@ def train(
       or if training diverges.
   """
   if samples:
-    config = config.copy_and_resolve_references().unlock()
-    config.data.samples = os.fspath(samples)
-    config.lock()
-  config = datasets.record(workdirs.continued(workdir, config))
+    config = fields.replace(config, {'data.samples': os.fspath(samples)})
+  config = workdirs.continued(workdir, config)
+  if train is None:
+    config = datasets.record(config)
   derived = configs.resolve(config)
   finished = epath.Path(workdir) / 'checkpoint.npy'
   done = finished.exists()
@@ -129,7 +129,6 @@ def load_data(config, train=None, validation=None) -> Data:
 
   The set is compared with its checksums once.
   """
-  load = lambda split: datasets.of(config.dataset, split)
   generated = None
   if config.data.samples:
     generated = sample_sets.SampleSet.open(config.data.samples)
@@ -139,9 +138,9 @@ def load_data(config, train=None, validation=None) -> Data:
   if validation is not None:
     validation = _split(validation, 'validation')
   if train is None:
-    real = load('train')
+    real = datasets.of(config.dataset, 'train')
     if validation is None and config.dataset.validation_images:
-      validation = load('validation')
+      validation = datasets.of(config.dataset, 'validation')
     return Data(real, validation, generated)
   real, held_out = _split(train, 'train'), 0
   if validation is None and (held_out := config.dataset.validation_images):
