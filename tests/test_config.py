@@ -5,6 +5,7 @@ import pathlib
 import random
 
 import pytest
+from ml_collections import config_dict
 
 from experiments import cifar10_linf, digits, digits_ddpm
 from jaxrobust import config as configs
@@ -179,6 +180,7 @@ def test_a_field_whose_default_changed_keeps_what_it_meant(config):
   # The same command goes on with it.
   assert configs.differences(old, config) == []
   assert configs.continued(config, old).augment.cutmix_workers == 4
+  assert configs.differences(old, config, ()) == ['augment.cutmix_workers: 4 → None']
   config.augment.cutmix_workers = 8
   assert configs.differences(old, config) == ['augment.cutmix_workers: 4 → 8']
   assert configs.continued(config, old).augment.cutmix_workers == 8
@@ -330,3 +332,10 @@ def test_differences_show_both_values_and_leave_out_what_may_change(config):
   other.evaluation.num_images = 10
   other.dataset.data_dir = 'elsewhere'
   assert configs.differences(config, other) == ['loss.beta: 6.0 → 5.0']
+
+
+def test_any_two_trees_are_compared():
+  """As processes compare what they are about to do."""
+  tree = lambda name: config_dict.ConfigDict({'dataset': name, 'name': {'x': 1}})
+  found = configs.differences(tree('digits'), tree('mnist'), ())
+  assert found == ['dataset: digits → mnist']

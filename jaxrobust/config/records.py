@@ -72,11 +72,11 @@ def differences(old, new, ignore=_FREE) -> list[str]:
   Args:
     old: the config of a run.
     new: a config that may be continued with it, see `continued`.
-    ignore: fields that may differ.
+    ignore: fields that may differ; () compares any two trees as they are.
   """
-  old, new = (
-    fields.flatten(json.loads(to_json(c))) for c in (old, continued(new, old))
-  )
+  if ignore:
+    new = continued(new, old)
+  old, new = (fields.flatten(json.loads(to_json(c))) for c in (old, new))
   absent = '(absent)'
   return [
     f'{f}: {old.get(f, absent)} → {new.get(f, absent)}'
