@@ -70,11 +70,6 @@ _SIZES = ('num_images', 'num_attacked', 'batch_size')
 
 def main(config, workdir):
   """Measures what is not measured yet, and prints the page."""
-  if config is None:
-    raise UserError(
-      '--config is missing: give an analysis, such as '
-      '--config=experiments/digits_analysis.py'
-    )
   config = datasets.record(workdirs.continued(workdir, config))
   check(config)
   sample_set = open_samples(config)
@@ -374,5 +369,7 @@ def compare(config, features: dict[str, np.ndarray]):
   }, neighbours
 
 
+PROGRAM = cli.Program('analyze', main, config='needed', example='digits_analysis')
+
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(PROGRAM)

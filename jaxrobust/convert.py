@@ -13,17 +13,12 @@ Examples:
     python -m jaxrobust.convert --from=theirs.pt --to=theirs.npy \\
         --config=experiments/cifar10_linf.py:wrn-28-10
 
-  --from=PATH  a .npy, .pt, .pth or .safetensors file, a workdir, or the name of a
-               released checkpoint (python -m jaxrobust.models.download lists them).
-  --to=PATH    a file with one of these endings, which must not exist.
-  --config=…   what the network is; needed only for a file without a model card that
-               is not of a released name.
-
 Writes the file and its model card, PATH with the ending .json: data set, threat model,
 network, normalisation, accuracies with their protocol, checksum of the config. Before
 the file gets its name it is read back, and the logits of both on random images are
 compared; the largest difference is printed. Writing files of PyTorch needs PyTorch
-installed (reading them, and the others, does not). There is no --workdir.
+installed (reading them, and the others, does not). --config says what the network is;
+it is needed only for a file without a model card that is not of a released name.
 """
 
 import jax
@@ -44,8 +39,7 @@ _NUM_IMAGES = 8
 
 def main(config, workdir, from_: str, to: str):
   """Converts and prints one line."""
-  if workdir:
-    raise UserError(f'--workdir={workdir} is not for convert: write --from={workdir}')
+  del workdir
   if not from_ or not to:
     raise UserError('give --from=PATH and --to=PATH (--help shows examples)')
   target = epath.Path(to).expanduser()
@@ -170,5 +164,21 @@ def _difference(card: cards.Card, model, before, after) -> float:
   return difference
 
 
+PROGRAM = cli.Program(
+  'convert',
+  main,
+  (
+    cli.Flag(
+      'from',
+      'A .npy, .pt, .pth or .safetensors file, a workdir, or the name of a released '
+      'checkpoint (python -m jaxrobust.models.download lists them).',
+      cli.PATH,
+    ),
+    cli.Flag('to', 'A file with one of these endings, which must not exist.', cli.PATH),
+  ),
+  workdir='none',
+  alone=True,
+)
+
 if __name__ == '__main__':
-  cli.run(main, extra_flags=('from_', 'to'), needs_workdir=False, alone=True)
+  cli.run(PROGRAM)

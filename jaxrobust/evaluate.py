@@ -58,7 +58,7 @@ from jaxrobust import models
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator, Outcome
 from jaxrobust.attacks.record import Record
-from jaxrobust.config import dataset_info
+from jaxrobust.config import classifier, dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
@@ -76,7 +76,7 @@ def default_config(workdir: str, suite: str, checkpoint: str):
   del suite
   if (epath.Path(workdir) / 'config.json').exists() or not checkpoint:
     config = workdirs.read_config(workdir).unlock()
-    for field, value in cli.base_config().evaluation.items():
+    for field, value in classifier.get_config().evaluation.items():
       if field not in config.get('evaluation', {field: value}):
         config.evaluation[field] = value  # Of runs from before it was made.
     return config
@@ -86,7 +86,7 @@ def default_config(workdir: str, suite: str, checkpoint: str):
       f'--checkpoint={checkpoint}: nothing says what its network is; give --config, '
       'the name of a released checkpoint, or a file with a model card'
     )
-  config, card = cli.base_config(), found.card
+  config, card = classifier.get_config(), found.card
   config.dataset.name = card.dataset
   config.threat.norm, config.threat.epsilon = card.norm, card.epsilon
   config.model.update(card.model)
@@ -217,5 +217,15 @@ def _sha256(path: epath.Path) -> str:
   return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+PROGRAM = cli.Program(
+  'evaluate',
+  main,
+  (
+    cli.Flag('suite', 'Short for --config.evaluation.suite.'),
+    cli.Flag('checkpoint', 'Short for --config.evaluation.checkpoint.', cli.PATH),
+  ),
+  default_config=default_config,
+)
+
 if __name__ == '__main__':
-  cli.run(main, ('suite', 'checkpoint'), default_config=default_config)
+  cli.run(PROGRAM)

@@ -66,13 +66,6 @@ _CONDITION = 'condition'  # in the place of a labeller
 
 def main(config, workdir, stage=''):
   """Runs the stages that are not there yet, or one of them."""
-  if config is None:
-    raise UserError(
-      '--config is missing: give a generator experiment, such as '
-      '--config=experiments/digits_gaussian.py'
-    )
-  if stage and stage not in STAGES:
-    raise UserError(f'--stage={stage}: use one of {", ".join(STAGES)}, or none for all')
   config = datasets.record(workdirs.continued(workdir, config))
   check(config, stage)
   info = dataset_info.of(config.dataset)
@@ -393,5 +386,13 @@ class _Stop:
       )
 
 
+PROGRAM = cli.Program(
+  'generate',
+  main,
+  (cli.Flag('stage', 'Runs one stage alone.', STAGES),),
+  config='needed',
+  example='digits_gaussian',
+)
+
 if __name__ == '__main__':
-  cli.run(main, ('stage',))
+  cli.run(PROGRAM)

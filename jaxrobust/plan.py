@@ -21,18 +21,6 @@ Examples:
   What the paper's table of CIFAR-10 costs, by operations alone:
     python -m jaxrobust.plan --topology=v4:2x2x4 --table=cifar10-linf
 
-  --topology=SLICE   generation:chips, such as v2:2x2, v3:4x4, v4:2x2x4, v5e:2x4,
-                     v5p:2x2x2, v6e:4x4.
-  --what=train       the training step of a classifier or generator (the default), or
-  --what=evaluate    an attempt of the first attack of config.evaluation.suite, or
-  --what=sample      a batch of a generator's samples.
-  --suggest          compiles alternatives if it does not fit: rematerialisation,
-                     accumulation, bfloat16, a smaller batch.
-  --sweep            adds the total over the experiment's sweep().
-  --table=NAME       the total over the classifiers of a table of experiments/paper.py,
-                     or of --tables=FILE, and over their attacks; compiles nothing.
-  --utilization=U    share of the chip's peak that the estimate of time supposes.
-
 No TPU is needed or used: the compiler comes with libtpu (from a clone: pip install -e
 '.[plan]'), on x86 Linux. It compiles the very program that `train`, `evaluate` or
 `generate` runs, which takes minutes; results are kept, by content of the program, in
@@ -85,9 +73,8 @@ def main(
     raise UserError(
       '--config has no use with --table=: its rows have their own configs'
     )
-  what, share = what or 'train', _share(utilization)
-  if what not in device_programs.KINDS:
-    raise UserError(f'--what={what}: use {", ".join(device_programs.KINDS)}')
+  if not 0 < utilization <= 1:
+    raise UserError(f'--utilization={utilization}: use a number above 0, at most 1')
   of_table = _points_of_table(table, tables) if table else []
   generation = topology.partition(':')[0]
   if generation not in hardware.CHIPS:
@@ -99,7 +86,7 @@ def main(
   devices = hardware.devices(topology)
   chips = len(devices) // chip.devices
   if table:
-    print_total(f'table {table}', of_table, devices, chip, share)
+    print_total(f'table {table}', of_table, devices, chip, utilization)
     return
   if config is not None:
     config = datasets.record(config)
@@ -113,12 +100,12 @@ def main(
   )
   for line in report(result, operations, program, len(devices), chip):
     print(line)
-  print(time_line(operations, program, chip, chips, share))
+  print(time_line(operations, program, chip, chips, utilization))
   if suggest and 'refused' in result:
     for line in alternatives(config, what, devices, topology):
       print(line)
   if sweep:
-    print_total('sweep      ', swept, devices, chip, share)
+    print_total('sweep      ', swept, devices, chip, utilization)
 
 
 def print_total(
@@ -373,27 +360,46 @@ def _kind(config, part: str) -> str:
   return json.dumps([part, tree['dataset']['name'], tree['data']['batch_size'], *kept])
 
 
-def _share(text: str) -> float:
-  """The utilization, 0.4 where not given."""
-  try:
-    share = float(text or 0.4)
-  except ValueError:
-    share = 0.0
-  if not 0 < share <= 1:
-    raise UserError(f'--utilization={text}: use a number above 0, at most 1')
-  return share
-
+PROGRAM = cli.Program(
+  'plan',
+  main,
+  (
+    cli.Flag(
+      'topology',
+      'generation:chips, such as v2:2x2, v3:4x4, v4:2x2x4, v5e:2x4, v5p:2x2x2 or '
+      'v6e:4x4.',
+    ),
+    cli.Flag(
+      'what',
+      'The training step of a classifier or generator, an attempt of the first attack '
+      "of config.evaluation.suite, or a batch of a generator's samples.",
+      device_programs.KINDS,
+      'train',
+    ),
+    cli.Flag(
+      'suggest',
+      'Compiles alternatives if it does not fit: rematerialisation, accumulation, '
+      'bfloat16, a smaller batch.',
+      bool,
+      False,
+    ),
+    cli.Flag('sweep', "Adds the total over the experiment's sweep().", bool, False),
+    cli.Flag(
+      'table',
+      'The total over the classifiers of a table of experiments/paper.py, or of '
+      '--tables, and over their attacks; compiles nothing.',
+    ),
+    cli.Flag('tables', 'A file with tables of your own.', cli.PATH),
+    cli.Flag(
+      'utilization',
+      "The share of the chip's peak that the estimate of time supposes.",
+      float,
+      0.4,
+    ),
+  ),
+  workdir='none',
+  alone=True,
+)
 
 if __name__ == '__main__':
-  sys.argv[1:] = [
-    f'{x}=yes' if x in ('--suggest', '--sweep') else x for x in sys.argv[1:]
-  ]
-  cli.run(
-    main,
-    extra_flags=(
-      *('topology', 'what', 'suggest', 'sweep', 'utilization'),
-      *('table', 'tables'),
-    ),
-    needs_workdir=False,
-    alone=True,
-  )
+  cli.run(PROGRAM)

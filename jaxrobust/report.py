@@ -16,22 +16,12 @@ it to report.md: a line an experiment, mean ± standard deviation over its seeds
 report.png: accuracy against step of the adversarially trained runs, and test,
 adversarial and generated images. Then every table that has any run.
 
-  --table=NAME       of experiments/paper.py, or of --tables=FILE: ours beside the
-                     published. Writes report/NAME.md, .csv and .tex (which needs
-                     booktabs); the figure NAME, training curves NAME_training and
-                     images NAME_examples, as .png and .svg.
-  --status           prints for each run of the table whether it is done, running,
-                     interrupted, preempted, failed, unfinished, missing or other (of
-                     another config), and the commands that would fill the table;
-                     writes nothing.
-
 A row is the run whose workdir has its experiment's name. A workdir that holds another
 config is told, and does not count. A run is taken for running if its workdir says so
 and it is on another host, or its process is there.
 """
 
 import statistics
-import sys
 
 from etils import epath
 
@@ -43,10 +33,8 @@ from jaxrobust.runs import cli, metrics
 from jaxrobust.runs import workdir as workdirs
 
 
-def main(config, workdir, table='', tables='', status=''):
+def main(config, workdir, table='', tables='', status=False):
   """Writes tables and figures of the workdirs below `workdir`."""
-  if config is not None:
-    raise UserError('--config has no use here: a report shows runs as they were made')
   if not epath.Path(workdir).is_dir():
     raise UserError(
       f'{workdir}: no such folder; give the one with the workdirs of runs'
@@ -90,13 +78,6 @@ def main(config, workdir, table='', tables='', status=''):
     draw_table(folder, name, known[name], lines)
     progress.advance()
   progress.close()
-
-
-def refuse_config(workdir: str, **flags):
-  """No config; UserError for an override, which a report has no use for."""
-  del workdir, flags
-  if any(x.startswith('--config.') for x in sys.argv):
-    raise UserError('--config.FIELD has no use here: a report shows runs as they were')
 
 
 def draw_runs(folder: epath.Path, runs):
@@ -244,6 +225,29 @@ def _percent(entries, field: str) -> str:
   return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
 
 
+PROGRAM = cli.Program(
+  'report',
+  main,
+  (
+    cli.Flag(
+      'table',
+      'A table of experiments/paper.py, or of --tables: ours beside the published. '
+      'Writes report/NAME.md, .csv and .tex (which needs booktabs); the figure NAME, '
+      'training curves NAME_training and images NAME_examples, as .png and .svg.',
+    ),
+    cli.Flag('tables', 'A file with tables of your own.', cli.PATH),
+    cli.Flag(
+      'status',
+      'Prints for each run of the table whether it is done, running, interrupted, '
+      'preempted, failed, unfinished, missing or other (of another config), and the '
+      'commands that would fill the table; writes nothing.',
+      bool,
+      False,
+    ),
+  ),
+  config='none',
+  alone=True,
+)
+
 if __name__ == '__main__':
-  sys.argv[1:] = ['--status=yes' if x == '--status' else x for x in sys.argv[1:]]
-  cli.run(main, ('table', 'tables', 'status'), default_config=refuse_config, alone=True)
+  cli.run(PROGRAM)

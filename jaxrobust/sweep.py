@@ -17,15 +17,6 @@ Examples:
   A table of the paper in handwritten digits, on a laptop:
     python -m jaxrobust.sweep --workdir=runs/paper --table=digits-linf
 
-  --table=NAME       of experiments/paper.py, or of --tables=FILE. Labellers and sample
-                     sets that its rows need are made first; tables share runs.
-  --list             prints the commands instead of running them; finished ones as
-                     comments.
-  --only=REGEX       the points whose whole name it matches, and what they need. The
-                     name of a table's run is that of its workdir.
-  --shard=I/N        every N-th point from the I-th, counted from 0; what a table's
-                     rows need is not shared out, and must be finished.
-
 The experiment's file defines sweep(), which yields pairs of a name and overrides, such
 as ('seed-1', {'seed': 1, 'variant': 'seed-1'}). A point is trained, then evaluated, in
 RUNS/EXPERIMENT, where EXPERIMENT is its experiment's name; `variant` tells apart points
@@ -60,28 +51,21 @@ from jaxrobust.reporting.planned_runs import (
 )
 from jaxrobust.runs import cli
 
-_OF_PROCESSES = ('--coordinator=', '--num_processes=', '--process_id=')
 
-
-def main(config, workdir, list_, only, shard, table, tables):
+def main(config, workdir, list_, only, shard, table, tables, given):
   """Lists or runs the points."""
-  given = lambda starts: [x for x in sys.orig_argv if x.startswith(starts)]
-  common = given(('--config.', *_OF_PROCESSES))
-  if table and (own := given(('--config=', '--config.'))):
+  if table and (given.config or given.overrides):
+    own = f'--config.{next(iter(given.overrides))}' if given.overrides else '--config'
     raise UserError(
-      f'{own[0]} has no use with --table=: its rows have their own configs; write '
+      f'{own} has no use with --table=: its rows have their own configs; write '
       'others to a file of tables of your own, for --tables=FILE'
     )
-  for flag in ('--config', *(x.rstrip('=') for x in _OF_PROCESSES)):
-    if flag in sys.orig_argv:
-      raise UserError(f'{flag}: write {flag}=VALUE, with an equals sign')
   if table:
     known, preparations = read_tables(tables)
-    maker = Maker(workdir, preparations, common)
+    maker = Maker(workdir, preparations, given.to_pass_on())
     found = maker.of_table(find_table(table, known))
-  elif given('--config='):
-    path = given('--config=')[-1].removeprefix('--config=')
-    found = points(config, path, workdir, common)
+  elif given.config:
+    found = points(config, given.config, workdir, given.to_pass_on())
   else:
     raise UserError('give --config= of an experiment that has a sweep(), or --table=')
   if not found:
@@ -228,13 +212,36 @@ class _Runner:
     return 128 - code if code < 0 else code
 
 
+PROGRAM = cli.Program(
+  'sweep',
+  main,
+  (
+    cli.Flag(
+      'table',
+      'A table of experiments/paper.py, or of --tables. Labellers and sample sets that '
+      'its rows need are made first; tables share runs.',
+    ),
+    cli.Flag('tables', 'A file with tables of your own.', cli.PATH),
+    cli.Flag(
+      'list',
+      'Prints the commands instead of running them; finished ones as comments.',
+      bool,
+      False,
+    ),
+    cli.Flag(
+      'only',
+      'A regular expression: the points whose whole name it matches, and what they '
+      "need. The name of a table's run is that of its workdir.",
+    ),
+    cli.Flag(
+      'shard',
+      'I/N: every N-th point from the I-th, counted from 0. What the rows of a table '
+      'need is not shared out, and must be finished.',
+    ),
+  ),
+  alone=True,
+  passes_on=True,
+)
+
 if __name__ == '__main__':
-  # Each run joins the other workers itself; this program must not, before them.
-  sys.argv[1:] = [
-    '--list=yes' if x == '--list' else x
-    for x in sys.argv[1:]
-    if not x.startswith(_OF_PROCESSES)
-  ]
-  if any(x.startswith('--table=') for x in sys.argv):  # Its rows have their configs.
-    sys.argv = [x for x in sys.argv if not x.startswith('--config.')]
-  cli.run(main, extra_flags=('list_', 'only', 'shard', 'table', 'tables'), alone=True)
+  cli.run(PROGRAM)

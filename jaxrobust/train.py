@@ -19,25 +19,16 @@ parameters and BatchNorm state, in the authors' format). Interrupted, the same c
 for bit.
 """
 
-from etils import epath
-
-from jaxrobust.errors import UserError
 from jaxrobust.runs import cli
-from jaxrobust.runs import workdir as workdirs
 from jaxrobust.training import classifier
 
 
 def main(config, workdir):
-  """Trains the run of `config` in `workdir`, or of the workdir's own config."""
-  if config is None:
-    if not (epath.Path(workdir) / 'config.json').exists():
-      raise UserError(
-        f'--config is missing, and {workdir} holds no run to go on with: give an '
-        'experiment, such as --config=experiments/digits.py'
-      )
-    config = workdirs.read_config(workdir)
+  """Trains the run of `config` in `workdir`."""
   classifier.train(config, workdir)
 
 
+PROGRAM = cli.Program('train', main, config='needed')
+
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(PROGRAM)

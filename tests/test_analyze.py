@@ -4,7 +4,6 @@ import importlib
 import json
 import pathlib
 import signal
-import sys
 import time
 
 import jax
@@ -200,8 +199,7 @@ def run(flags, tmp_path, monkeypatch, capsys):
 
   def call(*more):
     arguments = [f'--workdir={tmp_path}/run', *flags, *more]
-    monkeypatch.setattr(sys, 'argv', ['analyze', *arguments])
-    code = cli._run(analyze.main)
+    code = cli._run(analyze.PROGRAM, arguments)
     return code, *capsys.readouterr()
 
   return call

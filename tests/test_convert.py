@@ -32,8 +32,7 @@ def call(monkeypatch, capsys):
   """Runs the program in this process: (exit code, stdout, stderr)."""
 
   def run(*args):
-    monkeypatch.setattr(sys, 'argv', ['convert', *map(str, args)])
-    code = cli._run(convert.main, ('from_', 'to'), needs_workdir=False)
+    code = cli._run(convert.PROGRAM, [*map(str, args)])
     return code, *capsys.readouterr()
 
   return run
@@ -101,7 +100,7 @@ def test_mistakes_are_told_in_one_line(call, source, tmp_path):
   assert 'a.ckpt: the name must' in told(f'--from={source}', to=tmp_path / 'a.ckpt')
   assert 'no checkpoint at' in told(f'--from={tmp_path / "none.npy"}')
   assert 'give --from=PATH' in told()
-  assert 'write --from=runs/x' in told(f'--from={source}', '--workdir=runs/x')
+  assert '--workdir=runs/x' in told(f'--from={source}', '--workdir=runs/x')
   assert "not a classifier's config" in told(
     f'--from={source}', '--config=experiments/digits_gaussian.py'
   )
@@ -195,10 +194,9 @@ def test_a_writer_that_changes_numbers_is_caught(call, source, tmp_path, monkeyp
   assert [p.name for p in tmp_path.iterdir()] == ['source.npy']
 
 
-def test_help_is_a_page(monkeypatch, capsys):
-  monkeypatch.setattr(sys, 'argv', ['convert', '--help'])
+def test_help_is_a_page(capsys):
   with pytest.raises(SystemExit) as e:
-    cli.run(convert.main, ('from_', 'to'), needs_workdir=False)
+    cli.run(convert.PROGRAM, ['--help'])
   assert e.value.code == 0
   out = capsys.readouterr().out
   assert 'python -m jaxrobust.convert --from=' in out

@@ -5,7 +5,6 @@ import json
 import pathlib
 import re
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -188,11 +187,11 @@ def test_generate_then_train_on_the_samples_then_report(call, tmp_path):
     (['train', '--workdir=x', '--config=experiments'], 'experiments: no such file'),
     (
       ['train', '--workdir=x', '--config=experiments/digits.py', '--config.model.nam='],
-      """error: 'nam' Did you mean "name" instead of "nam"? (--help""",
+      '; did you mean --config.model.name?',
     ),
     (
       ['train', '--workdir=x', '--config=experiments/digits.py', '--config.seed=x'],
-      "base 10: 'x' (--help",
+      '--config.seed=x: use an integer',
     ),
     (
       [
@@ -232,9 +231,7 @@ def test_mistakes_are_told_in_one_line(args, words, tmp_path, monkeypatch, capsy
   program, *args = [
     a.replace('=x', f'={tmp_path}/x') if a == '--workdir=x' else a for a in args
   ]
-  main = importlib.import_module(f'jaxrobust.{program}').main
-  monkeypatch.setattr(sys, 'argv', [program, *args])
-  assert cli._run(main) == 1
+  assert cli._run(importlib.import_module(f'jaxrobust.{program}').PROGRAM, args) == 1
   err = capsys.readouterr().err
   assert err.startswith('error: ')
   assert err.count('\n') == 1, err
@@ -246,10 +243,8 @@ def test_mistakes_are_told_in_one_line(args, words, tmp_path, monkeypatch, capsy
   'program', ['train', 'evaluate', 'generate', 'analyze', 'report']
 )
 def test_help_is_a_page(program, monkeypatch, capsys):
-  main = importlib.import_module(f'jaxrobust.{program}').main
-  monkeypatch.setattr(sys, 'argv', [program, '--help'])
   with pytest.raises(SystemExit) as e:
-    cli.run(main)
+    cli.run(importlib.import_module(f'jaxrobust.{program}').PROGRAM, ['--help'])
   assert e.value.code == 0
   out = capsys.readouterr().out
   assert f'python -m jaxrobust.{program} --workdir=' in out
@@ -260,5 +255,5 @@ def test_help_is_a_page(program, monkeypatch, capsys):
 def test_a_mistake_in_a_real_process(call, tmp_path):
   code, out, err = call('train', f'--workdir={tmp_path}/x', '--confg=1')
   assert (code, out) == (1, '')
-  assert err.startswith("error: Unknown command line flag 'confg'")
+  assert err.startswith('error: --confg is not a flag of this program')
   assert err.count('\n') == 1

@@ -192,10 +192,9 @@ def test_overrides_alone_take_the_config_of_the_workdir(judged, call, tmp_path):
   assert [e['protocol']['suite'] for e in results(workdir)] == [SUITE, 'clean']
 
 
-def run():
+def run(*arguments):
   """The program in this process; returns its exit code."""
-  extra = ('suite', 'checkpoint')
-  return cli._run(evaluate.main, extra, default_config=evaluate.default_config)
+  return cli._run(evaluate.PROGRAM, arguments)
 
 
 @pytest.mark.parametrize(
@@ -206,12 +205,8 @@ def run():
     ('autoattack-rand', 'is for randomised networks'),
   ],
 )
-def test_a_suite_that_does_not_exist(suite, words, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(
-    'sys.argv',
-    ['evaluate', f'--workdir={tmp_path / "x"}', f'--suite={suite}', TINY[0]],
-  )
-  assert run() == 1
+def test_a_suite_that_does_not_exist(suite, words, tmp_path, capsys):
+  assert run(f'--workdir={tmp_path / "x"}', f'--suite={suite}', TINY[0]) == 1
   err = capsys.readouterr().err
   assert words in err and err.count('\n') == 1
   assert not (tmp_path / 'x').exists()
@@ -247,8 +242,7 @@ def test_what_a_checkpoint_is_comes_from_itself(
   args, words, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.setenv('JAXROBUST_MODELS', str(tmp_path))
-  monkeypatch.setattr('sys.argv', ['evaluate', f'--workdir={tmp_path / "x"}', *args])
-  assert run() == 1
+  assert run(f'--workdir={tmp_path / "x"}', *args) == 1
   err = capsys.readouterr().err
   assert words in err and err.count('\n') == 1
   assert not (tmp_path / 'x').exists()

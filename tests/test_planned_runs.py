@@ -218,8 +218,8 @@ def program(found, monkeypatch, end):
     end()
 
   during = []
-  monkeypatch.setattr(sys, 'argv', ['/x/train.py', f'--workdir={run.workdir}'])
-  cli._run(main)
+  program = cli.Program('train', main)
+  cli._run(program, [f'--workdir={run.workdir}'])
   assert during[0]['state'] == 'running' and during[0]['pid'] == os.getpid()
   return status_of(run)
 
@@ -251,8 +251,7 @@ def test_who_is_refused_does_not_touch_the_status_of_another_run(found, monkeypa
     workdir.claim(str(found[2].workdir), found[3].config)
 
   claim(found[2])
-  monkeypatch.setattr(sys, 'argv', ['train', '--workdir=x'])
-  assert cli._run(main) == cli.ERROR
+  assert cli._run(cli.Program('train', main), ['--workdir=x']) == cli.ERROR
   assert not (found[2].workdir / 'status.json').exists()
   claim(found[2])  # No program any more.
   assert not (found[2].workdir / 'status.json').exists()

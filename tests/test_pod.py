@@ -167,7 +167,7 @@ def test_the_scripts_know_every_program():
   script = (ROOT / 'launch' / 'contract.sh').read_text()
   names = re.search(r'require_program.*?case \$1 in\n(.*?)\*\)', script, re.S)[1]
   programs = {
-    p.stem for p in (ROOT / 'jaxrobust').glob('*.py') if 'cli.run(' in p.read_text()
+    p.stem for p in (ROOT / 'jaxrobust').glob('*.py') if 'PROGRAM = ' in p.read_text()
   }
   assert set(re.findall(r'[a-z.]+', names)) == programs | {'data', 'models.download'}
 
