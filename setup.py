@@ -1,27 +1,17 @@
-"""Installs the package; requirements.txt has the versions it is tested with."""
+"""Installs the package: its folders and the ranges of versions that it works with.
 
-import re
-from pathlib import Path
+What describes it stands in pyproject.toml; requirements.txt has the versions that it is
+tested with.
+"""
 
 import setuptools
 
-here = Path(__file__).parent
-version = re.search(
-  r"__version__ = '(.+)'", (here / 'jaxrobust' / '__init__.py').read_text()
-)[1]
-
 setuptools.setup(
-  name='jaxrobust',
-  version=version,
-  description='Robust training with generated data, in JAX and Haiku',
-  long_description=(here / 'README.md').read_text(),
-  long_description_content_type='text/markdown',
-  license='Apache-2.0',
-  python_requires='>=3.11,<3.14',
-  # Experiments stand beside the package in a clone and inside it once installed: no
-  # other package is called `experiments`.
+  # The experiments lie beside the package in the repository, and inside it once
+  # installed: no other package is called `experiments` then.
   packages=[*setuptools.find_packages(include=['jaxrobust*']), 'jaxrobust.experiments'],
   package_dir={'jaxrobust.experiments': 'experiments'},
+  package_data={'jaxrobust': ['py.typed']},
   install_requires=[
     'absl-py>=2.1',
     'chex>=0.1.90',

@@ -39,6 +39,16 @@ if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$wanted" ]; then
   fi
   echo "$wanted" > "$venv/.installed"
 fi
+# The command `jaxrobust` in the environment runs this clone.
+package="$root $(cat "$root/setup.py" "$root/pyproject.toml" | cksum)"
+if [ "$(cat "$venv/.package" 2>/dev/null)" != "$package" ]; then
+  if ! "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps \
+    --editable "$root"; then
+    echo 'error: the package could not be installed, see above; run this again' >&2
+    exit 1
+  fi
+  echo "$package" > "$venv/.package"
+fi
 cd "$root" || exit 1
-# Compiled programs are kept: the second of two equal runs starts at once.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$venv/compiled}
+# What is compiled or fetched is kept with the environment.
+export JAXROBUST_CACHE=${JAXROBUST_CACHE:-$venv/cache}

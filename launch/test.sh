@@ -7,5 +7,6 @@ set -euo pipefail
 unset CDPATH
 # shellcheck source=launch/environment.sh
 . "$(dirname "$0")/environment.sh"
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$JAXROBUST_CACHE/compiled}
 exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
   --no-loadscope-reorder "$@"

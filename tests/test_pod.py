@@ -51,6 +51,11 @@ def environment(tmp_path):
     text=True,
   ).stdout
   (venv / '.installed').write_text(stamp)
+  described = b''.join((ROOT / x).read_bytes() for x in ('setup.py', 'pyproject.toml'))
+  stamp = subprocess.run(
+    ['cksum'], input=described, capture_output=True
+  ).stdout.decode()
+  (venv / '.package').write_text(f'{ROOT} {stamp}')
   tools = tmp_path / 'tools'
   tools.mkdir()
   shutil.copy(venv / 'bin' / 'python', tools / 'python3')  # makes no environment
@@ -471,7 +476,7 @@ class TestWorkerOnTPU:
   def test_the_environment_gets_the_tpu_extra_once(self, call, record):
     for _ in range(2):
       assert call('worker.sh', '--setup', JAXROBUST_TPU='1').returncode == 0
-    (line,) = [x for x in record() if 'pip install' in x]
+    (line,) = [x for x in record() if 'requirements.txt' in x]
     assert line.endswith('requirements.txt jax[tpu]')
 
   def test_an_interpreter_comes_by_uv_where_there_is_none(

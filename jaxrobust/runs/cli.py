@@ -48,6 +48,7 @@ def _run(program: Program, arguments: list[str]) -> int:
   from jaxrobust.runs import process_group
   from jaxrobust.runs import workdir as workdirs
 
+  _keep_compiled(given.workdir)
   more = {'given': given} if program.passes_on else {}
   try:
     if not program.passes_on:  # The runs that it starts join the others themselves.
@@ -115,6 +116,24 @@ def _config(program: Program, given: flags.Given):
       '--config, too'
     )
   return None
+
+
+def _keep_compiled(workdir: str):
+  """Keeps compiled programs, so that the second of two equal runs starts at once.
+
+  They are in $JAX_COMPILATION_CACHE_DIR if it is set; beside a workdir in a bucket,
+  where a machine made anew finds them; or else in this machine's cache.
+  """
+  import jax
+
+  from jaxrobust.runs import workdir as workdirs
+
+  if jax.config.jax_compilation_cache_dir:
+    return
+  place = workdirs.cache_folder('compiled')
+  if '://' in workdir:
+    place = f'{workdir.rstrip("/").rpartition("/")[0]}/compiled'
+  jax.config.update('jax_compilation_cache_dir', str(place))
 
 
 def _quiet_logs():
