@@ -22,25 +22,31 @@ and it is on another host, or its process is there.
 """
 
 import statistics
+from typing import NamedTuple
 
 from etils import epath
 
 from jaxrobust import config as configs
+from jaxrobust.config import fields
 from jaxrobust.errors import UserError
 from jaxrobust.reporting import figures, planned_runs
 from jaxrobust.reporting import tables as texts
 from jaxrobust.runs import cli, metrics
 from jaxrobust.runs import workdir as workdirs
 
+# More differences than these are no name.
+_MAX_FIELDS = 4
+
 
 def main(config, workdir, table='', tables='', status=False):
   """Writes tables and figures of the workdirs below `workdir`."""
-  if not epath.Path(workdir).is_dir():
-    raise UserError(
-      f'{workdir}: no such folder; give the one with the workdirs of runs'
-    )
   if status and not table:
     raise UserError('--status is of a table: give --table=NAME')
+  if not epath.Path(workdir).is_dir() and not status:
+    raise UserError(
+      f'{workdir}: no such folder; give the one with the workdirs of runs, or that of '
+      'one run'
+    )
   folder, known, preparations = epath.Path(workdir), {}, {}
   if table or tables or epath.Path(planned_runs.TABLES).exists():
     known, preparations = planned_runs.read_tables(tables)
@@ -173,49 +179,91 @@ def remarks(point: planned_runs.Point, state: str, message: str):
 
 
 def find_runs(folder: epath.Path) -> list[tuple[epath.Path, object]]:
-  """(workdir, config) of each classifier's run directly below `folder`, by name."""
+  """(workdir, config) of the classifier's run that a folder is, or of those in it."""
   found = []
-  children = sorted(folder.iterdir()) if folder.is_dir() else []
-  for child in children:
+  for child in [folder, *sorted(folder.iterdir())]:
     path = child / 'config.json'
     if path.exists() and 'training' in (config := workdirs.read_config(child)):
       found.append((child, config))
   return found
 
 
-def table_of_runs(runs) -> str:
-  """Markdown: a line an experiment and protocol, over its seeds; percent.
+class Line(NamedTuple):
+  """A line of the table of runs: one experiment by one protocol, over its seeds.
+
+  Attributes:
+    config: without its seed.
+    folder: of one of its runs.
+    protocol: of the evaluation, without what differs from seed to seed; None where it
+      was not evaluated.
+    entries: of results.json, by seed; the last one of a workdir counts.
+  """
+
+  config: object
+  folder: epath.Path
+  protocol: dict | None
+  entries: dict[int, dict]
+
+
+def lines_of_runs(runs) -> list[Line]:
+  """The lines of a table of runs, those with results first.
 
   Runs are seeds of one experiment if their configs differ in nothing else.
   """
-  rows = {}
+  lines = {}
   for folder, config in runs:
-    data = f'{config.data.real_fraction:.0%} real' if config.data.samples else 'real'
     for entry in workdirs.read_results(folder) or [None]:
       protocol = dict(entry['protocol']) if entry else None
-      if protocol:  # What differs from seed to seed.
+      if protocol:
         protocol |= {'seed': None, 'checkpoint_sha256': None}
       same = configs.without_seed(config)
-      key = (configs.to_json(same), str(protocol))
-      _, entries = rows.setdefault(
-        key, ((configs.experiment_name(same), data, protocol), {})
+      line = lines.setdefault(
+        (configs.to_json(same), str(protocol)), Line(same, folder, protocol, {})
       )
-      entries[config.seed] = entry  # The last one of a workdir counts.
-  lines = [
+      line.entries[config.seed] = entry
+  return sorted(lines.values(), key=lambda line: line.protocol is None)
+
+
+def names_of(lines: list[Line]) -> list[str]:
+  """Of each line the name of its experiment, and what tells apart those that share it.
+
+  That is the fields in which their configs differ, or where these are many the folder.
+  """
+  same_name = {}
+  for line in lines:
+    same_name.setdefault(configs.experiment_name(line.config), []).append(line)
+  names = {}
+  for name, group in same_name.items():
+    flat = [fields.flatten(line.config) for line in group]
+    differing = [x for x in sorted(flat[0]) if len({str(f.get(x)) for f in flat}) > 1]
+    for line, values in zip(group, flat, strict=True):
+      told = ', '.join(f'{x}={values[x]}' for x in differing if x in values)
+      if len(differing) > _MAX_FIELDS:
+        told = line.folder.name
+      names[id(line)] = f'{name} ({told})' if told else name
+  return [names[id(line)] for line in lines]
+
+
+def table_of_runs(runs) -> str:
+  """Markdown: a line an experiment and protocol, over its seeds; percent."""
+  text = [
     '| experiment | data | seeds | clean | robust | suite | images |',
     '|---|---|---|---|---|---|---|',
   ]
-  for (name, data, protocol), entries in rows.values():
+  lines = lines_of_runs(runs)
+  for name, line in zip(names_of(lines), lines, strict=True):
+    data, protocol = line.config.data, line.protocol
     cells = ['–', '–', 'not evaluated', '–']
     if protocol:
       cells = [
-        _percent(entries.values(), 'clean_accuracy'),
-        _percent(entries.values(), 'robust_accuracy'),
+        _percent(line.entries.values(), 'clean_accuracy'),
+        _percent(line.entries.values(), 'robust_accuracy'),
         f'{protocol["suite"]}, {protocol["norm"]} {protocol["epsilon"]:.4g}',
         f'{protocol["num_images"]} {protocol["split"]}',
       ]
-    lines.append(f'| {" | ".join([name, data, str(len(entries)), *cells])} |')
-  return '\n'.join(lines) + '\n'
+    share = f'{data.real_fraction:.0%} real' if data.samples else 'real'
+    text.append(f'| {" | ".join([name, share, str(len(line.entries)), *cells])} |')
+  return '\n'.join(text) + '\n'
 
 
 def _percent(entries, field: str) -> str:

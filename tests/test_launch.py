@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 
 import pytest
@@ -126,9 +127,11 @@ def test_local_in_full_trains_with_the_samples_of_both_generators(call, tmp_path
   assert done.returncode == 0, done.stderr
   generated = [c for c in calls if '-m jaxrobust.generate' in c]
   assert [c.split('--config=')[1].split()[0] for c in generated] == [
-    'experiments/digits_gaussian.py',
-    'experiments/digits_ddpm.py',
+    'digits_gaussian',
+    'digits_ddpm',
   ]
+  headings = [x for x in done.stderr.splitlines() if re.match(r'\d+/10 ', x)]
+  assert [x.split('/')[0] for x in headings] == [str(i) for i in range(1, 11)]
   trained = [c for c in calls if '-m jaxrobust.train' in c]
   samples = [c.split('.samples=')[1] for c in trained if '.samples=' in c]
   assert samples == [f'{tmp_path}/out/{x}/samples' for x in ('gaussian', 'ddpm')]

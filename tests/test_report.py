@@ -53,12 +53,12 @@ def folder(tmp_path):
 
 def test_rows(folder):
   lines = report.table_of_runs(report.find_runs(folder)).splitlines()[2:]
-  ours = '| digits_linf_wrn-10-1_real | real |'
+  ours = '| digits_linf_wrn-10-1_real (loss.beta={}) | real |'
   tail = '| pgd-40, linf 0.2 | 797 test |'
   # 55 ± sqrt(2 * 5^2 / 1): the sample standard deviation of 60 and 50 is 7.07.
   assert lines == [
-    f'{ours} 2 | 90.00 ± 0.00 | 55.00 ± 7.07 {tail}',
-    f'{ours} 1 | 90.00 | 70.00 {tail}',
+    f'{ours.format(6.0)} 2 | 90.00 ± 0.00 | 55.00 ± 7.07 {tail}',
+    f'{ours.format(5.0)} 1 | 90.00 | 70.00 {tail}',
     '| digits_linf_wrn-16-1_real | real | 1 | – | – | not evaluated | – |',
     '| digits_standard_wrn-10-1_real | real | 1 | – | – | not evaluated | – |',
   ]
@@ -69,6 +69,31 @@ def test_a_figure_of_runs_that_have_not_trained_yet(folder):
     groups = figures.groups_by_experiment(report.find_runs(folder))
     drawn = figures.draw_overview(plt, groups)
     assert figures.render(drawn).startswith(b'\x89PNG')
+
+
+def test_runs_that_differ_in_much_are_told_apart_by_their_folders(tmp_path):
+  many = {f'augment.{x}': 3 for x in ('pad', 'cutout', 'randaugment_operations')}
+  add_run(tmp_path, 'a', [0.6])
+  add_run(tmp_path, 'b', [0.6], **many, **{'loss.beta': 5.0, 'ema.decay': 0.5})
+  lines = report.lines_of_runs(report.find_runs(epath.Path(tmp_path)))
+  assert report.names_of(lines) == [
+    f'digits_linf_wrn-10-1_real ({folder})' for folder in ('a', 'b')
+  ]
+
+
+def test_a_single_run_is_reported(folder, capsys):
+  report.main(None, str(folder / 'a'))
+  assert '| digits_linf_wrn-10-1_real | real | 1 | 90.00 | 60.00 |' in (
+    capsys.readouterr().out
+  )
+  assert (folder / 'a' / 'report.png').exists()
+
+
+def test_the_status_of_a_folder_that_is_not_there(tmp_path, capsys):
+  report.main(None, str(tmp_path / 'none'), table='digits-linf', status=True)
+  lines = [x.split()[0] for x in capsys.readouterr().out.splitlines() if x[:2] == '  ']
+  assert lines and set(lines) == {'missing'}
+  assert not (tmp_path / 'none').exists()
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
@@ -299,8 +324,9 @@ def test_files_of_a_table(maker, tmp_path, capsys, monkeypatch):
   stand = {'labels': np.arange(10), 'predictions': np.arange(10) % 4, 'suite': 'pgd-40'}
   path = done / 'figures' / 'examples.npz'
   np.savez(path, images=images, adversarial=images, **stand)
-  (title, _) = figures.image_rows({'a': [(done, digits.get_config())]})[-1]
-  assert title == 'adversarial for\na\n(4 of 10 stand, pgd-40)'
+  strip = figures.image_rows({'a': [(done, digits.get_config())]})[-1]
+  assert strip.title == 'adversarial for\na\n(4 of 10 stand, pgd-40)'
+  assert strip.marks == (None,) * 4 + (0, 1, 2, 3, 0, 1)  # What the fallen are seen as.
   report.main(None, str(tmp_path), table='curves', tables=str(file))
   made = {x.name for x in (tmp_path / 'report').iterdir()}
   assert made == {'curves.md', 'curves.csv', 'curves.tex'} | {

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -294,19 +295,55 @@ def _draw_run(clean_axis, robust_axis, folder: epath.Path, color, name):
         axis.plot(*zip(*points, strict=True), line_style, color=color, label=label)
 
 
-def _images(figure, rows):
+def _images(figure, rows: list['Strip']):
   axes = figure.subplots(len(rows), squeeze=False)[:, 0]
-  for axis, (title, row) in zip(axes, rows, strict=True):
-    gap = np.ones((*row.shape[:2], max(row.shape[2] // 16, 1), row.shape[3]))
-    strip = np.concatenate([part for x in zip(row, gap, strict=True) for part in x], 1)
-    axis.imshow(strip, cmap='gray', vmin=0, vmax=1, interpolation='nearest')
+  for axis, strip in zip(axes, rows, strict=True):
+    height, width, channels = strip.images.shape[1:]
+    gap = max(width // 16, 1)
+    between = np.ones((height, gap, channels))
+    parts = [part for image in strip.images for part in (image, between)]
+    axis.imshow(
+      np.concatenate(parts, 1), cmap='gray', vmin=0, vmax=1, interpolation='nearest'
+    )
+    for place, marked in enumerate(strip.marks):
+      if marked is None:
+        continue
+      left = place * (width + gap) - 0.5
+      axis.add_patch(
+        matplotlib.patches.Rectangle(
+          (left, -0.5), width, height, fill=False, color='C3', lw=2, clip_on=False
+        )
+      )
+      axis.text(
+        left + width / 2,
+        height,
+        f'seen as {marked}',
+        ha='center',
+        va='top',
+        color='C3',
+        fontsize=7,
+      )
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
-    axis.set_ylabel(title, rotation=0, ha='right', va='center', fontsize=8)
+    axis.set_ylabel(strip.title, rotation=0, ha='right', va='center', fontsize=8)
 
 
-def image_rows(groups: dict) -> list[tuple[str, np.ndarray]]:
-  """(title, images [_SHOWN, H, W, C] in [0, 1]) of what the runs saw and met.
+class Strip(NamedTuple):
+  """A row of images in a figure.
+
+  Attributes:
+    title: beside it.
+    images: [_SHOWN, H, W, C] in [0, 1].
+    marks: of each image the class that it is framed with, None for no frame.
+  """
+
+  title: str
+  images: np.ndarray
+  marks: tuple = (None,) * _SHOWN
+
+
+def image_rows(groups: dict) -> list[Strip]:
+  """What the runs saw and met, images that fool their network framed.
 
   Args:
     groups: as in `draw_overview`; of each group the first run is shown.
@@ -318,27 +355,28 @@ def image_rows(groups: dict) -> list[tuple[str, np.ndarray]]:
     if path.exists():
       with np.load(io.BytesIO(path.read_bytes())) as file:
         if not rows:
-          rows.append(('test images', file['images'][:_SHOWN] / 255))
-        stand = (file['predictions'] == file['labels'])[:_SHOWN].sum()
+          rows.append(Strip('test images', file['images'][:_SHOWN] / 255))
+        predictions, labels = file['predictions'][:_SHOWN], file['labels'][:_SHOWN]
         suite = f', {file["suite"]}' if 'suite' in file else ''  # Older ones lack it.
+        stand = (predictions == labels).sum()
         title = f'adversarial for\n{name}\n({stand} of {_SHOWN} stand{suite})'
-        rows.append((title, file['adversarial'][:_SHOWN]))
+        marks = tuple(
+          int(seen) if seen != label else None
+          for seen, label in zip(predictions, labels, strict=True)
+        )
+        rows.append(Strip(title, file['adversarial'][:_SHOWN], marks))
   sources = {c.data.samples for _, c in first.values() if c.data.samples}
   for source in sorted(sources):
     if epath.Path(source).exists() and not shards.is_remote(source):
       sample_set = sample_sets.SampleSet.open(source)
-      rows.append(
-        (
-          f'generated\n{epath.Path(source).parent.name}',
-          sample_set.gather(np.arange(min(_SHOWN, len(sample_set)))) / 255,
-        )
-      )
+      generated = sample_set.gather(np.arange(min(_SHOWN, len(sample_set)))) / 255
+      rows.append(Strip(f'generated\n{epath.Path(source).parent.name}', generated))
   dataset = next((c.dataset for _, c in first.values()), None)
   named = dataset is not None and dataset.name in dataset_info.INFO
   if named and dataset_info.of(dataset).is_bundled:
     real = datasets.of(dataset, 'train').images[:_SHOWN]
-    rows.insert(0, ('real, training', real / 255))
-  return [(title, row) for title, row in rows if len(row) == _SHOWN]
+    rows.insert(0, Strip('real, training', real / 255))
+  return [strip for strip in rows if len(strip.images) == _SHOWN]
 
 
 def groups_by_experiment(runs) -> dict:
