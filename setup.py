@@ -42,6 +42,7 @@ setuptools.setup(
     # The TPU's compiler, for jaxrobust.plan; it needs no TPU.
     'plan': ['libtpu'],
     'torch': ['torch>=2.6'],  # to write .pt files
+    'docs': ['furo', 'myst-parser>=4', 'sphinx>=8.2'],
     'dev': [
       'pre-commit',
       'pytest>=8',

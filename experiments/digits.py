@@ -8,8 +8,8 @@ paper belongs to this data set; it shows the method from end to end.
 The argument is MODEL,DATA as elsewhere, or `labeller`: the non-robust classifier that
 gives generated images their labels, trained without attacks on the same images.
 
-Only 100 training images are used, because that is where generated images help here: the
-README has the search on the validation images that led to this setting.
+Only 100 training images are used, because that is where generated images help here:
+docs/results.md has the search on the validation images that led to this setting.
 """
 
 from jaxrobust.config import classifier
