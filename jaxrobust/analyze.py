@@ -61,8 +61,9 @@ from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.models import zoo
-from jaxrobust.runs import cli, metrics, process_group
+from jaxrobust.runs import cli, process_group
 from jaxrobust.runs import workdir as workdirs
+from jaxrobust.runs.stop_requests import StopRequests
 from jaxrobust.samples import sample_sets, stratified
 
 _SIZES = ('num_images', 'num_attacked', 'batch_size')
@@ -180,9 +181,9 @@ def analyze(config, folder: epath.Path, sample_set, protocol: dict) -> dict | No
   sources = open_sources(config, sample_set)
   compared = {name: choose(config, sources, name, 'num_images') for name in SETS}
   judged = {name: choose(config, sources, name, 'num_attacked') for name in SETS[1:]}
-  with metrics.Watch() as watch:
-    network, features = find_features(config, folder, compared, parts, watch)
-    figures, confidences = judge(config, judged, protocol, parts, watch)
+  with StopRequests('the state is saved') as stops:
+    network, features = find_features(config, folder, compared, parts, stops)
+    figures, confidences = judge(config, judged, protocol, parts, stops)
   parallel.barrier('measured')  # The parts are read.
   if not parallel.is_writer():
     return None
@@ -250,7 +251,7 @@ def choose(config, sources: dict, name: str, field: str) -> datasets.Split:
 
 
 def find_features(
-  config, folder: epath.Path, sets: dict, parts: epath.Path, watch: metrics.Watch
+  config, folder: epath.Path, sets: dict, parts: epath.Path, stops: StopRequests
 ):
   """(name of the network, features [n, F] of each of SETS), kept in `parts`.
 
@@ -265,7 +266,7 @@ def find_features(
     if parallel.everywhere(path.exists()):
       found[name] = np.load(io.BytesIO(path.read_bytes()))
       continue
-    progress = watch.progress(f'features of {name}', len(split.images), 'images')
+    progress = stops.progress(f'features of {name}', len(split.images), 'images')
     size, rows = config.batch_size * parallel.num_local_devices(), []
     for start in range(0, len(split.images), size):
       rows.append(network.features(split.images[start : start + size]))
@@ -302,7 +303,7 @@ def read_features(config, folder: epath.Path, sets: dict):
   return network, dict(zip(SETS, rows, strict=True))
 
 
-def judge(config, sets: dict, protocol: dict, parts: epath.Path, watch: metrics.Watch):
+def judge(config, sets: dict, protocol: dict, parts: epath.Path, stops: StopRequests):
   """What the labeller says of test and generated images, and what an attack changes.
 
   Returns:
@@ -332,7 +333,7 @@ def judge(config, sets: dict, protocol: dict, parts: epath.Path, watch: metrics.
       images,
       predictions,
       record=Record(len(images), parts / f'attack-{name}', protocol),
-      progress=lambda what, *rest, name=name: watch.progress(
+      progress=lambda what, *rest, name=name: stops.progress(
         f'{what} of {name}', *rest
       ),
     )

@@ -64,7 +64,7 @@ from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays
 from jaxrobust.models import parameter_files, zoo
-from jaxrobust.runs import cli, metrics, process_group
+from jaxrobust.runs import cli, process_group, stop_requests
 from jaxrobust.runs import workdir as workdirs
 
 _NUM_EXAMPLES = 16
@@ -149,14 +149,14 @@ def main(config, workdir, suite='', checkpoint=''):
       seed=config.seed,
       thorough=True,
     )
-    with metrics.Watch() as watch:
+    with stop_requests.StopRequests('the state is saved') as stops:
       outcome = evaluator(
         parallel.replicate(variables),
         images,
         labels,
         keep=len(images) if save_images else _NUM_EXAMPLES,
         record=record,
-        progress=watch.progress,
+        progress=stops.progress,
       )
     if parallel.is_writer():
       if save_images:

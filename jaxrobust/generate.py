@@ -55,7 +55,7 @@ from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
 from jaxrobust.models import parameter_files, zoo
-from jaxrobust.runs import cli, metrics, process_group
+from jaxrobust.runs import cli, metrics, process_group, stop_requests
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.samples import candidates, sample_sets, selection, shards
 
@@ -107,7 +107,9 @@ def main(config, workdir, stage=''):
   settings, files = config.samples, _draws(config, folder)
   at_once = settings.batch_size * parallel.num_local_devices()
   rng = jax.random.key(config.seed)
-  with _Stop() as stop:
+  kept = 'whole files of draws and labels are kept'
+  with stop_requests.StopRequests(kept) as stops:
+    stop = stops.check
     while True:
       num_files, complete = files.num_needed(
         info.num_classes, settings.max_draws_factor
@@ -367,23 +369,6 @@ def _draws(config, folder: epath.Path) -> candidates.Draws:
     settings.count, settings.selection == 'balanced', settings.top_fraction
   )
   return candidates.Draws(folder, rule, settings.draw_size)
-
-
-class _Stop:
-  """Called before each batch; raises PreemptedError when somebody asked to stop."""
-
-  def __enter__(self):
-    self._preemption = parallel.Preemption()
-    return self
-
-  def __exit__(self, *exception):
-    self._preemption.close()
-
-  def __call__(self):
-    if self._preemption.reached():
-      raise PreemptedError(
-        'stopped; whole files of draws and labels are kept: run the same command again'
-      )
 
 
 PROGRAM = cli.Program(

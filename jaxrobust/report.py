@@ -17,8 +17,8 @@ report.png: accuracy against step of the adversarially trained runs, and test,
 adversarial and generated images. Then every table that has any run.
 
 A row is the run whose workdir has its experiment's name. A workdir that holds another
-config is told, and does not count. A run is taken for running if its workdir says so
-and it is on another host, or its process is there.
+config is reported, and does not count. A run is taken for running if its workdir says
+so and it is on another host, or its process is there.
 """
 
 import statistics
@@ -29,6 +29,7 @@ from etils import epath
 from jaxrobust import config as configs
 from jaxrobust.config import fields
 from jaxrobust.errors import UserError
+from jaxrobust.files import json_files
 from jaxrobust.reporting import figures, planned_runs
 from jaxrobust.reporting import tables as texts
 from jaxrobust.runs import cli, metrics
@@ -36,6 +37,18 @@ from jaxrobust.runs import workdir as workdirs
 
 # More differences than these are no name.
 _MAX_FIELDS = 4
+# What a line shows of an entry of results.json.
+_JUDGED = {
+  'protocol': {
+    'suite': str,
+    'norm': str,
+    'epsilon': float,
+    'split': str,
+    'num_images': int,
+  },
+  'clean_accuracy': float,
+  'robust_accuracy': float,
+}
 
 
 def main(config, workdir, table='', tables='', status=False):
@@ -213,6 +226,8 @@ def lines_of_runs(runs) -> list[Line]:
   lines = {}
   for folder, config in runs:
     for entry in workdirs.read_results(folder) or [None]:
+      if entry:
+        json_files.check(entry, str(folder / 'results.json'), _JUDGED)
       protocol = dict(entry['protocol']) if entry else None
       if protocol:
         protocol |= {'seed': None, 'checkpoint_sha256': None}

@@ -40,6 +40,7 @@ from etils import epath
 
 from jaxrobust import config as configs
 from jaxrobust.config import experiments
+from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.reporting.planned_runs import (
   Maker,
@@ -73,11 +74,11 @@ def main(config, workdir, list_, only, shard, table, tables, given):
   chosen = select(found, only, shard)
   refuse_others(chosen)
   if not list_:
-    run(chosen)
-    return
+    return run(chosen)
   for point in chosen:
     for command, finished in point.commands():
       print('# finished: ' * finished + command_line(command))
+  return cli.DONE
 
 
 def points(config, path: str, workdir: str, common: list[str] = ()) -> list[Point]:
@@ -158,8 +159,8 @@ def refuse_others(chosen: list[Point]):
       )
 
 
-def run(chosen: list[Point]):
-  """Runs what is not finished; leaves with the code of the first that fails.
+def run(chosen: list[Point]) -> int:
+  """Runs what is not finished; returns the exit code of the first that fails, or 0.
 
   Raises:
     UserError: before the first run, if a sample set is absent that none of them makes.
@@ -183,7 +184,8 @@ def run(chosen: list[Point]):
       logging.info('%s', line)
       if code := runner(command):
         logging.info('exit code %d: %s', code, line)
-        sys.exit(code)
+        return code
+  return cli.DONE
 
 
 class _Runner:
@@ -191,8 +193,9 @@ class _Runner:
 
   def __init__(self):
     self.asked, self._process = False, None
-    for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, self._forward)
+    for number in parallel.STOP_SIGNALS:
+      if signal.getsignal(number) != signal.SIG_IGN:  # As nohup leaves SIGHUP.
+        signal.signal(number, self._forward)
 
   def _forward(self, signum, frame):
     del frame

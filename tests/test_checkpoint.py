@@ -134,7 +134,7 @@ def test_a_damaged_score_sets_its_checkpoint_aside(tmp_path, content):
   assert score('damaged-2').read_bytes() == content
   for step in ('1', '2'):
     score(step).write_bytes(content)
-  with pytest.raises(UserError, match='score of every checkpoint in .* is damaged'):
+  with pytest.raises(UserError, match='every checkpoint in .*1 has a damaged score'):
     checkpoints.Checkpoints(epath.Path(tmp_path), keep=3)
   assert score('2').exists()
 

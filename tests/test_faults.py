@@ -262,7 +262,7 @@ def test_the_heartbeat_is_checked(monkeypatch):
       process_group.join()
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path):
+def test_a_full_disk_is_one_line(tmp_path):
   with pytest.raises(OSError) as e, open('/dev/full', 'w') as f:
     f.write('x')
   assert 'cannot write to a disk: No space left' in str(workdir.disk_error(e.value))
@@ -298,7 +298,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
   manager.close()
 
 
-def test_a_damaged_best_checkpoint_is_told(tmp_path):
+def test_a_damaged_best_checkpoint_is_reported(tmp_path):
   manager = checkpoints.Checkpoints(epath.Path(tmp_path), keep=3)
   like = {'x': np.zeros(3, np.float32)}
   for step, score in ((1, 0.9), (2, 0.5), (3, 0.7)):
@@ -318,9 +318,9 @@ def test_a_damaged_best_checkpoint_is_told(tmp_path):
   manager.close()
 
 
-def test_damaged_results_are_told(tmp_path):
+def test_damaged_results_are_reported(tmp_path):
   (tmp_path / 'results.json').write_text('[{')
-  with pytest.raises(UserError, match='results.json is damaged .* remove it'):
+  with pytest.raises(UserError, match='results.json is not JSON .* remove it'):
     workdir.read_results(epath.Path(tmp_path))
   record = Record(4, epath.Path(tmp_path) / 'state', {})
   record.advance(np.arange(2), np.array([True, False]), keep=0, write=True)

@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from jaxrobust.data import pipeline
+from jaxrobust.data import datasets, pipeline
 from jaxrobust.data.datasets import Split
 from jaxrobust.errors import UserError
 from jaxrobust.samples import sample_sets
@@ -279,3 +279,17 @@ def test_train_batches_refuses(sources):
     batches(real, sample_set, num_classes=10)
   with pytest.raises(UserError, match='slots 8..17'):
     batches(real, sample_set, slots=(8, 17))
+
+
+def test_the_end_waits_for_no_thread_that_tunes(sources, monkeypatch):
+  """It may sleep for a minute, which nothing but chance shows."""
+  tf = datasets.import_tensorflow()
+  iterate, seen = tf.data.Dataset.as_numpy_iterator, []
+
+  def watched(dataset):
+    seen.append(dataset.options().autotune.enabled)
+    return iterate(dataset)
+
+  monkeypatch.setattr(tf.data.Dataset, 'as_numpy_iterator', watched)
+  batches(*sources(50, 100))
+  assert seen == [False]

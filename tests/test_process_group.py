@@ -25,7 +25,7 @@ def only_line(codes, texts):
   return line
 
 
-def test_what_differs_is_told_once_for_all():
+def test_what_differs_is_reported_once_for_all():
   facts = {'config': {'a': 1, 'b': [2]}, 'jax': '1'}
   assert process_group.compare(facts, {1: facts, 2: facts}) == ''
   other = {**facts, 'jax': '2'}

@@ -79,6 +79,19 @@ def test_progress_leaves_compilation_out_of_the_speed(monkeypatch, caplog):
   ]
 
 
+def test_what_took_its_time_long_ago_says_nothing_of_the_time_left(monkeypatch, caplog):
+  """Here the second step, which compiles another program."""
+  clock = iter([0, 1, 1_001, *range(1_002, 1_017)])
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: next(clock))
+  caplog.set_level('INFO', logger='absl')
+  progress = metrics.Progress('train', 100, 'steps', seconds=0)
+  for _ in range(17):
+    progress.advance()
+  assert caplog.records[-1].getMessage() == (
+    'train: 17 of 100 steps, 1 a second, 1:23 left'
+  )
+
+
 def test_a_workdir_in_use_is_refused(tmp_path, monkeypatch):
   """By a program of this host that is there, which is not any with its number."""
   config = digits.get_config()

@@ -10,7 +10,7 @@ import pathlib
 
 from jaxrobust import config as configs
 from jaxrobust.config import fields, registries
-from jaxrobust.errors import UserError
+from jaxrobust.errors import UserError, one_line
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 
@@ -66,7 +66,7 @@ def load_file(file: str):
   try:
     spec.loader.exec_module(module)
   except Exception as e:  # Whatever a user's file may raise.
-    raise UserError(f'{file}: {_one_line(e)}') from e
+    raise UserError(f'{file}: {_said(e)}') from e
   return module
 
 
@@ -79,11 +79,12 @@ def load(experiment: str):
   try:
     return module.get_config(*arg).lock()
   except Exception as e:
-    raise UserError(f'{experiment}: {_one_line(e)}') from e
+    raise UserError(f'{experiment}: {_said(e)}') from e
 
 
-def _one_line(error: Exception) -> str:
-  text = ' '.join(str(error).split())
+def _said(error: Exception) -> str:
+  """What an experiment's file raised, with its kind unless it is meant to be read."""
+  text = one_line(error)
   return text if isinstance(error, UserError) else f'{type(error).__name__}: {text}'
 
 

@@ -228,7 +228,11 @@ def _batches_of_one_share(
     .map(load, num_parallel_calls=_PARALLEL_CALLS, deterministic=True)
     .prefetch(2)
   )
-  for images, labels in dataset.as_numpy_iterator():
+  # There is nothing to tune, and its thread may sleep on at the end, for as long as
+  # it did between two of its rounds, up to a minute: it is woken before it may leave.
+  options = tf.data.Options()
+  options.autotune.enabled = False
+  for images, labels in dataset.with_options(options).as_numpy_iterator():
     yield Batch(images, labels, ~is_real, slot)
 
 

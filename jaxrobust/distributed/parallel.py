@@ -9,6 +9,7 @@ devices: `replicate` and `shard` add it, `unreplicate` and `gather` remove it.
 import ctypes
 import functools
 import itertools
+import os
 import re
 import signal
 
@@ -20,6 +21,9 @@ from jax.experimental import multihost_utils
 from jaxrobust.errors import UserError
 
 AXIS = 'devices'
+
+# That ask a program to save and stop; SIGHUP comes from a terminal that is closed.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # Of the questions whether to stop: every process asks equally often.
 _questions = itertools.count(1)
@@ -259,10 +263,10 @@ def process_slots(batch_size: int) -> tuple[int, int]:
 
 
 class Preemption:
-  """Tells all processes at the same question that one of them was asked to stop.
+  """Answers in all processes at the same question that one was asked to stop.
 
-  Who comes too late for the last question of one is told by the next: a signal in the
-  last step of a fit stops the sampling.
+  What comes too late for the last question of one is answered by the next: a signal in
+  the last step of a fit stops the sampling.
   """
 
   _unanswered = False
@@ -270,12 +274,16 @@ class Preemption:
   def __init__(self):
     self._asked, Preemption._unanswered = Preemption._unanswered, False
     self._answered = False
-    # With several processes jax's own service listens for SIGTERM and agrees on
-    # the question; a handler of ours would hide the signal from it.
-    signals = []
-    if jax.process_count() == 1:
-      signals = [signal.SIGINT, signal.SIGTERM]
-    self._previous = {s: signal.signal(s, self._ask) for s in signals}
+    handlers = dict.fromkeys(STOP_SIGNALS, self._ask)
+    if jax.process_count() > 1:
+      # jax's own service listens for SIGTERM and agrees on the question; a handler of
+      # ours would hide the signal from it.
+      handlers = {signal.SIGHUP: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+    self._previous = {
+      number: signal.signal(number, handler)
+      for number, handler in handlers.items()
+      if signal.getsignal(number) != signal.SIG_IGN  # As nohup leaves SIGHUP.
+    }
 
   def _ask(self, signum, frame):
     del frame

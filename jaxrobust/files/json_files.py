@@ -2,10 +2,25 @@
 
 import json
 import math
+import os
+from typing import Any
+
+from etils import epath
 
 from jaxrobust.errors import UserError
 
 MAX_BYTES = 2**26  # 64 MiB; a config has some kilobytes, a table of runs some megabytes
+MAX_DEPTH = 64
+_TOO_LONG = f'{{}} has {{}} bytes; JSON of more than {MAX_BYTES} is not read'
+_KINDS = {
+  dict: 'an object',
+  list: 'a list',
+  str: 'text',
+  int: 'a whole number',
+  float: 'a number',
+  bool: 'true or false',
+  type(None): 'null',
+}
 
 
 def parse(content: bytes | str, name: str, expected: type = dict):
@@ -23,14 +38,14 @@ def parse(content: bytes | str, name: str, expected: type = dict):
     UserError: for anything else, in one line that names the file.
   """
   if len(content) > MAX_BYTES:
-    raise UserError(
-      f'{name} has {len(content)} bytes; JSON of more than {MAX_BYTES} is not read'
-    )
+    raise UserError(_TOO_LONG.format(name, len(content)))
   try:
     text = content.decode() if isinstance(content, bytes) else content
     value = json.loads(text, parse_float=_finite, parse_constant=_finite)
     if '\\' in text:  # An escape may write half a character.
       json.dumps(value, ensure_ascii=False).encode()
+    if _is_deep(value):
+      raise RecursionError
   except RecursionError:
     raise UserError(
       f'{name} is not JSON as expected: it is nested too deeply'
@@ -38,12 +53,91 @@ def parse(content: bytes | str, name: str, expected: type = dict):
   except ValueError as e:  # Not UTF-8, not JSON, or an integer of thousands of digits.
     raise UserError(f'{name} is not JSON as expected: {e}') from e
   if not isinstance(value, expected):
-    kinds = {dict: 'an object', list: 'a list', str: 'text'}
     raise UserError(
-      f'{name} is not as expected: it holds {kinds.get(type(value), repr(value))[:40]} '
-      f'and not {kinds.get(expected, expected.__name__)}'
+      f'{name} is not as expected: it holds {_said(value)} and not '
+      f'{_KINDS.get(expected, expected.__name__)}'
     )
   return value
+
+
+def _is_deep(value) -> bool:
+  """Whether values are nested deeper than any of ours, which may be walked into."""
+  level = [value]
+  for _ in range(MAX_DEPTH):
+    level = [x for x in level if isinstance(x, dict | list)]
+    level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
+  return bool(level)
+
+
+def read(path: epath.Path, expected: type = dict):
+  """The value that a file of JSON holds; raises as `parse`.
+
+  Args:
+    path: local or `gs://`.
+    expected: type of the outermost value.
+  """
+  require_file(path)
+  if (size := path.stat().length) > MAX_BYTES:
+    raise UserError(_TOO_LONG.format(path, size))
+  return parse(path.read_bytes(), str(path), expected)
+
+
+def require_file(path: epath.Path):
+  """Raises UserError for a folder, or a pipe, which would wait for its writer."""
+  remote = '://' in str(path)
+  if not (path.is_file() if remote else os.path.isfile(path)):
+    raise UserError(f'{path} is not a file')
+
+
+def check(value, name: str, shape):
+  """Checks that a value of `parse` has the fields and types that are read of it.
+
+  Args:
+    value: of JSON.
+    name: of the file, for the message; what is inside is named after it.
+    shape: a type, of which float takes integers too, and numbers have at most 64 bits;
+      a tuple of shapes, of which one must fit; `[shape]`, a list of such values; or
+      `{field: shape}`, an object that has these fields, those with a name that ends in
+      '?' only if they are there, and maybe others.
+
+  Raises:
+    UserError: in one line that names the place.
+  """
+  if isinstance(shape, dict):
+    check(value, name, dict)
+    for field, inner in shape.items():
+      optional, field = field.endswith('?'), field.removesuffix('?')
+      if field in value:
+        check(value[field], f'{name}: {field}', inner)
+      elif not optional:
+        raise UserError(f'{name} is not as expected: it has no {field}')
+  elif isinstance(shape, list):
+    check(value, name, list)
+    for number, item in enumerate(value):
+      check(item, f'{name}: {number}', shape[0])
+  elif not any(_is(value, kind) for kind in _alternatives(shape)):
+    allowed = ' or '.join(_KINDS.get(x, x.__name__) for x in _alternatives(shape))
+    raise UserError(
+      f'{name} is not as expected: it is {_said(value)} and not {allowed}'
+    )
+
+
+def _alternatives(shape) -> tuple[type, ...]:
+  return shape if isinstance(shape, tuple) else (shape,)
+
+
+def _is(value: Any, kind: type) -> bool:
+  """Whether a value is of a type; no truth value is a number."""
+  if kind in (int, float) and isinstance(value, int):
+    return not isinstance(value, bool) and -(2**63) <= value < 2**63
+  return isinstance(value, kind)
+
+
+def _said(value) -> str:
+  """A value, or its kind where it may be long."""
+  return (
+    _KINDS[type(value)] if isinstance(value, dict | list | str) else f'{value!r:.40}'
+  )
 
 
 def _finite(text: str) -> float:

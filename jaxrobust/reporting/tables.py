@@ -7,6 +7,8 @@ import math
 import statistics
 from typing import NamedTuple
 
+from jaxrobust.files import json_files
+
 _ACCURACIES = {
   'clean': ('clean', 'clean_accuracy', 100),
   'robust': ('robust', 'robust_accuracy', 100),
@@ -34,6 +36,7 @@ COLUMNS = {
     'coverage_test': ('coverage of test', 'coverage_test', 100),
   },
 }
+_AGREEMENT = 'agreement_with_condition'
 _WORDS = {'other': 'another config'}
 _ANALYSES = ('neighbours', 'conditions')  # of samples of the sets, and of one seed
 
@@ -121,7 +124,7 @@ def read(table, maker) -> list[Line]:
 def _line(table, row, points: list) -> Line:
   states = [point.state() for point in points]
   known = zip(points, states, strict=True)
-  results = [point.result() for point, (state, _) in known if state == 'done']
+  results = [_result(table, point) for point, (state, _) in known if state == 'done']
   cells = {
     name: Cell(
       row.published.get(name),
@@ -135,10 +138,21 @@ def _line(table, row, points: list) -> Line:
   return Line(row, points, states, cells, warnings, min(sizes, default=None))
 
 
+def _result(table, point) -> dict:
+  """The entry that answers for a point; UserError for one that cannot be shown."""
+  result, file = point.result(), f'{point.workdir}/results.json'
+  fields = [field for _, field, _ in COLUMNS[table.kind].values()]
+  figures = {f'{field}?': (float, type(None)) for field in (*fields, _AGREEMENT)}
+  json_files.check(result, file, figures)
+  if table.kind in _ANALYSES:
+    json_files.check(result['protocol'], file, {'num_images': int})
+  return result
+
+
 def _figure(result: dict, field: str) -> float | None:
   """A figure of an entry of results.json; None if it has none."""
   if field == 'label_agreement' and result.get('labelled_by_labeller'):
-    field = 'agreement_with_condition'  # It always agrees with itself.
+    field = _AGREEMENT  # It always agrees with itself.
   return result.get(field)
 
 

@@ -1,7 +1,7 @@
 """Checkpoints that a run resumes from."""
 
 import hashlib
-import json
+import itertools
 
 import jax
 import numpy as np
@@ -10,7 +10,19 @@ from absl import logging
 from etils import epath
 
 from jaxrobust.distributed import parallel
-from jaxrobust.errors import UserError
+from jaxrobust.errors import UserError, one_line
+from jaxrobust.files import json_files
+
+_OBJECT, _TIME = (dict, type(None)), (int, type(None))
+# What orbax reads of a checkpoint when it lists them.
+_DESCRIBED = {
+  'item_handlers?': (dict, str, type(None)),
+  'metrics?': _OBJECT,
+  'performance_metrics?': _OBJECT,
+  'init_timestamp_nsecs?': _TIME,
+  'commit_timestamp_nsecs?': _TIME,
+  'custom_metadata?': _OBJECT,
+}
 
 
 class Checkpoints:
@@ -30,13 +42,15 @@ class Checkpoints:
       keep: how many of the last checkpoints to keep.
 
     Raises:
-      UserError: if the score of every checkpoint is damaged.
+      UserError: if no checkpoint that is there can be read.
     """
     policies = ocp.checkpoint_managers
     score = lambda metrics: metrics['score']
     folder = epath.Path(folder).absolute() / 'checkpoints'
     if parallel.is_writer():
-      folder.mkdir(parents=True, exist_ok=True)
+      if folder.exists() and not folder.is_dir():
+        raise UserError(f'{folder} is not a folder: move it away')
+      folder.mkdir(exist_ok=True)
       _set_aside_damaged(folder)
     parallel.barrier('checkpoints')
     here = parallel.number()
@@ -117,7 +131,7 @@ class Checkpoints:
         # Else the run could not save these steps again when it comes by them.
         if damaged and parallel.is_writer():
           for unreadable in damaged:
-            _set_aside(self._manager.directory / str(unreadable))
+            _set_aside(self._manager.directory / str(unreadable), 'cannot be read')
           self._manager.reload()
         return jax.tree.map(np.asarray, state)
     if step is not None:
@@ -141,14 +155,16 @@ class Checkpoints:
     for _ in range(2):  # The first error may be of the network.
       try:
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        if 'digest' in items and found.digest['sha256'] != _digest(found.state):
+        if 'digest' in items and found.digest != {'sha256': _digest(found.state)}:
           raise ValueError('it is not what was saved, by its sha256')
         return found.state
-      except (ValueError, OSError, KeyError) as e:
+      except MemoryError:
+        raise
+      except Exception as e:  # What orbax raises depends on the file that is damaged.
         logging.warning(
           'the checkpoint of step %d cannot be read: %s',
           step,
-          (str(e) or repr(e)).splitlines()[0][:200],
+          (one_line(e) or repr(e))[:200],
         )
     return None
 
@@ -174,34 +190,46 @@ def _digest(tree) -> str:
 
 
 def _set_aside_damaged(folder: epath.Path):
-  """Renames checkpoints whose score cannot be read, at which orbax would fail."""
+  """Renames what orbax would take for a checkpoint, and fail at."""
   steps = [path for path in folder.iterdir() if path.name.isdigit()]
-  damaged = [path for path in steps if not _has_whole_score(path)]
-  if damaged and len(damaged) == len(steps):
+  faults = {path: fault for path in steps if (fault := _fault(path))}
+  if faults and len(faults) == len(steps):
+    path, fault = min(faults.items())
     raise UserError(
-      f'the score of every checkpoint in {folder} is damaged: restore the files '
-      'metrics/metrics, or use another --workdir to start anew'
+      f'every checkpoint in {folder} is damaged ({path} {fault}): restore the files, '
+      'or use another --workdir to start anew'
     )
-  for path in damaged:
-    logging.warning('the score of %s is damaged', path)
-    _set_aside(path)
+  for path, fault in faults.items():
+    _set_aside(path, fault)
+  for path in set(steps) - set(faults):
+    described = path / '_CHECKPOINT_METADATA'
+    try:
+      if described.exists():
+        json_files.check(json_files.read(described), str(described), _DESCRIBED)
+    except UserError:  # orbax can do without it.
+      _set_aside(described, 'is damaged')
 
 
-def _set_aside(step: epath.Path):
-  """Renames a checkpoint, which may be of use still; orbax does not see it then."""
-  aside = step.with_name(f'damaged-{step.name}')
-  if aside.exists():
-    aside.rmtree()
-  step.rename(aside)
-  logging.warning('%s is now %s', step, aside)
+def _set_aside(path: epath.Path, fault: str):
+  """Renames what may be of use still; orbax does not see it then."""
+  names = (path.with_name(f'damaged{i}-{path.name}') for i in itertools.count(2))
+  names = itertools.chain([path.with_name(f'damaged-{path.name}')], names)
+  aside = next(name for name in names if not name.exists())
+  path.rename(aside)
+  logging.warning('%s %s: it is now %s', path, fault, aside)
 
 
-def _has_whole_score(step: epath.Path) -> bool:
-  """Whether the file of a checkpoint's score, if there is one, can be read."""
+def _fault(step: epath.Path) -> str:
+  """What makes a checkpoint one that cannot be listed, '' if nothing does."""
+  if not step.name.isdecimal() or step.name != str(int(step.name)):
+    return 'has a name that no step has'
+  if not step.is_dir():
+    return 'is not a folder'
+  score = step / 'metrics' / 'metrics'
+  if not (step / 'metrics').exists():  # It was not evaluated.
+    return ''
   try:
-    json.loads((step / 'metrics' / 'metrics').read_bytes())['score']
-  except FileNotFoundError:  # It was not evaluated.
-    return True
-  except (ValueError, KeyError, TypeError):
-    return False
-  return True
+    json_files.check(json_files.read(score), str(score), {'score': float})
+  except UserError:
+    return 'has a damaged score'
+  return ''

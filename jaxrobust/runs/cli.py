@@ -1,5 +1,6 @@
 """Runs programs: command line, exit code, status, log lines."""
 
+import contextlib
 import os
 import sys
 import traceback
@@ -10,12 +11,11 @@ from absl import logging
 from jaxrobust import config as configs
 from jaxrobust.config import experiments, overrides
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.runs import flags
+from jaxrobust.runs import exits, flags
+from jaxrobust.runs.exits import CRASHED, DONE, ERROR, INTERRUPTED, PREEMPTED, UNREAD
 from jaxrobust.runs.flags import PATH, Flag, Program
 
 __all__ = ['PATH', 'Flag', 'Program', 'run']
-
-DONE, ERROR, PREEMPTED, INTERRUPTED, CRASHED = 0, 1, 42, 130, 134
 
 
 def run(program: Program, arguments: Sequence[str] | None = None):
@@ -27,29 +27,32 @@ def run(program: Program, arguments: Sequence[str] | None = None):
   """
   arguments = sys.argv[1:] if arguments is None else list(arguments)
   if {'--help', '-h', '-help', '--helpfull'} & set(arguments):
-    print(flags.page(program))
-    if '--helpfull' in arguments:
-      print(f'\n{configs.describe()}', end='')
+    with contextlib.suppress(BrokenPipeError):
+      print(flags.page(program))
+      if '--helpfull' in arguments:
+        print(f'\n{configs.describe()}', end='')
+      sys.stdout.flush()
     sys.exit(DONE)
-  sys.exit(_run(program, arguments))
+  exits.exit_with(lambda: _run(program, arguments))
 
 
 def _run(program: Program, arguments: list[str]) -> int:
   """The exit code of a program, after all that it does."""
   _quiet_logs()
   try:
+    _refuse_other_encodings(arguments)
     given = flags.parse(program, arguments)
     config = _config(program, given)
   except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
+    exits.say(f'error: {e}')
     return ERROR
   # Only now: a mistake on the command line should not wait for jax.
-  from jaxrobust.distributed import parallel
   from jaxrobust.runs import process_group
   from jaxrobust.runs import workdir as workdirs
 
   _keep_compiled(given.workdir)
   more = {'given': given} if program.passes_on else {}
+  code, state, line = DONE, 'done', ''
   try:
     if not program.passes_on:  # The runs that it starts join the others themselves.
       process_group.join(
@@ -59,8 +62,7 @@ def _run(program: Program, arguments: list[str]) -> int:
     process_group.start(command, config)
     workdirs.begin([program.name, *arguments])
     if not (program.alone and process_group.leave_to_first()):
-      program.main(config, given.workdir, **given.flags, **more)
-    code, state, line = DONE, 'done', ''
+      code = program.main(config, given.workdir, **given.flags, **more) or DONE
   except PreemptedError as e:
     logging.info('%s', e)
     code, state, line = PREEMPTED, 'preempted', str(e)
@@ -69,23 +71,48 @@ def _run(program: Program, arguments: list[str]) -> int:
     code, state, line = INTERRUPTED, 'preempted', 'interrupted from the keyboard'
   except Exception as e:
     process_group.take_last_word()
+    code, line = _report(e, given.workdir)
     state = 'failed'
-    known = workdirs.disk_error(e, given.workdir) or parallel.memory_error(e)
-    if told := e if isinstance(e, UserError) else known:
-      print(f'error: {told}', file=sys.stderr)
-      code, line = ERROR, str(told)
-    elif told := process_group.lost(e):
-      print(f'error: {told}', file=sys.stderr)
-      code, line = CRASHED, told
-    else:  # A fault of the machine or of this code: start it again.
-      traceback.print_exc()
-      code, line = CRASHED, f'{type(e).__name__}: {e}'
   workdirs.write_status(state, line)
   if code in (DONE, PREEMPTED):
     process_group.finish()
   else:  # Others may wait for this process, which will not come.
     process_group.end(code, state, line)
   return code
+
+
+def _report(e: Exception, workdir: str) -> tuple[int, str]:
+  """Reports what ends a program: its exit code, and the line for its status."""
+  from jaxrobust.distributed import parallel
+  from jaxrobust.runs import process_group
+  from jaxrobust.runs import workdir as workdirs
+
+  if isinstance(e, BrokenPipeError) and exits.is_unread():
+    return UNREAD, 'nobody reads what it prints'
+  if gone := workdirs.removed(e):
+    workdirs.clear_remains()
+  for code, known in (
+    (ERROR, gone),
+    (ERROR, e if isinstance(e, UserError) else None),
+    (ERROR, workdirs.disk_error(e, workdir)),
+    (ERROR, parallel.memory_error(e)),
+    (CRASHED, process_group.lost(e)),
+  ):
+    if known:
+      exits.say(f'error: {known}')
+      return code, str(known)
+  # A fault of the machine or of this code: start it again.
+  exits.say(traceback.format_exc().rstrip())
+  return CRASHED, f'{type(e).__name__}: {e}'
+
+
+def _refuse_other_encodings(arguments: list[str]):
+  """Raises UserError for an argument, such as a folder's name, that is not UTF-8."""
+  for argument in arguments:
+    try:
+      argument.encode()
+    except UnicodeEncodeError as e:
+      raise UserError(f'{argument!a} is not UTF-8: rename the file or folder') from e
 
 
 def _config(program: Program, given: flags.Given):
@@ -139,7 +166,7 @@ def _keep_compiled(workdir: str):
 def _quiet_logs():
   """Our log lines on stderr, without the chatter of the libraries."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # It tells of it at any level.
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # It says so at any level.
   logging.use_absl_handler()
   logging._warn_preinit_stderr = False  # We parse flags ourselves.
   logging.get_absl_handler().setFormatter(
@@ -150,9 +177,9 @@ def _quiet_logs():
     logging.logging.getLogger(library).setLevel('ERROR')
   only_ours = lambda record: 'jaxrobust' in record.pathname
   logging.get_absl_handler().addFilter(only_ours)
-  # Once a write of a checkpoint has failed, tensorstore tells of all the others to an
+  # Once a write of a checkpoint has failed, tensorstore reports all the others to an
   # event loop that orbax has closed, which prints a traceback for each.
   show = sys.unraisablehook
-  sys.unraisablehook = lambda told: (
-    None if str(told.exc_value) == 'Event loop is closed' else show(told)
+  sys.unraisablehook = lambda raised: (
+    None if str(raised.exc_value) == 'Event loop is closed' else show(raised)
   )

@@ -1,5 +1,7 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard events and the log line."""
 
+import collections
+import itertools
 import json
 import math
 import sys
@@ -12,8 +14,11 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from jaxrobust.distributed import parallel
-from jaxrobust.errors import PreemptedError
+from jaxrobust.errors import UserError
+from jaxrobust.files import json_files
 from jaxrobust.runs import workdir as workdirs
+
+_NAME = 'metrics.jsonl'
 
 # The names of figures, for what writes them and what reads them. Fractions in [0, 1].
 TRAIN_LOSS = 'train/loss'
@@ -40,10 +45,13 @@ class Writer:
 
   def __init__(self, folder: epath.Path, step: int):
     """Opens the files, and forgets what a run that was killed wrote after `step`."""
-    self._path = folder / 'metrics.jsonl'
-    self._lines = [x for x in read(folder) if x['step'] <= step]
+    self._path = folder / _NAME
+    lines, damaged = _read(self._path)
+    self._lines = [x for x in lines if x['step'] <= step]
     self._events = None
     if parallel.is_writer():
+      if damaged:
+        _set_aside(self._path)
       self._flush()
       self._events = EventFileWriter(str(folder))
 
@@ -51,6 +59,8 @@ class Writer:
     """Adds a line; figures that are not finite are written as null."""
     if not self._events:
       return
+    if error := workdirs.removed():
+      raise error
     finite = {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
     line = {'step': step, **finite}
     self._lines.append(line)
@@ -76,17 +86,44 @@ class Writer:
 
 
 def read(folder: epath.Path) -> list[dict]:
-  """The lines of `metrics.jsonl`; a last line that was cut short is left out."""
-  path = epath.Path(folder) / 'metrics.jsonl'
-  if not path.exists():
-    return []
-  lines = []
-  for line in path.read_text().splitlines():
-    try:
-      lines.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
+  """The lines of `metrics.jsonl`: a step, and figures of which some may be None.
+
+  Lines that cannot be read are left out: a last one that was cut short, or others that
+  were damaged, which are reported.
+  """
+  path = epath.Path(folder) / _NAME
+  lines, damaged = _read(path)
+  if damaged:
+    logging.warning('%s: %d damaged lines are left out', path, damaged)
   return lines
+
+
+def _read(path: epath.Path) -> tuple[list[dict], int]:
+  """The lines that can be read, and the number of whole ones that cannot."""
+  if not path.exists():
+    return [], 0
+  json_files.require_file(path)
+  lines, damaged = [], 0
+  # Not splitlines(): text has more ends of lines than the file.
+  *whole, rest = path.read_bytes().split(b'\n')
+  for content in [*whole, rest]:
+    try:
+      line = json_files.parse(content, str(path))
+      json_files.check(line, str(path), {'step': int})
+      for value in line.values():
+        json_files.check(value, str(path), (float, type(None)))
+      lines.append(line)
+    except UserError:
+      damaged += content is not rest  # Which a kill cut short, or nothing.
+  return lines, damaged
+
+
+def _set_aside(path: epath.Path):
+  """Copies a file with damaged lines to a name that is free."""
+  names = (path.with_name(f'damaged-{i}-{path.name}') for i in itertools.count(1))
+  aside = next(name for name in names if not name.exists())
+  path.copy(aside)
+  logging.warning('%s has damaged lines: it is kept as %s', path, aside)
 
 
 class Progress:
@@ -109,8 +146,11 @@ class Progress:
       seconds: least time between two log lines.
     """
     self._what, self._total, self._unit = what, total, unit
-    self._seconds, self._done, self._first = seconds, done, None
-    self._start = self._last = time.monotonic()
+    self._seconds, self._done = seconds, done
+    self._last = time.monotonic()
+    # Times and units of the last log lines, which the speed is of: what took its time
+    # long before, such as compiling, says nothing of the time left.
+    self._marks = collections.deque(maxlen=10)
     self._bar = None
     in_notebook = 'ipykernel' in sys.modules
     if parallel.is_writer() and (sys.stderr.isatty() or in_notebook):
@@ -123,20 +163,22 @@ class Progress:
       )
 
   def advance(self, count: int = 1, note: str = ''):
-    """Tells that `count` more units are done, with a note such as an accuracy."""
+    """Reports that `count` more units are done, with a note such as an accuracy."""
     self._done += count
     if self._bar:
       self._bar.set_postfix_str(note, refresh=False)
       self._bar.update(count)
       return
     now = time.monotonic()
-    if self._first is None:  # The first units compile: the speed is of the others.
-      self._first, self._start = self._done, now
+    if not self._marks:  # The first units compile: the speed is of the others.
+      self._marks.append((now, self._done))
     if parallel.is_writer() and (
       now - self._last >= self._seconds or self._done >= self._total
     ):
       self._last = now
-      rate = (self._done - self._first) / max(now - self._start, 1e-9)
+      started, first = self._marks[0]
+      self._marks.append((now, self._done))
+      rate = (self._done - first) / max(now - started, 1e-9)
       left = (self._total - self._done) / rate if rate else math.inf
       left = left if self._done < self._total else 0
       line = (
@@ -153,35 +195,6 @@ class Progress:
     """Ends the bar's line."""
     if self._bar:
       self._bar.close()
-
-
-class Watch:
-  """Makes progress after which a program stops when it was asked to.
-
-  All processes of a run advance equally often: they agree on when to stop.
-  """
-
-  def __enter__(self):
-    self._preemption = parallel.Preemption()
-    return self
-
-  def __exit__(self, *exception):
-    self._preemption.close()
-
-  def progress(self, what: str, total: int, unit: str) -> Progress:
-    """A Progress that raises PreemptedError when it has advanced."""
-    bar = Progress(what, total, unit)
-    advance = bar.advance
-
-    def watched(count, note=''):
-      advance(count, note)
-      if self._preemption.reached():
-        raise PreemptedError(
-          f'stopped during {what}, the state is saved: run the same command again'
-        )
-
-    bar.advance = watched
-    return bar
 
 
 def duration(seconds: float) -> str:

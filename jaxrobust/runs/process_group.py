@@ -1,7 +1,7 @@
 """The processes of a run: they find each other, start alike, and end together.
 
-What they tell each other goes through the key-value store of process 0, which needs no
-devices, so that a process is heard while others wait for it in a collective.
+What they say to each other goes through the key-value store of process 0, which needs
+no devices, so that a process is heard while others wait for it in a collective.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import os
 import pathlib
 import platform
 import re
-import sys
 import threading
 import time
 from typing import Any, NamedTuple
@@ -26,12 +25,14 @@ from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust.distributed import parallel
-from jaxrobust.errors import UserError
+from jaxrobust.errors import UserError, one_line
+from jaxrobust.runs import exits
 from jaxrobust.runs import workdir as workdirs
 
 _ASK, _END = 'jaxrobust/alike', 'jaxrobust/end'
 _ALIKE = 'alike'
 _END_MS = 5_000
+_PATIENCE_S, _REPORT_S = 300, 15  # of whoever waits for the others to start
 _FOREVER_MS = 2**31 - 1
 _MAX_DIFFERENCES = 5
 # Besides those of the numbers: what makes batches, and reads checkpoints.
@@ -58,7 +59,7 @@ def join(
     num_processes: number of processes of the run.
     process_id: index of this process, from 0.
     alone: whether one process will do all the work: it gets the CPU only, and joins
-      others only if it is told to.
+      others only if it is asked to.
 
   A process that is not heard of for $JAXROBUST_HEARTBEAT seconds (100) ends all others.
   """
@@ -66,7 +67,9 @@ def join(
   if not text.isdecimal() or not int(text):
     raise UserError(f'JAXROBUST_HEARTBEAT={text}: use a whole number of seconds')
   initialize = functools.partial(
-    jax.distributed.initialize, heartbeat_timeout_seconds=int(text)
+    jax.distributed.initialize,
+    heartbeat_timeout_seconds=int(text),
+    initialization_timeout=2 * _PATIENCE_S,
   )
   if alone:
     jax.config.update('jax_platforms', 'cpu')
@@ -93,7 +96,35 @@ def join(
       )
     if num_processes > 1:
       logging.info('waiting for the %d processes at %s', num_processes, coordinator)
-    initialize(coordinator, num_processes, process_id)
+    with _patience(f'the {num_processes} processes at {coordinator}', exits.ERROR):
+      initialize(coordinator, num_processes, process_id)
+
+
+@contextlib.contextmanager
+def _patience(what: str, code: int):
+  """Reports that others are waited for; in the end ends this process, in one line.
+
+  jax would abort it with a stack, which cannot be caught.
+  """
+  arrived = threading.Event()
+
+  def wait():
+    for waited in range(_REPORT_S, _PATIENCE_S + 1, _REPORT_S):
+      if arrived.wait(_REPORT_S):
+        return
+      logging.info('waiting for %s, for %d s now', what, waited)
+    exits.say(
+      f'error: {what} did not all come within {_PATIENCE_S} s: start the same command '
+      'on every host, with a --coordinator that all can reach and a --process_id of '
+      'its own'
+    )
+    exits.leave(code)
+
+  threading.Thread(target=wait, daemon=True).start()
+  try:
+    yield
+  finally:
+    arrived.set()
 
 
 def _is_on_tpu() -> bool:
@@ -108,7 +139,9 @@ def _join_by_itself(initialize):
   if hosts and ',' not in hosts and 'MEGASCALE_NUM_SLICES' not in os.environ:
     return  # Alone. jax would ask a metadata server, which not every host has.
   try:
-    initialize()
+    # A host may be on its way: start this one again.
+    with _patience('the hosts of this run', exits.CRASHED):
+      initialize()
   except Exception as e:
     if cloud_tpu_init.running_in_cloud_tpu_vm:  # The server may answer the next time.
       e.add_note(
@@ -219,8 +252,8 @@ def compare(facts: dict, others: dict[int, dict]) -> str:
       found.setdefault('; '.join(changed), []).append(str(number))
   if not found:
     return ''
-  told = [f'process {", ".join(who)} has {what}' for what, who in found.items()]
-  return f'the processes differ, process 0 → others: {"; ".join(told)}'
+  said = [f'process {", ".join(who)} has {what}' for what, who in found.items()]
+  return f'the processes differ, process 0 → others: {"; ".join(said)}'
 
 
 def _version(package: str) -> str:
@@ -253,7 +286,7 @@ def lost(e: Exception) -> str:
   if not membership() or not isinstance(e, jax.errors.JaxRuntimeError):
     return ''
   found = re.search(r'Gloo|[Cc]onnection (closed|reset)|heartbeat', str(e))
-  text = ' '.join(str(e).split())[:200]
+  text = one_line(e)[:200]
   return found and f'another process is lost ({text}): run the same command again' or ''
 
 
@@ -262,8 +295,10 @@ def finish():
   for listener in _listeners:
     with contextlib.suppress(Exception):  # Another was first.
       membership().store.key_value_set(_END, json.dumps(None))
-    # A thread that still waits when the interpreter ends would abort the process.
+    # A thread that still waits when the process ends would abort it.
     listener.join()
+  with contextlib.suppress(Exception):  # Another was lost after it had finished.
+    jax.distributed.shutdown()
 
 
 def take_last_word():
@@ -299,7 +334,7 @@ def _listen(here: Membership):
     take_last_word()
     code, state, line = message
     try:
-      print(f'error: {line}', file=sys.stderr)
+      exits.say(f'error: {line}')
       workdirs.write_status(state, line)
     finally:  # The program itself may wait for its last word, forever.
       _leave(here, code)
@@ -307,11 +342,8 @@ def _listen(here: Membership):
 
 def _leave(here: Membership, code: int):
   """Ends this process without jax's farewell, which waits for all the others."""
-  for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(OSError):
-      stream.flush()
   with contextlib.suppress(Exception):  # Some may be dead.
     here.store.wait_at_barrier(_END, _END_MS)
   if here.number == 0:
     time.sleep(1)  # It runs the store: jax aborts processes that it leaves behind.
-  os._exit(code)
+  exits.leave(code)

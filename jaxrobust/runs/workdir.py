@@ -13,14 +13,30 @@ import pathlib
 import platform
 import re
 
+from absl import logging
 from etils import epath
 
 from jaxrobust import config as configs
 from jaxrobust.distributed import parallel
-from jaxrobust.errors import UserError
+from jaxrobust.errors import UserError, one_line
+from jaxrobust.files import json_files
 
 _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'numpy')
-_STATUS = {'state', 'message', 'command', 'host', 'pid'}
+_STATUS = {'state': str, 'message': str, 'command': [str], 'host': str, 'pid': int}
+_MAX_PID = 2**31 - 1  # of the type that the system gives processes' numbers
+# What is read of entries of results.json, whatever made them.
+_ENTRY = {
+  'protocol': {
+    'suite?': str,
+    'norm?': str,
+    'epsilon?': float,
+    'split?': str,
+    'num_images?': int,
+  },
+  'clean_accuracy?': float,
+  'robust_accuracy?': float,
+  'warnings?': [str],
+}
 _program = {}  # of this process: its command, and the folder that it has claimed
 
 # Errors of a disk that its user can mend; others may be gone at the next start.
@@ -76,6 +92,9 @@ def claim(workdir: str, config, free: tuple[str, ...] = ()) -> epath.Path:
   if _program:
     _refuse_second(folder)
     _program['folder'] = folder
+    if parallel.is_writer() and '://' not in str(folder):
+      # Open, so that no other gets its number.
+      _program['opened'] = os.open(folder, os.O_RDONLY)
     write_status('running')
   return folder
 
@@ -120,6 +139,42 @@ def begin(command: list[str]):
   _program.update(command=command, folder=None)
 
 
+def removed(error: Exception | None = None) -> UserError | None:
+  """One line if the workdir that this program claimed is there no more, else None.
+
+  Args:
+    error: that the program met. If it misses a checkpoint's file, all may be going.
+  """
+  folder, opened = _program.get('folder'), _program.get('opened')
+  if opened is None or not parallel.is_writer():
+    return None
+  text = str(error)
+  going = f'{folder}/checkpoints' in text and re.search('NOT_FOUND|No such file', text)
+  if _is_at(opened, folder) and (folder / 'config.json').exists() and not going:
+    return None
+  return UserError(
+    f'{folder} was removed or moved while this program ran, which writes nothing more '
+    'there: move it back, or run the same command again to start anew'
+  )
+
+
+def clear_remains():
+  """Removes what a save that was under way wrote where the workdir had been."""
+  folder = _program['folder']
+  with contextlib.suppress(OSError):
+    if not _is_at(_program['opened'], folder) and not (folder / 'config.json').exists():
+      (folder / 'checkpoints').rmtree()
+      folder.rmdir()
+
+
+def _is_at(opened: int, folder: epath.Path) -> bool:
+  """Whether a folder that is open is still where it was."""
+  try:
+    return os.path.samestat(os.fstat(opened), os.stat(folder))
+  except FileNotFoundError:
+    return False
+
+
 def write_status(state: str, message: str = ''):
   """Writes status.json, if this process is a program that has claimed a workdir.
 
@@ -128,9 +183,10 @@ def write_status(state: str, message: str = ''):
     message: what else there is to say; kept in one line.
   """
   folder, command = _program.get('folder'), _program.get('command')
+  gone = removed()
   if state != 'running':
     _program.clear()
-  if folder is None or not parallel.is_writer():
+  if folder is None or gone or not parallel.is_writer():
     return
   status = {
     'state': state,
@@ -147,16 +203,20 @@ def read_status(folder: epath.Path) -> dict:
   """What status.json says; {} if it is absent or damaged.
 
   A program that runs no more, though the file says so, is 'interrupted'. Only its own
-  host can tell.
+  host can say so.
   """
   path = folder / 'status.json'
+  if not path.exists():
+    return {}
   try:
-    status = json.loads(path.read_text()) if path.exists() else {}
-  except ValueError:
+    status = json_files.read(path)
+    json_files.check(status, str(path), _STATUS)
+    if not status['command'] or not 0 < status['pid'] <= _MAX_PID:
+      raise UserError(f'{path} is not as expected: no program wrote it')
+  except (UserError, OSError) as e:  # It is written anew by the next program.
+    logging.warning('%s', e)
     return {}
-  if not isinstance(status, dict) or not status.keys() >= _STATUS:
-    return {}
-  if status.get('state') == 'running' and status['host'] == platform.node():
+  if status['state'] == 'running' and status['host'] == platform.node():
     try:
       os.kill(status['pid'], 0)
     except ProcessLookupError:
@@ -172,11 +232,26 @@ def read_config(folder: str | epath.Path):
   if not path.exists():
     raise UserError(f'{path} is absent: give the workdir of a run')
   try:
+    # Its fields are named in Python and on command lines.
+    if strange := [x for x in _names(json_files.read(path)) if not x.isidentifier()]:
+      raise UserError(f'{path} is not as expected: {strange[0]!r:.40} names no field')
     return configs.from_json(path.read_text())
-  except ValueError as e:
-    raise UserError(
-      f'{path} is damaged ({e}): restore it, or use another --workdir'
-    ) from e
+  except (ValueError, TypeError, LookupError, AttributeError) as e:
+    raise UserError(f'{_damaged(path, e)}: restore it, or use another --workdir') from e
+
+
+def _names(tree: dict):
+  """Yields the names of all fields, those of parts too."""
+  for name, value in tree.items():
+    yield name
+    if isinstance(value, dict):
+      yield from _names(value)
+
+
+def _damaged(path: epath.Path, error: Exception) -> str:
+  """What is wrong with a file, which it names once."""
+  text = one_line(error)[:200]
+  return text if text.startswith(str(path)) else f'{path} is damaged ({text})'
 
 
 def write(path: epath.Path, content: str | bytes):
@@ -189,7 +264,7 @@ def write(path: epath.Path, content: str | bytes):
       temporary.write_text(content)
     temporary.replace(path)
   except BaseException:
-    with contextlib.suppress(Exception):  # The first error tells more.
+    with contextlib.suppress(Exception):  # The first error says more.
       temporary.unlink(missing_ok=True)
     raise
 
@@ -201,14 +276,20 @@ def cache_folder(kind: str) -> epath.Path:
 
 
 def read_results(folder: epath.Path) -> list[dict]:
-  """The entries of `results.json`, one an evaluation; none if it is absent."""
+  """The entries of `results.json`, one an evaluation; none if it is absent.
+
+  Raises:
+    UserError: if it is damaged.
+  """
   path = folder / 'results.json'
+  if not path.exists():
+    return []
   try:
-    return json.loads(path.read_text()) if path.exists() else []
-  except ValueError as e:
-    raise UserError(
-      f'{path} is damaged ({e}): restore it, or remove it to judge again'
-    ) from e
+    entries = json_files.read(path, list)
+    json_files.check(entries, str(path), [_ENTRY])
+  except UserError as e:
+    raise UserError(f'{e}: restore it, or remove it to judge again') from e
+  return entries
 
 
 def find_result(folder: epath.Path, protocol: dict) -> dict | None:
@@ -249,7 +330,7 @@ def disk_error(e: Exception, workdir: str | None = None) -> UserError | None:
   """
   kind = type(e)
   if kind.__module__.startswith('tensorflow.') and kind.__name__ in _BUCKET_ERRORS:
-    text = ' '.join(str(e).split())[:200]
+    text = one_line(e)[:200]
     return UserError(
       f'cannot use a bucket: {kind.__name__}: {text}; what was saved before is whole: '
       'give access, or correct its name, and run the same command again'
@@ -261,8 +342,9 @@ def disk_error(e: Exception, workdir: str | None = None) -> UserError | None:
     path = path and path[1]
   if number not in _DISK_ERRORS:
     return None
+  verb = 'use' if number in (errno.EACCES, errno.EPERM) else 'write'
   return UserError(
-    f'cannot write {path or workdir or "to a disk"}: {os.strerror(number)}; what was '
+    f'cannot {verb} {path or workdir or "to a disk"}: {os.strerror(number)}; what was '
     'saved before is whole: make room, or give access, and run the same command again'
   )
 

@@ -16,7 +16,7 @@ from etils import epath
 
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.runs import checkpoints, metrics, waiting
+from jaxrobust.runs import checkpoints, metrics, stop_requests, waiting
 
 _NOT_FINITE = (
   '{}: the last good checkpoint is kept; lower the learning rate in a new --workdir'
@@ -96,7 +96,7 @@ class Loop:
       PreemptedError: after a checkpoint, because the process was asked to stop.
       UserError: for a loss or a parameter that is not finite.
     """
-    preemption = parallel.Preemption()
+    preemption = stop_requests.StopRequests()
     progress = metrics.Progress('train', intervals.num_steps, 'steps', self.start)
     window = _Window(self.start, batch_size)
     pending = None
