@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import zipfile
 
 import numpy as np
 import pytest
@@ -326,10 +325,10 @@ def test_damaged_results_are_reported(tmp_path):
   record.advance(np.arange(2), np.array([True, False]), keep=0, write=True)
   file = tmp_path / 'state' / 'state.npz'
   file.write_bytes(file.read_bytes()[:-100])
-  with pytest.raises(UserError, match='state is damaged .*remove it to start') as e:
+  damaged = 'state.npz is damaged.*remove .* to start'
+  with pytest.raises(UserError, match=damaged):
     Record(4, epath.Path(tmp_path) / 'state', {})
-  assert isinstance(e.value.__cause__, zipfile.BadZipFile)
   for content in (b'', bytes(500)):
     file.write_bytes(content)
-    with pytest.raises(UserError, match='state is damaged .*remove it to start'):
+    with pytest.raises(UserError, match=damaged):
       Record(4, epath.Path(tmp_path) / 'state', {})

@@ -33,9 +33,10 @@ def test_takes_an_object_with_its_values():
     b'[' * 100_000,
     b'{"a":' * 100_000,
     b'{"a": ' + b'9' * 5_000 + b'}',
+    b'{"a": 18446744073709551616}',
     b' ' * (json_files.MAX_BYTES + 1),
   ],
-  ids=range(17),
+  ids=range(18),
 )
 def test_refuses_in_one_line_that_names_the_file(content):
   with pytest.raises(UserError) as caught:

@@ -41,7 +41,9 @@ def parse(content: bytes | str, name: str, expected: type = dict):
     raise UserError(_TOO_LONG.format(name, len(content)))
   try:
     text = content.decode() if isinstance(content, bytes) else content
-    value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+    value = json.loads(
+      text, parse_int=_whole, parse_float=_finite, parse_constant=_finite
+    )
     if '\\' in text:  # An escape may write half a character.
       json.dumps(value, ensure_ascii=False).encode()
     if _is_deep(value):
@@ -50,7 +52,7 @@ def parse(content: bytes | str, name: str, expected: type = dict):
     raise UserError(
       f'{name} is not JSON as expected: it is nested too deeply'
     ) from None
-  except ValueError as e:  # Not UTF-8, not JSON, or an integer of thousands of digits.
+  except ValueError as e:  # Not UTF-8, or not JSON.
     raise UserError(f'{name} is not JSON as expected: {e}') from e
   if not isinstance(value, expected):
     raise UserError(
@@ -138,6 +140,13 @@ def _said(value) -> str:
   return (
     _KINDS[type(value)] if isinstance(value, dict | list | str) else f'{value!r:.40}'
   )
+
+
+def _whole(text: str) -> int:
+  """Refuses what has more than 64 bits, which no array holds."""
+  if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**64:
+    raise ValueError(f'{text[:25]} is too large a number')
+  return number
 
 
 def _finite(text: str) -> float:

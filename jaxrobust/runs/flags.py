@@ -283,4 +283,4 @@ _POD_HELP = (
 )
 _CODES_HELP = """\
 Exit codes: 0 done; 42 preempted after a checkpoint, run it again; 1 error, reported in
-one line; 128 and above a crash."""
+one line; 128 and above a crash, but for 141: nobody reads what it prints."""
