@@ -88,10 +88,7 @@ def play(tmp_path, monkeypatch):
     monkeypatch.setenv('PLAY_AT', at)
     record.write_text('')
     try:
-      sweep.run(points)
-      ended = 0
-    except SystemExit as e:
-      ended = e.code
+      ended = sweep.run(points) or cli.DONE
     except cli.PreemptedError:
       ended = cli.PREEMPTED
     programs = [
