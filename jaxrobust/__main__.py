@@ -42,7 +42,9 @@ def main():
     from jaxrobust.runs import cli
 
     cli.run(module.PROGRAM, arguments)
-  sys.exit(module.main(arguments))
+  from jaxrobust.runs import exits
+
+  exits.exit_with(lambda: module.main(arguments))
 
 
 def _map() -> str:

@@ -5,7 +5,6 @@ import json
 import pathlib
 import re
 import signal
-import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -15,7 +14,7 @@ import tqdm
 from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
-from jaxrobust.runs import cli
+from jaxrobust.runs import exits
 from jaxrobust.samples import (
   host_footprint,
   imports,
@@ -41,15 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     _COMMANDS[args.command](args)
   except KeyboardInterrupt:
-    print('interrupted: nothing was written; run it again', file=sys.stderr)
-    return cli.INTERRUPTED
+    exits.say('interrupted: nothing was written; run it again')
+    return exits.INTERRUPTED
+  except BrokenPipeError:
+    raise
   except Exception as error:
-    if told := error if isinstance(error, UserError) else _disk_error(error):
-      print(f'error: {told}', file=sys.stderr)
-      return cli.ERROR
+    if line := error if isinstance(error, UserError) else _disk_error(error):
+      exits.say(f'error: {line}')
+      return exits.ERROR
     traceback.print_exc()
-    return cli.CRASHED
-  return cli.DONE
+    return exits.CRASHED
+  return exits.DONE
 
 
 def _disk_error(error: Exception) -> UserError | None:
@@ -381,4 +382,4 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == '__main__':
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # Leaves nothing behind.
-  sys.exit(main())
+  exits.exit_with(main)
