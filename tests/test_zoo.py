@@ -186,7 +186,7 @@ def changed(**changes):
     (changed(epsilon='8/255'), 'epsilon must be a number'),
     (changed(epsilon=-1), 'epsilon must not be negative'),
     (changed(epsilon=True), 'epsilon must be a number'),
-    (changed(epsilon=10**400), 'epsilon must be a number'),
+    (changed(epsilon=10**400), 'too large a number'),
     (changed(accuracies={'a': 1}), 'accuracies must be a list of objects'),
     (changed(accuracies=[5]), 'accuracies must be a list of objects'),
     (changed(source=None), 'source must be text'),
