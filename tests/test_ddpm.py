@@ -183,7 +183,7 @@ def dying(path, content):
     os.kill(os.getpid(), signal.SIGKILL)
   write(path, content)
 workdir.write = dying
-cli.run(generate.main)
+cli.run(generate.PROGRAM)
 """
 
 

@@ -446,7 +446,7 @@ def test_metadata_of_wrong_types(tmp_path, edit):
   write(tmp_path / 'set')
   edit_metadata(tmp_path / 'set', edit)
   with pytest.raises(
-    UserError, match='metadata.json (is damaged|contradicts)'
+    UserError, match='metadata.json (is damaged|contradicts|is not JSON)'
   ) as caught:
     sample_sets.SampleSet.open(tmp_path / 'set')
   assert '\n' not in str(caught.value) and len(str(caught.value)) < 300
