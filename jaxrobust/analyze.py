@@ -60,7 +60,7 @@ from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.models import zoo
+from jaxrobust.models import classifiers, zoo
 from jaxrobust.runs import cli, process_group
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.runs.stop_requests import StopRequests
@@ -161,7 +161,12 @@ def features_path(config) -> epath.Path:
 
 def find_classifier(config, field: str) -> zoo.Found:
   """What is known of the classifier in a field; UserError if it sees other images."""
-  found = quality.find_classifier(config[field], f'config.{field}', config.dataset.name)
+  found = classifiers.find(
+    config[field],
+    f'config.{field}',
+    dataset_info.of(config.dataset),
+    quality.OR_FEATURES if field == 'features' else '',
+  )
   if not found.path.exists():
     raise UserError(f'{found.path} is absent: {zoo.where_to_get(found.path)}')
   return found
@@ -309,7 +314,7 @@ def judge(config, sets: dict, protocol: dict, parts: epath.Path, stops: StopRequ
   Returns:
     (figures, confidences of test and generated).
   """
-  _, model, variables = quality.load_classifier(config.labeller, 'config.labeller')
+  _, model, variables = classifiers.load(config.labeller, 'config.labeller')
   logits_fn = lambda v, x: model.apply(*v, x, batch_stats=False)[0]
   mapped = parallel.pmap(
     lambda v, x: jax.nn.softmax(logits_fn(v, jnp.asarray(x, jnp.float32) / 255)),

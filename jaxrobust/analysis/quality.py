@@ -21,10 +21,11 @@ from jaxrobust.config import dataset_info
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays
-from jaxrobust.models import lpips, parameter_files, zoo
+from jaxrobust.models import classifiers, lpips
 from jaxrobust.samples import pictures, stratified
 
 LPIPS = 'lpips:'  # before the path of its weights
+OR_FEATURES = ' (or an .npz of features)'  # what may stand for a network, in messages
 
 _BLOCK = 1_024  # rows taken at a time
 
@@ -196,70 +197,29 @@ class Network(NamedTuple):
   features: Callable[[np.ndarray], np.ndarray]
 
 
-def find_classifier(path: str, field: str, dataset: str = '') -> zoo.Found:
-  """What is known of a classifier; UserError if nothing says what its network is.
-
-  Args:
-    path: A workdir, a file of parameters with its card, or the name of a released
-      checkpoint.
-    field: What the path was given as, for the message.
-    dataset: Whose images it is to see, a key of `dataset_info.INFO`: UserError where
-      it was trained on others. '' for any.
-  """
-  found = zoo.find(path)
-  if found is None:
-    raise UserError(
-      f'{field} = {path}: nothing says what network that is; give a workdir, a file '
-      'with its card, or the name of a released checkpoint'
-      + field.endswith('features')
-      * ' (or an .npz of features)'
-    )
-  theirs = found.card.info
-  info = theirs  # Of one's own images too, whose card has no other.
-  if dataset in dataset_info.INFO:
-    info = dataset_info.INFO.get(dataset)
-  if (theirs.image_shape, theirs.num_classes) != (info.image_shape, info.num_classes):
-    raise UserError(
-      f'{field} = {path} was trained on {theirs.name}, which has other images or '
-      f'classes than {info.name}'
-    )
-  return found
-
-
-def load_classifier(path: str, field: str, dataset: str = ''):
-  """A classifier as (found, model, replicated parameters and statistics).
-
-  Args:
-    path, field, dataset: As of `find_classifier`.
-
-  Raises:
-    UserError: As `find_classifier`; the file is absent or damaged.
-  """
-  found = find_classifier(path, field, dataset)
-  model = found.card.build()
-  return found, model, parallel.replicate(parameter_files.load(found.path, model))
-
-
 def network(path: str, batch_size: int = 256, dataset: str = '') -> Network:
   """A network that is here: the penultimate layer of a classifier, or LPIPS.
 
   Args:
-    path: As of `find_classifier`; or 'lpips:FILE', see `jaxrobust.models.lpips`.
-    batch_size: Images at a time on each device.
-    dataset: As of `find_classifier`.
+    path: of a classifier, as of `classifiers.find`; or 'lpips:FILE', see
+      `jaxrobust.models.lpips`.
+    batch_size: images at a time on each device.
+    dataset: whose images it is to see, a key of `dataset_info.INFO`: UserError where
+      it was trained on others; '' for any.
 
   Returns:
     The network, named by its card, or 'LPIPS (AlexNet)'.
 
   Raises:
-    UserError: As `load_classifier`, or for a file without LPIPS.
+    UserError: as of `classifiers.load`, or for a file without LPIPS.
   """
   if path.startswith(LPIPS):
     name = 'LPIPS (AlexNet)'
     variables = parallel.replicate(lpips.read(epath.Path(path.removeprefix(LPIPS))))
     features_fn = lpips.features
   else:
-    found, model, variables = load_classifier(path, 'features', dataset)
+    info = dataset_info.INFO.get(dataset) if dataset in dataset_info.INFO else None
+    found, model, variables = classifiers.load(path, 'features', info, OR_FEATURES)
     name = f'{found.card.name} (penultimate layer)'
     features_fn = lambda v, x: model.features(*v, x)
   mapped = parallel.pmap(lambda v, x: features_fn(v, jnp.float32(x) / 255), local=True)
