@@ -4,7 +4,7 @@
 
 The rivals, each in a process of its own; turns alternate in order, so that what else
 the machine does meets all of them:
-  ours         `ddpm.make_step` as `generate` trains, `DDPM.sample` as it samples
+  ours         `recipe.make_step` as `generate` trains, `DDPM.sample` as it samples
   torch        PyTorch eager: same network, batch and arithmetic
   torch-last   the same in the channels-last layout
 
@@ -52,24 +52,20 @@ def jax_tasks(settings, info, train_batch, sample_batch):
   """Functions that make one step and draw one batch, and the number of parameters."""
   import jax
   import numpy as np
-  import optax
 
+  from jaxrobust.data import pipeline
   from jaxrobust.distributed import parallel
   from jaxrobust.generators import ddpm
-  from jaxrobust.training import update
+  from jaxrobust.generators import recipe as recipes
 
-  training = settings.training
-  adam = optax.chain(
-    optax.clip_by_global_norm(training.gradient_clip),
-    optax.adam(training.learning_rate),
-  )
-  fresh = jax.jit(lambda: ddpm.init_state(settings, info, adam, 0))()
-  generator = ddpm.DDPM(jax.tree.map(np.asarray, fresh.params), settings, info)
-  num_params = sum(x.size for x in jax.tree.leaves(fresh.params))
-  state = parallel.replicate(fresh)
-  step_fn = parallel.pmap(ddpm.make_step(settings, info, adam, 0), donate_argnums=0)
+  recipe = ddpm.DDPM.recipe(settings, info)
+  fresh = jax.jit(lambda: recipes.init_state(recipe, 0))()
+  variables = jax.tree.map(np.asarray, fresh.averaged)
+  generator = ddpm.DDPM(variables, settings, info)
+  num_params = sum(x.size for x in jax.tree.leaves(variables))
+  state, step_fn = parallel.replicate(fresh), recipes.make_step(recipe, 0, 0)
   rng = np.random.RandomState(0)
-  batch = update.Batch(
+  batch = pipeline.Batch(
     rng.randint(0, 256, (train_batch, *info.image_shape)).astype(np.uint8),
     np.zeros(train_batch, np.int32),
     np.zeros(train_batch, bool),

@@ -23,7 +23,8 @@ fifth of each class is kept.
 Stages, each of which --stage runs alone, where those before it are done; without it
 all run that are not done yet:
   fit      generator.npz, the fitted generator; one that trains writes metrics.jsonl,
-           events.* and checkpoints/ too. --config.fitted=DIR takes that of another run
+           events.* and checkpoints/ too, and at each checkpoint a picture of samples,
+           figures/samples-STEP.png. --config.fitted=DIR takes that of another run
   sample   drawn/, the samples that are likely to be enough
   label    labelled/, their classes and confidences. Where a class turns out short, this
            and the stage before run again: without --stage by themselves
@@ -49,12 +50,13 @@ from etils import epath
 from ml_collections import config_dict
 
 from jaxrobust import config as configs
-from jaxrobust import generators
-from jaxrobust.config import dataset_info
+from jaxrobust.config import dataset_info, registries
+from jaxrobust.config import generator as generator_configs
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.models import parameter_files, zoo
+from jaxrobust.generators.generator import Generator
+from jaxrobust.models import classifiers
 from jaxrobust.runs import cli, metrics, process_group, stop_requests
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.samples import candidates, sample_sets, selection, shards
@@ -68,7 +70,171 @@ def main(config, workdir, stage=''):
   """Runs the stages that are not there yet, or one of them."""
   config = datasets.record(workdirs.continued(workdir, config))
   check(config, stage)
-  info = dataset_info.of(config.dataset)
+  if is_finished(config, workdir):
+    return
+  run = open_run(config, workdir, stage)
+  if stage in ('', 'fit'):
+    fit(run)
+  kept = 'whole files of draws and labels are kept'
+  with stop_requests.StopRequests(kept) as stops:
+    if not stage:
+      while not run.needed()[1]:
+        sample(run, stops.check)
+        label(run, stops.check)
+      select(run, stops.check)
+    elif stage != 'fit':
+      {'sample': sample, 'label': label, 'select': select}[stage](run, stops.check)
+
+
+class Run:
+  """A run in its workdir, as its stages share it.
+
+  Attributes:
+    config: of the run.
+    folder: the workdir.
+    info: of the data set.
+    labeller: None for stages that need none.
+    files: of draws and of labels.
+  """
+
+  def __init__(self, config, folder: epath.Path, labeller):
+    self.config, self.folder, self.labeller = config, folder, labeller
+    self.info = dataset_info.of(config.dataset)
+    self.files = _draws(config, folder)
+    self._generator = None
+
+  @property
+  def at_once(self) -> int:
+    """Samples that this process draws or labels at a time."""
+    return self.config.samples.batch_size * parallel.num_local_devices()
+
+  @property
+  def generator_path(self) -> epath.Path:
+    """Where the fitted generator is, or will be."""
+    return epath.Path(self.config.fitted or self.folder) / 'generator.npz'
+
+  @property
+  def generator(self) -> Generator:
+    """The fitted generator; what all processes read is the same to the last bit."""
+    if self._generator is None:
+      settings = self.config.generator
+      generator_class = generator_of(self.config)
+      self._generator = generator_class.restore(
+        self.generator_path, settings, self.info
+      )
+    return self._generator
+
+  def needed(self) -> tuple[int, bool]:
+    """How many files of draws are likely to be enough; whether there are, and are."""
+    factor = self.config.samples.max_draws_factor
+    return self.files.num_needed(self.info.num_classes, factor)
+
+
+def open_run(config, workdir: str, stage: str) -> Run:
+  """Checks what the stages will need, then claims the workdir."""
+  info, folder = dataset_info.of(config.dataset), epath.Path(workdir)
+  has_generator = (folder / 'generator.npz').exists()
+  if config.fitted:
+    check_fitted(config)
+  elif stage in ('', 'fit') and not has_generator:
+    generator_of(config).check_devices(config.generator, info)
+  elif stage == 'select' and not has_generator:
+    raise UserError(
+      f'{workdir} has no generator.npz, whose checksum the set names: restore it, or '
+      'begin with --stage=fit'
+    )
+  labeller = None
+  if stage not in _WITHOUT_LABELLER:
+    labeller = load_labeller(config.labeller, info, config.samples.batch_size)
+  elif config.labeller not in ('', _CONDITION):  # A mistake should not wait for days.
+    classifiers.find(config.labeller, 'config.labeller', info)
+  process_group.require_alike(
+    {
+      'labeller': labeller and labeller.described,
+      'fit': _described_fit(config, config.fitted) if config.fitted else None,
+    }
+  )
+  free = () if _draws(config, folder).has_labels() else ('labeller',)
+  return Run(config, workdirs.claim(workdir, config, free=free), labeller)
+
+
+def fit(run: Run):
+  """The first stage: generator.npz, unless it is there."""
+  config, path = run.config, run.generator_path
+  found = path.exists()
+  parallel.require_agreement(int(found))
+  if found:
+    return
+  real = datasets.of(config.dataset, 'train')
+  process_group.require_alike({'training images': real.checksum()})
+  name = config.generator.name
+  logging.info('fitting %s to %d training images', name, len(real.images))
+  generator = generator_of(config).fit(
+    real, run.info, config.generator, folder=run.folder, seed=config.seed
+  )
+  if parallel.is_writer():
+    generator.save(path)
+    logging.info('wrote %s', path)
+  parallel.barrier('fitted')
+  if not path.exists():
+    raise UserError(
+      f'{path} was written by another process and is not here: give all of them one '
+      'workdir that they share'
+    )
+
+
+def sample(run: Run, stop: Callable):
+  """The second stage: files of draws, as many as are likely to be enough.
+
+  Args:
+    run: of the program.
+    stop: called before each batch; raises PreemptedError if asked to stop.
+  """
+  found = run.generator_path.exists()
+  parallel.require_agreement(int(found))
+  if not found:
+    raise UserError(f'{run.generator_path} is absent: run --stage=fit first')
+  generator, rng = run.generator, jax.random.key(run.config.seed)
+  batch_size = run.config.samples.batch_size
+  draw_fn = lambda indices: generator.sample(rng, indices, batch_size)
+  num_files, _ = run.needed()
+  run.files.draw(num_files, draw_fn, run.at_once, stop)
+
+
+def label(run: Run, stop: Callable):
+  """The third stage: classes of the draws, and how sure they are; see `sample`."""
+  num_files, _ = run.needed()
+  run.files.label(num_files, run.labeller.label_fn, run.at_once, stop)
+
+
+def select(run: Run, stop: Callable):
+  """The last stage: one process writes the set, and removes the draws; see `sample`."""
+  num_files, is_complete = run.needed()
+  if not is_complete:
+    raise UserError(
+      f'{run.folder} has too few samples that are drawn and labelled: run '
+      '--stage=sample and --stage=label (again), or leave out --stage'
+    )
+  finished = True
+  parallel.barrier('select')  # The others have read what is removed at its end.
+  if parallel.is_writer():
+    try:
+      _write(run, num_files, stop)
+    except PreemptedError:
+      finished = False
+  if not parallel.everywhere(finished):  # The others have waited here.
+    raise PreemptedError(
+      'stopped while selecting, which starts over: run the same command again'
+    )
+
+
+def generator_of(config) -> type[Generator]:
+  """The class of a config's generator; UserError for an unknown name."""
+  return registries.GENERATORS.get(config.generator.name, 'config.generator.name')
+
+
+def is_finished(config, workdir: str) -> bool:
+  """Whether the set is there; then what is left of its making is removed."""
   finished = shards.is_whole(epath.Path(workdir) / 'samples')
   parallel.require_agreement(int(finished))
   if finished:
@@ -77,103 +243,31 @@ def main(config, workdir, stage=''):
     if parallel.is_writer():
       _draws(config, folder).remove()  # A run killed before it did so.
     logging.info('%s is finished: %d samples', folder / 'samples', found)
-    return
-  if config.fitted:
-    check_fitted(config)
-  elif stage in ('', 'fit') and not (epath.Path(workdir) / 'generator.npz').exists():
-    generators.get(config.generator.name).check(config.generator, info, fits=True)
-  elif stage == 'select' and not (epath.Path(workdir) / 'generator.npz').exists():
-    raise UserError(
-      f'{workdir} has no generator.npz, whose checksum the set names: restore it, or '
-      'begin with --stage=fit'
-    )
-  labeller = None
-  if stage not in _WITHOUT_LABELLER:
-    labeller = load_labeller(config.labeller, info, config.samples.batch_size)
-  elif config.labeller not in ('', _CONDITION):
-    find_labeller(config.labeller, info)  # A mistake should not wait for days.
-  process_group.require_alike(
-    {
-      'labeller': labeller and labeller.described,
-      'fit': _described_fit(config, config.fitted) if config.fitted else None,
-    }
-  )
-  labelled = _draws(config, epath.Path(workdir)).has_labels()
-  folder = workdirs.claim(workdir, config, free=() if labelled else ('labeller',))
-  if stage in ('', 'fit', 'sample'):
-    generator = fitted_generator(config, folder, info, may_fit=stage != 'sample')
-  if stage == 'fit':
-    return
-  settings, files = config.samples, _draws(config, folder)
-  at_once = settings.batch_size * parallel.num_local_devices()
-  rng = jax.random.key(config.seed)
-  kept = 'whole files of draws and labels are kept'
-  with stop_requests.StopRequests(kept) as stops:
-    stop = stops.check
-    while True:
-      num_files, complete = files.num_needed(
-        info.num_classes, settings.max_draws_factor
-      )
-      if complete or stage == 'select':
-        break
-      if stage != 'label':
-        draw_fn = lambda i: generator.sample(rng, i, settings.batch_size)
-        files.draw(num_files, draw_fn, at_once, stop)
-      if stage != 'sample':
-        files.label(num_files, labeller.label_fn, at_once, stop)
-      if stage:
-        break
-    if stage in ('', 'select'):
-      if not complete:
-        raise UserError(
-          f'{folder} has too few samples that are drawn and labelled: run '
-          '--stage=sample and --stage=label (again), or leave out --stage'
-        )
-      select(config, folder, files, num_files, labeller, info.num_classes, stop)
+  return finished
 
 
 def check(config, stage=''):
   """Raises UserError for a value that cannot be meant, or one that the stage lacks."""
-  if 'generator' not in config:
-    raise UserError(
-      "this is not a generator's config: give an experiment such as "
-      'experiments/digits_gaussian.py'
-    )
-  dataset_info.check(config.dataset)
-  generators.get(config.generator.name).check(
-    config.generator, dataset_info.of(config.dataset)
-  )
-  settings = config.samples
-  for name in ('count', 'max_draws_factor', 'shard_size', 'draw_size', 'batch_size'):
-    if settings[name] <= 0:
-      raise UserError(f'config.samples.{name} = {settings[name]}: use a number above 0')
-  if settings.selection not in ('balanced', 'none'):
-    raise UserError(
-      f'config.samples.selection = {settings.selection!r}: use balanced or none'
-    )
-  if not 0 < settings.top_fraction <= 1:
-    raise UserError(
-      f'config.samples.top_fraction = {settings.top_fraction}: use a number above 0 '
-      'and up to 1'
-    )
+  generator_configs.check(config)
+  generator_class = generator_of(config)
+  generator_class.check(config.generator, dataset_info.of(config.dataset))
   if not config.labeller and stage not in _WITHOUT_LABELLER:
     raise UserError(
       'config.labeller is not set: give the workdir of a non-robust '
       'classifier (train with config.loss.name=standard)'
     )
   if config.labeller == _CONDITION:
-    if settings.top_fraction < 1:
+    if config.samples.top_fraction < 1:
       raise UserError(
-        f"config.labeller = 'condition' is sure of every label, so that "
-        f'config.samples.top_fraction = {settings.top_fraction} has nothing to rank '
-        'by: use 1, or a classifier'
+        "config.labeller = 'condition' is sure of every label, so that "
+        f'config.samples.top_fraction = {config.samples.top_fraction} has nothing to '
+        'rank by: use 1, or a classifier'
       )
-    if not generators.get(config.generator.name).conditional(config.generator):
+    if not generator_class.conditional(config.generator):
       raise UserError(
         "config.labeller = 'condition' for a generator without classes: give a "
-        'classifier'
-        + (config.generator.name == 'ddpm')
-        * ', or set config.generator.network.conditional=True'
+        'classifier, or settings with which it knows them, such as '
+        'config.generator.network.conditional=True of ddpm'
       )
 
 
@@ -202,36 +296,6 @@ def check_fitted(config):
     raise UserError(f'config.fitted = {folder} has no generator.npz: finish its fit')
 
 
-def fitted_generator(config, folder: epath.Path, info, may_fit: bool):
-  """The run's generator: that of config.fitted, its own, or one fitted now."""
-  generator_class = generators.get(config.generator.name)
-  path = epath.Path(config.fitted or folder) / 'generator.npz'
-  found = path.exists()
-  parallel.require_agreement(int(found))
-  if not found:
-    if not may_fit:
-      raise UserError(f'{path} is absent: run --stage=fit first')
-    real = datasets.of(config.dataset, 'train')
-    process_group.require_alike({'training images': real.checksum()})
-    logging.info(
-      'fitting %s to %d training images', config.generator.name, len(real.images)
-    )
-    generator = generator_class.fit(
-      real, info, config.generator, folder=folder, seed=config.seed
-    )
-    if parallel.is_writer():
-      generator.save(path)
-      logging.info('wrote %s', path)
-    parallel.barrier('fitted')
-    if not path.exists():
-      raise UserError(
-        f'{path} was written by another process and is not here: give all of them one '
-        'workdir that they share'
-      )
-  # What all processes read is the same to the last bit.
-  return generator_class.restore(path, config.generator, info)
-
-
 class Labeller(NamedTuple):
   """Gives samples their classes.
 
@@ -242,24 +306,6 @@ class Labeller(NamedTuple):
 
   described: dict | str
   label_fn: Callable
-
-
-def find_labeller(path: str, info: dataset_info.DatasetInfo) -> zoo.Found:
-  """What is known of a classifier that labels samples; raises as `load_labeller`."""
-  found = zoo.find(path)
-  if found is None:
-    raise UserError(
-      f'config.labeller = {path}: nothing says what network that is; give a workdir '
-      'that finished training, a file with its card, or the name of a released '
-      'checkpoint'
-    )
-  theirs = found.card.info
-  if (theirs.image_shape, theirs.num_classes) != (info.image_shape, info.num_classes):
-    raise UserError(
-      f'config.labeller = {path} was trained on {theirs.name}, which has '
-      f'other images or classes than {info.name}'
-    )
-  return found
 
 
 def load_labeller(
@@ -279,9 +325,7 @@ def load_labeller(
   """
   if path == _CONDITION:
     return Labeller(_CONDITION, lambda images, classes: {'labels': classes})
-  found = find_labeller(path, info)
-  model = found.card.build()
-  variables = parallel.replicate(parameter_files.load(found.path, model))
+  found, model, variables = classifiers.load(path, 'config.labeller', info)
 
   def predict(variables, images):
     logits, _ = model.apply(*variables, images / 255, batch_stats=False)
@@ -296,24 +340,10 @@ def load_labeller(
   )
 
 
-def select(config, folder, files: candidates.Draws, num_files, labeller, k, stop):
-  """One process writes the sample set, then removes what it was selected from."""
-  finished = True
-  parallel.barrier('select')  # The others have read what is removed at its end.
-  if parallel.is_writer():
-    try:
-      _write(config, folder, files, num_files, labeller.described, k, stop)
-    except PreemptedError:
-      finished = False
-  if not parallel.everywhere(finished):  # The others have waited here.
-    raise PreemptedError(
-      'stopped while selecting, which starts over: run the same command again'
-    )
-
-
-def _write(config, folder, files, num_files, labeller, k, stop):
+def _write(run: Run, num_files: int, stop: Callable):
   """Writes the sample set, or nothing where `stop` raises."""
-  batches, described = files.choose(num_files, k)
+  config, folder = run.config, run.folder
+  batches, described = run.files.choose(num_files, run.info.num_classes)
   sample_sets.write(
     str(folder / 'samples'),
     _shown(batches, config.samples.count, stop),
@@ -322,13 +352,13 @@ def _write(config, folder, files, num_files, labeller, k, stop):
       'fit': _described_fit(config, folder),
       'dataset': config.dataset.to_dict(),
       'seed': config.seed,
-      'labeller': labeller,
+      'labeller': run.labeller.described,
       'selection': described,
     },
-    num_classes=k,
+    num_classes=run.info.num_classes,
     shard_size=config.samples.shard_size,
   )
-  files.remove()
+  run.files.remove()
   agreement = described.get('agreement_with_condition')
   logging.info(
     'wrote %s: %d of %d samples drawn%s',

@@ -15,7 +15,7 @@ Examples:
         --config=experiments/cifar10_linf.py:wrn-70-16,ddpm
   The first attack of AutoAttack:
     … --what=evaluate --config.evaluation.suite=autoattack
-  The diffusion generator, its training and its sampling:
+  A generator that is trained, its training and its sampling:
     python -m jaxrobust.plan --topology=v4:2x2x1 --config=experiments/cifar10_ddpm.py
     … --what=sample
   What the paper's table of CIFAR-10 costs, by operations alone:
@@ -57,6 +57,7 @@ from jaxrobust.runs import cli
 from jaxrobust.runs import workdir as workdirs
 
 _GIB = 2**30
+_PARTS = ('arguments', 'outputs', 'aliased', 'temporaries')  # of a program's memory
 
 
 def main(
@@ -91,17 +92,24 @@ def main(
   if config is not None:
     config = datasets.record(config)
   swept = _points_of_sweep(config) if sweep else []  # It may not be what it should.
-  program = device_programs.of(config, what, len(devices))
-  operations = operations_of(program, len(devices))
-  result = compile_for(devices, topology, program)
+  found = device_programs.of(config, what, len(devices))
+  results = [compile_for(devices, topology, program) for program in found]
   print(
     f'{device_programs.name(config)}, {what}, on {topology}: {len(devices)} '
-    f'devices of {chips} chips, {program.images} images each'
+    f'devices of {chips} chips, {found[0].images} images each'
   )
-  for line in report(result, operations, program, len(devices), chip):
-    print(line)
-  print(time_line(operations, program, chip, chips, utilization))
-  if suggest and 'refused' in result:
+  total = 0.0
+  for program, result in zip(found, results, strict=True):
+    if len(found) > 1:
+      print(f'{program.name}:')
+    operations = operations_of(program, len(devices))
+    total += hours(operations, program, chip, utilization) * chips
+    for line in report(result, operations, program, len(devices), chip):
+      print(line)
+    print(time_line(operations, program, chip, chips, utilization))
+  if len(found) > 1:
+    print(f'total       {total:,.4g} chip-hours')
+  if suggest and any('refused' in result for result in results):
     for line in alternatives(config, what, devices, topology):
       print(line)
   if sweep:
@@ -126,7 +134,7 @@ def print_total(
 
   training, judging = 0.0, 0.0
   for name, config, judged in found:
-    train = lambda config=config: [device_programs.of(config, 'train', num_devices)]
+    train = lambda config=config: device_programs.of(config, 'train', num_devices)
     own = cost(config, 'training', train)
     line, training = f'  {name}: {own:,.4g} chip-hours', training + own
     if judged:
@@ -209,16 +217,22 @@ def refusal(message: str) -> str:
   return ''
 
 
+def _memory(result: dict) -> float:
+  """Bytes of a device that a program takes; infinite for one that was refused."""
+  if 'refused' in result:
+    return math.inf
+  outputs = result['outputs'] - result['aliased']  # The others replace arguments.
+  return result['arguments'] + outputs + result['temporaries']
+
+
 def fits(result: dict, usable: float) -> str:
   """One line on memory."""
   if 'refused' in result:
     return f'does NOT fit: {result["refused"]} on a device (--suggest: what may)'
-  gib = {k: result[k] / _GIB for k in ('arguments', 'outputs', 'aliased')}
-  temporaries = result['temporaries'] / _GIB
-  total = gib['arguments'] + gib['outputs'] - gib['aliased'] + temporaries
+  gib = {k: result[k] / _GIB for k in _PARTS}
   return (
-    f'fits: {total:.2f} GiB of {usable} GiB usable on a device: '
-    f'{gib["arguments"]:.2f} arguments, {temporaries:.2f} temporaries, '
+    f'fits: {_memory(result) / _GIB:.2f} GiB of {usable} GiB usable on a device: '
+    f'{gib["arguments"]:.2f} arguments, {gib["temporaries"]:.2f} temporaries, '
     f'{gib["outputs"]:.2f} outputs '
     f'({gib["aliased"]:.2f} in place of arguments)'
   )
@@ -287,12 +301,12 @@ def alternatives(config, what: str, devices: list, topology: str):
     for overrides in kind:
       other = config.copy_and_resolve_references()
       other.update_from_flattened_dict(overrides)
-      result = compile_for(
-        devices, topology, device_programs.of(other, what, len(devices))
-      )
+      found = device_programs.of(other, what, len(devices))
+      results = [compile_for(devices, topology, program) for program in found]
+      biggest = max(results, key=_memory)
       flags = ' '.join(f'--config.{k}={v}' for k, v in overrides.items())
-      yield f'  {flags}: {fits(result, usable)}'
-      if 'refused' not in result:
+      yield f'  {flags}: {fits(biggest, usable)}'
+      if 'refused' not in biggest:
         break
 
 
@@ -371,8 +385,9 @@ PROGRAM = cli.Program(
     ),
     cli.Flag(
       'what',
-      'The training step of a classifier or generator, an attempt of the first attack '
-      "of config.evaluation.suite, or a batch of a generator's samples.",
+      "The training step of a classifier, or the programs of a generator's training, "
+      'each as often as it runs; an attempt of the first attack of '
+      "config.evaluation.suite; or a batch of a generator's samples.",
       device_programs.KINDS,
       'train',
     ),

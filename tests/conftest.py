@@ -58,6 +58,21 @@ def compiled(tmp_path_factory):
   return str(tmp_path_factory.mktemp('compiled'))
 
 
+@pytest.fixture(scope='module')
+def compiled_once(compiled):
+  """Runs of the same program, here and in processes, share its compilation."""
+  values = {
+    'jax_compilation_cache_dir': compiled,
+    'jax_persistent_cache_min_compile_time_secs': 0,
+  }
+  before = {name: getattr(jax.config, name) for name in values}
+  for name, value in values.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
 @pytest.fixture(scope='session')
 def start(compiled):
   """Starts a program; `devices` virtual devices, and further variables."""

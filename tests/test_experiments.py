@@ -11,8 +11,7 @@ import pytest
 
 from experiments import baselines, follow_up
 from jaxrobust import config as configs
-from jaxrobust import generators
-from jaxrobust.config import dataset_info, experiments
+from jaxrobust.config import dataset_info, experiments, registries
 from jaxrobust.data import pipeline
 from jaxrobust.errors import UserError
 from jaxrobust.models import companions
@@ -129,7 +128,8 @@ def test_generator_experiments(file):
   config = importlib.import_module(f'experiments.{file}').get_config()
   dataset, name = file.rsplit('_', 1)
   assert (config.dataset.name, config.generator.name) == (dataset, name)
-  generators.get(name).check(config.generator, dataset_info.INFO[dataset])
+  generator = registries.GENERATORS.get(name)
+  generator.check(config.generator, dataset_info.INFO[dataset])
   page = importlib.import_module(f'experiments.{file}').__doc__
   assert f'experiments/{file}.py' in page
   assert ('Published' in page and 'Uncertain' in page) == (dataset != 'digits')

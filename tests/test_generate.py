@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import digits_ddpm, digits_gaussian
+from experiments import digits_ddpm, digits_gaussian, digits_mixup
 from jaxrobust import config as configs
 from jaxrobust import generate
 from jaxrobust.distributed import parallel
@@ -137,6 +137,25 @@ def test_refuses_values(field, value):
     generate.check(make_config(**{field: value}))
 
 
+@pytest.mark.parametrize(
+  'file, field, value, words',
+  [
+    (
+      digits_gaussian,
+      'covariance',
+      'full',
+      'covariance = .full.: use one of empirical',
+    ),
+    (digits_mixup, 'alpha', 0.0, 'alpha = 0.0: use a number above 0'),
+  ],
+)
+def test_refuses_settings_of_a_generator(file, field, value, words):
+  config = file.get_config().unlock()
+  config.generator[field] = value
+  with pytest.raises(UserError, match=words):
+    generate.check(config, 'fit')
+
+
 def test_refuses_a_condition_that_says_nothing():
   config = make_config(top_fraction=0.2)
   config.labeller = 'condition'
@@ -148,9 +167,7 @@ def test_refuses_a_condition_that_says_nothing():
     generate.check(config)
 
 
-def test_refuses_an_unknown_stage_and_what_is_absent(tmp_path):
-  with pytest.raises(UserError, match='--stage=draw: use one of fit, sample'):
-    generate.main(make_config(), tmp_path / 'x', stage='draw')
+def test_refuses_what_is_absent(tmp_path):
   with pytest.raises(UserError, match='no generator.npz.*begin with --stage=fit'):
     generate.main(make_config(), tmp_path / 'x', stage='select')
   with pytest.raises(UserError, match='somewhere: nothing says what network'):

@@ -165,20 +165,34 @@ class TestHouse:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def test_the_step_imports_without_tensorflow():
-  """Follows the imports of the step, the models and the attacks."""
-  seen, queue = set(), ['training.update', 'models', 'attacks.suites']
+def reached(*names: str) -> dict[str, set[str]]:
+  """Imports of modules, and of all that these import as soon as they are."""
+  found, queue = {}, list(names)
   while queue:
     name = queue.pop()
     path = PACKAGE / f'{name.replace(".", "/")}.py'
     path = path if path.exists() else PACKAGE / name.replace('.', '/') / '__init__.py'
-    if name in seen or not path.exists():
+    if name in found or not path.exists():
       continue
-    seen.add(name)
-    used = top_level_imports(path)
+    found[name] = top_level_imports(path)
+    own = {m for m in found[name] if m.startswith('jaxrobust.')}
+    queue += [m.removeprefix('jaxrobust.') for m in own]
+    queue += [name.rpartition('.')[0]] * ('.' in name)
+  return found
+
+
+def test_the_step_imports_without_tensorflow():
+  found = reached('training.update', 'models', 'attacks.suites')
+  for name, used in found.items():
     assert not {m for m in used if m.split('.')[0].startswith('tensorflow')}, name
-    queue += [m.removeprefix('jaxrobust.') for m in used if m.startswith('jaxrobust.')]
-  assert 'data.augment' in seen
+  assert 'data.augment' in found
+
+
+def test_generators_reach_no_attack():
+  modules = [f'generators.{p.stem}' for p in (PACKAGE / 'generators').glob('*.py')]
+  found = reached(*modules)
+  assert not {m for m in found if m.startswith('attacks')}
+  assert 'training.loop' in found
 
 
 def test_experiments_import_the_fields_alone():

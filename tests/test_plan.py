@@ -115,8 +115,14 @@ def test_a_forward_pass_as_xla_counts_it():
   assert ours <= as_xla(forward, variables, images)
 
 
+def program_of(config, what):
+  """The only one, on eight devices."""
+  [program] = device_programs.of(config, what, 8)
+  return program
+
+
 def operations_of(what='train', **overrides):
-  return plan.operations_of(device_programs.of(small(**overrides), what, 8), 8)
+  return plan.operations_of(program_of(small(**overrides), what), 8)
 
 
 def test_the_attack_is_in_the_step():
@@ -214,16 +220,14 @@ def test_what_would_save_memory_of_a_generator():
 
 def test_the_programs_of_a_generator():
   config = digits_ddpm.get_config().unlock()
-  operations = lambda what: plan.operations_of(device_programs.of(config, what, 8), 8)
+  operations = lambda what: plan.operations_of(program_of(config, what), 8)
   step, samples = operations('train'), operations('sample')
   # An update is a forward pass and two of gradients of 64 / 8 images, less the first
   # layer's gradient of its input; a sample 20 forward passes, of 250.
   forward = samples / (20 * 250)
   assert 2.8 * 8 * forward < step < 3 * 8 * forward
-  assert (
-    device_programs.of(config, 'sample', 8).calls == 5
-  )  # 10,000 samples, 2,000 a call
-  assert device_programs.of(config, 'train', 8).calls == 2_000
+  assert program_of(config, 'sample').calls == 5  # 10,000 samples, 2,000 a call
+  assert program_of(config, 'train').calls == 2_000
   config.generator.sampling.num_steps = 10
   assert operations('sample') == samples / 2
 
@@ -279,13 +283,12 @@ def test_results_are_kept_by_content(tmp_path, monkeypatch):
     ({'topology': ''}, 'v3:4x4'),
     ({'topology': 'v9:2x2'}, 'v3:4x4'),
     ({'topology': 'v4:0x2x1'}, 'v4:0x2x1: use generation:chips'),
-    ({'what': 'generate'}, 'train, evaluate, sample'),
-    ({'utilization': '40'}, 'at most 1'),
+    ({'utilization': 40.0}, 'at most 1'),
   ],
 )
 def test_refuses_in_one_line(flags, words):
-  given = {'topology': 'v3:2x2', 'what': '', 'suggest': '', 'sweep': ''}
-  given |= {'utilization': ''} | flags
+  given = {'topology': 'v3:2x2', 'what': 'train', 'suggest': False, 'sweep': False}
+  given |= {'utilization': 0.4} | flags
   with pytest.raises(UserError, match=words) as e:
     plan.main(small(), None, **given)
   assert '\n' not in str(e.value)
@@ -334,7 +337,7 @@ def test_libtpu_is_optional_and_its_absence_told(monkeypatch):
   [
     (digits, 'sample', 'has no such program; use train or evaluate'),
     (digits_ddpm, 'evaluate', 'digits_ddpm has no such program; use train or sample'),
-    (digits_gaussian, 'train', 'give a diffusion experiment'),
+    (digits_gaussian, 'train', "'gaussian' has no network.*give a generator that is"),
     (digits_analysis, 'train', 'no program worth a plan: give the experiment of a'),
   ],
 )

@@ -65,8 +65,8 @@ def test_an_unknown_name_is_told_with_those_that_are():
 
 
 def test_the_names_of_the_package_are_those_that_its_modules_know():
-  from jaxrobust import generators
   from jaxrobust.attacks import suites
 
   assert registries.ATTACKS.names() == tuple(suites.ATTACKS)
-  assert registries.GENERATORS.names() == tuple(generators.GENERATORS)
+  for name in ('gaussian', 'ddpm', 'mixup'):
+    assert registries.GENERATORS.get(name).__module__ == f'jaxrobust.generators.{name}'

@@ -39,7 +39,7 @@ def measure(counts, coordinator='', processes=1, process=0):
         'optimizer.warmup_epochs': 0.0,
       }
     )
-    program = device_programs.of(config, 'train', count)
+    [program] = device_programs.of(config, 'train', count)
     if processes == 1:
       devices = jax.devices()[:count]
       lowered = parallel.lower_for(

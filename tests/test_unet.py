@@ -15,24 +15,27 @@ def count(tree):
   return sum(np.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
-def shapes_of(settings, info):
-  """(parameters, output) of a network on a batch of 2, without computing anything."""
-  network = ddpm.make_network(settings, info)
-  inputs = (
+def inputs_of(info):
+  """Shapes of what the network of a data set is given, a batch of 2."""
+  return (
     jax.ShapeDtypeStruct((2, *info.image_shape), jnp.float32),
     jax.ShapeDtypeStruct((2,), jnp.float32),
     jax.ShapeDtypeStruct((2,), jnp.int32),
   )
-  params = jax.eval_shape(network.init, jax.random.key(0), *inputs)
-  return params, jax.eval_shape(network.apply, params, *inputs)
+
+
+def parameters_of(settings, info):
+  """Shapes of a network's parameters, without computing anything."""
+  network = ddpm.make_network(settings, info)
+  return jax.eval_shape(network.init, jax.random.key(0), *inputs_of(info))
 
 
 def test_parameters_of_the_cifar10_network():
   settings = base_generator.get_config('ddpm').generator
-  params, _ = shapes_of(settings, dataset_info.INFO['cifar10'])
+  params = parameters_of(settings, dataset_info.INFO['cifar10'])
   assert count(params) == 35_746_307  # "35.7M" in their code and table
   settings.network.conditional = True
-  params, _ = shapes_of(settings, dataset_info.INFO['cifar10'])
+  params = parameters_of(settings, dataset_info.INFO['cifar10'])
   assert count(params) == 35_746_307 + 11 * 512  # ten classes and none
 
 
@@ -49,7 +52,9 @@ def test_sizes_from_8_to_64(name, multipliers, conditional):
   settings.network.multipliers = multipliers
   settings.network.conditional = conditional
   info = dataset_info.INFO[name]
-  params, output = shapes_of(settings, info)
+  params = parameters_of(settings, info)
+  apply = ddpm.make_network(settings, info).apply
+  output = jax.eval_shape(apply, params, *inputs_of(info))
   assert output.shape == (2, *info.image_shape)
   # Attention where the map has 16 rows, besides the middle: on 64x64 two halvings down.
   attended = {x.split('/')[1] for x in params if 'attention' in x}

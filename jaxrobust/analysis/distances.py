@@ -30,7 +30,7 @@ def nearest(
   Args:
     queries: [n, F].
     keys: [m, F], m >= k.
-    k: How many.
+    k: how many.
 
   Returns:
     (distances float64 [n, k], indices int [n, k]), Euclidean.

@@ -34,7 +34,7 @@ class Moments:
   """Mean and covariance of features that arrive in batches, in float64.
 
   Attributes:
-    count: Rows so far.
+    count: rows so far.
     mean: [F].
   """
 
@@ -176,7 +176,7 @@ def neighbours(
     figures: of `compare`.
     real: images uint8 [n, H, W, C], of the same rows as the features.
     generated: images uint8 [m, H, W, C].
-    rows: How many generated images, the nearest first.
+    rows: how many generated images, the nearest first.
 
   Returns:
     A picture of rows: a generated image, then its nearest training images.
@@ -189,7 +189,7 @@ class Network(NamedTuple):
   """Gives features; for another network, such as an Inception, make one of these.
 
   Attributes:
-    name: Says which network, in results.
+    name: says which network, in results.
     features: `images uint8 [n, H, W, C] -> features float [n, F]`.
   """
 

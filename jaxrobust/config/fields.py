@@ -28,6 +28,7 @@ class Field(NamedTuple):
   most: float | None
   meant: Any
   free: bool
+  below: float | None
 
 
 def field(
@@ -39,6 +40,7 @@ def field(
   above: float | None = None,
   least: float | None = None,
   most: float | None = None,
+  below: float | None = None,
   absent: Any = _DEFAULT,
   free: bool = False,
 ) -> Field:
@@ -50,7 +52,7 @@ def field(
     about: what it is, with its unit.
     type: of its values; that of the default, if that is not None.
     choices: that it has; of a registry, what is registered when a config is checked.
-    above, least, most: the range of a number, or of each of several.
+    above, least, most, below: the range of a number, or of each of several.
     absent: what configs meant that were written before the field was made, or its
       default changed; the default, where left out.
     free: whether a run may be continued with another value: it says where, how often or
@@ -58,7 +60,7 @@ def field(
   """
   meant = default if absent is _DEFAULT else absent
   of = type or default.__class__
-  return Field(default, about, of, choices, above, least, most, meant, free)
+  return Field(default, about, of, choices, above, least, most, meant, free, below)
 
 
 def make(fields: dict) -> config_dict.ConfigDict:
@@ -182,18 +184,21 @@ def check_value(value, known: Field, given: str):
 
 
 def _is_within(number, known: Field) -> bool:
-  if (known.above, known.least, known.most) == (None, None, None):
+  if (known.above, known.least, known.most, known.below) == (None,) * 4:
     return True
   return (
     _is_number(number)
     and (known.above is None or number > known.above)
     and (known.least is None or number >= known.least)
     and (known.most is None or number <= known.most)
+    and (known.below is None or number < known.below)
   )
 
 
 def _range(known: Field) -> str:
   """A range in words; '' for a field without one."""
+  if known.below is not None:
+    return f'{known.least} to below {known.below}'
   if known.most is None:
     if known.above is not None:
       return f'a number above {known.above}'

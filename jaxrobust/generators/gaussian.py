@@ -14,19 +14,16 @@ CIFAR-10, 3.8 GB for CIFAR-100, 121 GB for TinyImageNet. Low rank keeps rank * D
 64, 79 MB for CIFAR-100 and 0.6 GB for TinyImageNet.
 """
 
-import io
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from sklearn import covariance, decomposition
 
-from jaxrobust.config import dataset_info
+from jaxrobust.config import dataset_info, registries
 from jaxrobust.data import datasets
-from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.runs import workdir
+from jaxrobust.generators.generator import Generator
 
 ESTIMATORS = {
   'empirical': covariance.EmpiricalCovariance,
@@ -35,38 +32,20 @@ ESTIMATORS = {
 }
 
 
-class Gaussian:
+@registries.GENERATORS.register('gaussian')
+class Gaussian(Generator):
   """A fitted generator: pixels are mean + noise @ factor + residual * more noise.
 
-  Attributes:
-    means: float32 [K, H, W, C], in [0, 1].
-    factors: float32 [K, R, D], with R = D, or the rank.
-    residuals: float32 [K], deviation in directions outside the factor; not None for
-      low rank only.
+  Its variables are a dict of
+    means: float32 [K, H, W, C], in [0, 1];
+    factors: float32 [K, R, D], with R = D, or the rank;
+    residuals: float32 [K], deviation in directions outside the factor; for low rank
+      only.
   """
 
-  def __init__(
-    self, means: np.ndarray, factors: np.ndarray, residuals: np.ndarray | None = None
-  ):
-    self.means, self.factors, self.residuals = means, factors, residuals
-    self._mapped = parallel.pmap(_draw, local=True)
-    self._replicated = parallel.replicate((means, factors, residuals))
-
-  @staticmethod
-  def check(settings, info: dataset_info.DatasetInfo, fits: bool = False):
-    """Raises UserError for an unknown estimator, or a rank that images cannot have."""
-    del fits
-    if not hasattr(settings, 'covariance'):
-      raise UserError(
-        "config.generator.name = 'gaussian' in another generator's config: start from "
-        "experiments/digits_gaussian.py or base_generator.get_config('gaussian')"
-      )
-    known = (*ESTIMATORS, 'low-rank')
-    if settings.covariance not in known:
-      raise UserError(
-        f'config.generator.covariance = {settings.covariance!r}: use one '
-        f'of {", ".join(known)}'
-      )
+  @classmethod
+  def check(cls, settings, info: dataset_info.DatasetInfo):
+    """Raises UserError for a rank that images cannot have."""
     size = np.prod(info.image_shape)
     if settings.covariance == 'low-rank' and not 0 < settings.rank < size:
       raise UserError(
@@ -74,8 +53,8 @@ class Gaussian:
         f'{size - 1}'
       )
 
-  @staticmethod
-  def conditional(settings) -> bool:
+  @classmethod
+  def conditional(cls, settings) -> bool:
     """Whether samples are drawn for classes, by these settings."""
     del settings
     return True
@@ -99,11 +78,10 @@ class Gaussian:
       folder, seed: not used; nothing is random and nothing takes long.
 
     Raises:
-      UserError: as `check`, or for a class with fewer images than it needs: two, or
-        two more than the rank.
+      UserError: for a class with fewer images than it needs: two, or two more than the
+        rank.
     """
     del folder, seed
-    cls.check(settings, info)
     low_rank = settings.covariance == 'low-rank'
     least = settings.rank + 2 if low_rank else 2
     means, factors, residuals = [], [], []
@@ -132,56 +110,40 @@ class Gaussian:
         factor = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
       means.append(np.float32(mean.reshape(info.image_shape)))
       factors.append(np.float32(factor))
-    return cls(
-      np.stack(means), np.stack(factors), np.float32(residuals) if low_rank else None
-    )
-
-  def sample(self, rng: jax.Array, indices: np.ndarray, batch_size: int):
-    """Draws samples; classes take turns.
-
-    Args:
-      rng: key.
-      indices: int [n], numbers of the samples.
-      batch_size: images on a device at a time.
-
-    Returns:
-      (images uint8 [n, H, W, C], classes int32 [n]).
-    """
-    variables = (self._replicated, parallel.replicate(jax.random.key_data(rng)))
-    images = parallel.map_in_batches(
-      self._mapped, variables, np.int32(indices), batch_size
-    )
-    return images, np.int32(indices % len(self.means))
-
-  def save(self, path: epath.Path):
-    """Writes the fitted distribution to a `.npz` file."""
-    arrays = {'means': self.means, 'factors': self.factors}
-    if self.residuals is not None:
-      arrays['residuals'] = self.residuals
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    workdir.write(path, buffer.getvalue())
+    variables = {'means': np.stack(means), 'factors': np.stack(factors)}
+    if low_rank:
+      variables['residuals'] = np.float32(residuals)
+    return cls(variables, settings, info)
 
   @classmethod
-  def restore(cls, path: epath.Path, settings=None, info=None):
-    """Reads what `save` wrote, which says all: settings and info are not used."""
+  def variables_like(cls, settings, info: dataset_info.DatasetInfo):
+    """Shapes of the variables; see Generator."""
+    shape = lambda *axes: jax.ShapeDtypeStruct((info.num_classes, *axes), np.float32)
+    size = int(np.prod(info.image_shape))
+    low_rank = settings.covariance == 'low-rank'
+    like = {
+      'means': shape(*info.image_shape),
+      'factors': shape(settings.rank if low_rank else size, size),
+    }
+    return like | ({'residuals': shape()} if low_rank else {})
+
+  @classmethod
+  def make_draw(cls, settings, info: dataset_info.DatasetInfo):
+    """Builds the function that draws samples; see Generator."""
     del settings, info
-    with np.load(io.BytesIO(path.read_bytes())) as file:
-      return cls(file['means'], file['factors'], file.get('residuals'))
+    return _draw
 
 
-def _draw(variables, indices):
-  """Samples uint8 [n, H, W, C] of the given numbers, on a device."""
-  (means, factors, residuals), data = variables
-  rngs = parallel.key_per_slot(jax.random.wrap_key_data(data), indices)
-  classes = indices % len(means)
+def _draw(variables, rngs, classes):
+  """Draws samples, on a device."""
+  means, factors = variables['means'], variables['factors']
   noise = jax.vmap(lambda rng: jax.random.normal(rng, factors.shape[1:2]))(rngs)
-  outside = jnp.zeros((len(indices), factors.shape[2]))
-  if residuals is not None:
+  outside = jnp.zeros((len(rngs), factors.shape[2]))
+  if 'residuals' in variables:
     outside = jax.vmap(
       lambda rng: jax.random.normal(jax.random.fold_in(rng, 1), outside.shape[1:])
     )(rngs)
-    outside *= residuals[classes][:, None]
+    outside *= variables['residuals'][classes][:, None]
 
   def add_class(deviations, label_and_factor):
     # One product for each class: gathering a factor for each sample would not fit in
@@ -194,4 +156,4 @@ def _draw(variables, indices):
     add_class, jnp.zeros_like(outside), (jnp.arange(len(means)), factors)
   )
   pixels = (deviations + outside).reshape((-1, *means.shape[1:])) + means[classes]
-  return jnp.asarray(jnp.round(jnp.clip(pixels, 0, 1) * 255), jnp.uint8)
+  return 255 * pixels

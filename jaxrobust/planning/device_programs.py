@@ -1,6 +1,7 @@
 """The programs that devices run, with the shapes of what they are given."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -10,9 +11,11 @@ from jaxrobust import config as configs
 from jaxrobust import models
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator
-from jaxrobust.config import dataset_info
+from jaxrobust.config import dataset_info, generator, registries
+from jaxrobust.data import pipeline
 from jaxrobust.errors import UserError
-from jaxrobust.generators import ddpm
+from jaxrobust.generators import recipe as recipes
+from jaxrobust.generators.trained import Trained
 from jaxrobust.models import companions
 from jaxrobust.training import optimizer, update
 
@@ -29,6 +32,7 @@ class Program(NamedTuple):
     images: of a device.
     calls: of it in the whole run, at most.
     rounds: of a loop in it that stops by itself, at most.
+    name: which of several it is.
   """
 
   fn: object
@@ -37,6 +41,7 @@ class Program(NamedTuple):
   images: int
   calls: int
   rounds: int = 1
+  name: str = ''
 
 
 def name(config) -> str:
@@ -56,11 +61,11 @@ def batch(config, what: str) -> tuple[str, int]:
   """
   fields = {'train': 'data.batch_size', 'evaluate': 'evaluation.batch_size'}
   if 'generator' in config:
-    if config.generator.name != 'ddpm':
+    if not issubclass(_generator_of(config), Trained):
       raise UserError(
-        f'config.generator.name = {config.generator.name!r} asks nothing of the '
-        'devices worth a plan: give a diffusion experiment, such as '
-        'experiments/cifar10_ddpm.py'
+        f'config.generator.name = {config.generator.name!r} has no network, and asks '
+        'nothing of the devices worth a plan: give a generator that is trained, such '
+        'as experiments/cifar10_ddpm.py'
       )
     fields = {
       'train': 'generator.training.batch_size',
@@ -73,7 +78,7 @@ def batch(config, what: str) -> tuple[str, int]:
   if 'generator' not in config and 'data' not in config:
     raise UserError(
       'this config has no program worth a plan: give the experiment of a classifier or '
-      'of a diffusion generator'
+      'of a generator that is trained'
     )
   value = config
   for part in fields[what].split('.'):
@@ -81,19 +86,26 @@ def batch(config, what: str) -> tuple[str, int]:
   return fields[what], value
 
 
-def of(config, what: str, num_devices: int) -> Program:
-  """The program of a config on so many devices.
+def of(config, what: str, num_devices: int) -> list[Program]:
+  """The programs of a config on so many devices.
 
   Args:
     config: a classifier's or a generator's, after all overrides.
     what: one of `KINDS`.
     num_devices: of the slice.
 
+  Returns:
+    In the order in which they run: one, but for the training of generators whose
+    phases do not come equally often; of a suite its first attack.
+
   Raises:
     UserError: if the batch does not divide over the devices, or the config has no
       such program.
   """
   field, size = batch(config, what)
+  if 'generator' in config:
+    generator.check(config)
+    _generator_of(config).check(config.generator, dataset_info.of(config.dataset))
   if what == 'evaluate':
     found = judging(config, num_devices)
     if not found:
@@ -101,23 +113,30 @@ def of(config, what: str, num_devices: int) -> Program:
         f'config.evaluation.suite = {config.evaluation.suite!r} has no attack to plan: '
         'use another suite, such as autoattack'
       )
-    return found[0]
-  images, left = (size, 0) if what == 'sample' else divmod(size, num_devices)
+    return found[:1]
+  info = dataset_info.of(config.dataset)
+  if what == 'sample':
+    return [_sampling(config, info, size, num_devices)]
+  images, left = divmod(size, num_devices)
   if left:
     raise UserError(
       f'config.{field}: a batch of {size} does not divide over {num_devices} devices: '
       'use a multiple of that number, or another --topology'
     )
-  make = _training
   if 'generator' in config:
-    make = _sampling if what == 'sample' else _training_of_generator
-  return make(config, dataset_info.of(config.dataset), images, num_devices)
+    return _training_of_generator(config, info, images)
+  return [_training(config, info, images)]
+
+
+def _generator_of(config):
+  """The class of a config's generator."""
+  return registries.GENERATORS.get(config.generator.name, 'config.generator.name')
 
 
 def _batch_of(info, images):
   """Shapes of a device's batch."""
   array = lambda kind, *shape: jax.ShapeDtypeStruct((images, *shape), kind)
-  return update.Batch(
+  return pipeline.Batch(
     array(jnp.uint8, *info.image_shape),
     array(jnp.int32),
     array(bool),
@@ -125,9 +144,8 @@ def _batch_of(info, images):
   )
 
 
-def _training(config, info, images, num_devices):
+def _training(config, info, images):
   """The step of a classifier."""
-  del num_devices
   derived = configs.resolve(config)
   model = companions.for_training(config, info)
   sgd = optimizer.make(config.optimizer, derived)
@@ -137,32 +155,37 @@ def _training(config, info, images, num_devices):
   return Program(step, arguments, (0,), images, derived.num_steps)
 
 
-def _training_of_generator(config, info, images, num_devices):
-  """The step of a diffusion generator."""
-  del num_devices
+def _training_of_generator(config, info, images):
+  """What an iteration of a generator's training runs, each as often as it does."""
   settings, seed = config.generator, config.seed
-  ddpm.DDPM.check(settings, info)
-  adam = ddpm.make_optimizer(settings.training)[0]
-  state = jax.eval_shape(lambda: ddpm.init_state(settings, info, adam, seed))
-  step = ddpm.make_step(settings, info, adam, seed)
-  arguments = state, _batch_of(info, images)
-  return Program(step, arguments, (0,), images, settings.training.num_steps)
+  recipe = _generator_of(config).recipe(settings, info)
+  state = jax.eval_shape(lambda: recipes.init_state(recipe, seed))
+  part = jax.ShapeDtypeStruct((), jnp.int32)
+  num_steps = settings.training.num_steps
+  return [
+    Program(
+      program.fn,
+      (state, _batch_of(info, images), part),
+      (0,),
+      images // program.num_parts,
+      math.ceil(num_steps / program.interval) * len(program.parts),
+      name=program.name,
+    )
+    for program in recipes.make_programs(recipe, seed)
+  ]
 
 
 def _sampling(config, info, images, num_devices):
   """A batch of samples; the run draws at least as many as the set will hold."""
-  settings, seed = config.generator, config.seed
-  ddpm.DDPM.check(settings, info)
-  adam = ddpm.make_optimizer(settings.training)[0]
-  state = jax.eval_shape(lambda: ddpm.init_state(settings, info, adam, seed))
-  key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(seed)))
-  indices = jax.ShapeDtypeStruct((images,), jnp.int32)
+  settings, kind = config.generator, _generator_of(config)
+  key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(config.seed)))
+  variables = kind.variables_like(settings, info), key
   return Program(
-    ddpm.make_draw(settings, info),
-    ((state.params, key), indices),
+    kind.make_sampler(settings, info),
+    (variables, jax.ShapeDtypeStruct((images,), jnp.int32)),
     (),
     images,
-    -(-config.samples.count // (images * num_devices)),
+    math.ceil(config.samples.count / (images * num_devices)),
   )
 
 
@@ -201,6 +224,7 @@ def judging(config, num_devices: int) -> list[Program]:
       images,
       attack.num_attempts(info.num_classes) * -(-count // size),
       getattr(attack, 'num_steps', 0) or getattr(attack, 'num_queries', 1),
+      name=name,
     )
     for name, attack in attacks
   ]

@@ -2,6 +2,8 @@
 
 import hashlib
 import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +25,18 @@ _DESCRIBED = {
   'commit_timestamp_nsecs?': _TIME,
   'custom_metadata?': _OBJECT,
 }
+
+
+class Layout(NamedTuple):
+  """How an earlier version saved the state of a run.
+
+  Attributes:
+    like: a state of that structure and those shapes, a NamedTuple.
+    convert: from such a state to one of today.
+  """
+
+  like: Any
+  convert: Callable[[Any], Any]
 
 
 class Checkpoints:
@@ -97,13 +111,14 @@ class Checkpoints:
       metrics=None if score is None else {'score': score},
     )
 
-  def restore(self, like, step: int | None = None):
+  def restore(self, like, step: int | None = None, older: Layout | None = None):
     """The state at `step`, or at the last checkpoint that can be read.
 
     Args:
       like: a state of the same structure and shapes.
       step: completed updates at the best, for the process that writes alone; None for
         the last.
+      older: how an earlier version saved it; None if all did as this one.
 
     Returns:
       The state as numpy arrays, or None if there is no checkpoint.
@@ -112,13 +127,13 @@ class Checkpoints:
       UserError: if there are checkpoints, and none of them can be read; or if the
         processes do not find the same ones.
     """
-    template = jax.tree.map(np.asarray, like)
+    layouts = [Layout(like, lambda state: state), *([older] if older else [])]
     steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
     if step is None:
       parallel.require_agreement(max(steps, default=-1))
     damaged = []
     for candidate in steps:
-      state = self._read(candidate, template)
+      state = self._read(candidate, layouts)
       if step is None and not parallel.everywhere(state is not None):
         if parallel.everywhere(state is not None or not parallel.is_writer()):
           raise RuntimeError(  # Which a start anew may mend: the file is whole.
@@ -147,17 +162,20 @@ class Checkpoints:
       )
     return None
 
-  def _read(self, step: int, template):
+  def _read(self, step: int, layouts: list[Layout]):
     """The state of a step, None if it cannot be read twice."""
-    items = {'state': ocp.args.StandardRestore(template)}
+    items = {}
     if (self._manager.directory / str(step) / 'digest').exists():  # Older have none.
       items['digest'] = ocp.args.JsonRestore()
     for _ in range(2):  # The first error may be of the network.
       try:
+        layout = self._layout_of(step, layouts) if layouts[1:] else layouts[0]
+        template = jax.tree.map(np.asarray, layout.like)
+        items['state'] = ocp.args.StandardRestore(template)
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
         if 'digest' in items and found.digest != {'sha256': _digest(found.state)}:
           raise ValueError('it is not what was saved, by its sha256')
-        return found.state
+        return layout.convert(found.state)
       except MemoryError:
         raise
       except Exception as e:  # What orbax raises depends on the file that is damaged.
@@ -167,6 +185,13 @@ class Checkpoints:
           (one_line(e) or repr(e))[:200],
         )
     return None
+
+  def _layout_of(self, step: int, layouts: list[Layout]) -> Layout:
+    """The one whose parts are those of the state that was saved; else the first."""
+    path = self._manager.directory / str(step) / 'state'
+    saved = ocp.StandardCheckpointer().metadata(path).item_metadata  # None if damaged.
+    found = set(saved.tree) if saved else set()
+    return next((x for x in layouts if set(x.like._fields) == found), layouts[0])
 
   def best_step(self) -> int | None:
     """Completed updates at the checkpoint of the highest score, None without one."""

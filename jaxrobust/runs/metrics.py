@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard events and the log line."""
 
 import collections
+import io
 import itertools
 import json
 import math
@@ -74,6 +75,28 @@ class Writer:
     ]
     self._events.add_event(
       Event(step=step, wall_time=time.time(), summary=Summary(value=values))
+    )
+
+  def picture(self, step: int, image):
+    """Adds a picture of samples to the events, and as a PNG file to `figures/`.
+
+    Args:
+      step: completed updates.
+      image: of PIL, in RGB.
+    """
+    if not self._events:
+      return
+    buffer = io.BytesIO()
+    image.save(buffer, 'png')
+    path = self._path.parent / 'figures' / f'samples-{step:08}.png'
+    path.parent.mkdir(exist_ok=True)
+    workdirs.write(path, buffer.getvalue())
+    value = Summary.Value(tag='samples')
+    value.image.width, value.image.height = image.size
+    value.image.colorspace = 3
+    value.image.encoded_image_string = buffer.getvalue()
+    self._events.add_event(
+      Event(step=step, wall_time=time.time(), summary=Summary(value=[value]))
     )
 
   def _flush(self):

@@ -303,13 +303,16 @@ class Run:
         evaluation=derived.eval_interval_steps,
       ),
       batch_size=config.data.batch_size,
-      learning_rate_fn=optimizer.schedule(
-        config.optimizer.schedule,
-        learning_rate=derived.learning_rate,
-        num_steps=derived.num_steps,
-        warmup_steps=derived.warmup_steps,
-        drop_fractions=config.optimizer.drop_fractions,
-      ),
+      losses=[metrics.TRAIN_LOSS],
+      schedules={
+        metrics.LEARNING_RATE: optimizer.schedule(
+          config.optimizer.schedule,
+          learning_rate=derived.learning_rate,
+          num_steps=derived.num_steps,
+          warmup_steps=derived.warmup_steps,
+          drop_fractions=config.optimizer.drop_fractions,
+        )
+      },
       note_fn=_note,
       evaluate_fn=None if self._data.validation is None else self._evaluate,
     )

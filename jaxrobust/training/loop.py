@@ -4,7 +4,6 @@ It knows a state that has `step`, a step function and batches, not what they mea
 classifiers and generators train by the same loop, so that both resume exactly.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -49,19 +48,27 @@ class Loop:
     checkpoints: of the run.
   """
 
-  def __init__(self, folder: epath.Path, fresh, *, keep: int):
+  def __init__(
+    self,
+    folder: epath.Path,
+    fresh,
+    *,
+    keep: int,
+    older: checkpoints.Layout | None = None,
+  ):
     """Opens a run at its last checkpoint, or else at the beginning.
 
     Args:
       folder: the workdir.
       fresh: the state before the first update; `fresh.step` counts updates.
       keep: how many of the last checkpoints to keep.
+      older: how an earlier version saved the state; None if all did as this one.
 
     Raises:
       UserError: if none of the checkpoints can be read, or processes disagree.
     """
     self.checkpoints = checkpoints.Checkpoints(folder, keep)
-    restored = self.checkpoints.restore(fresh)
+    restored = self.checkpoints.restore(fresh, older=older)
     state = fresh if restored is None else restored
     self.start = int(state.step)
     if restored is not None:
@@ -76,29 +83,38 @@ class Loop:
     *,
     intervals: Intervals,
     batch_size: int,
-    learning_rate_fn: Callable[[int], Any],
+    losses: Iterable[str],
+    schedules: dict[str, Callable[[int], Any]],
     note_fn: Callable[[dict[str, float]], str],
     evaluate_fn: Callable | None = None,
+    picture_fn: Callable | None = None,
+    name: str = 'train',
   ):
     """Trains from `start` to the last step.
 
     Args:
-      step_fn: `(state, batch) -> (state, metrics)` of `parallel.pmap`; metrics hold
-        `train/loss`.
+      step_fn: `(state, batch) -> (state, metrics)` on arrays of all devices; a metric
+        is a figure, or a list of those of the step's parts, and may be absent from
+        some of the steps.
       batches: of the steps from `start` on, trees of numpy arrays of this process.
       intervals: see Intervals.
       batch_size: images of an update, for the speed.
-      learning_rate_fn: `completed updates -> learning rate`.
+      losses: names of the metrics that must be finite.
+      schedules: `completed updates -> figure`, such as the learning rate, by the name
+        under which it is written.
       note_fn: `figures -> text` for the progress line.
       evaluate_fn: `state -> (figures, score)`, higher is better; None for none.
+      picture_fn: `state -> picture` of what is learned so far, which the process that
+        writes asks for at each checkpoint; None for none.
+      name: of the run in progress lines.
 
     Raises:
       PreemptedError: after a checkpoint, because the process was asked to stop.
       UserError: for a loss or a parameter that is not finite.
     """
     preemption = stop_requests.StopRequests()
-    progress = metrics.Progress('train', intervals.num_steps, 'steps', self.start)
-    window = _Window(self.start, batch_size)
+    progress = metrics.Progress(name, intervals.num_steps, 'steps', self.start)
+    window = _Window(self.start, batch_size, losses)
     pending = None
     try:
       for step, batch in enumerate(batches, start=self.start + 1):
@@ -115,15 +131,18 @@ class Loop:
         if save or due(intervals.log):
           window.add(step, pending)
           pending = None
-          if window.count:
+          if not window.empty:
             figures = window.take(step)
-            figures['train/learning_rate'] = float(learning_rate_fn(step - 1))
+            for figure, schedule_fn in schedules.items():
+              figures[figure] = float(schedule_fn(step - 1))
             self._writer.write(step, figures)
             note = note_fn(figures)
         progress.advance(1, note)
         if save:
           started = time.monotonic()
           self._save(step, evaluate_fn if evaluate else None)
+          if picture_fn and due(intervals.checkpoint) and parallel.is_writer():
+            self._writer.picture(step, picture_fn(self.state))
           window.skip(time.monotonic() - started)
         if stop:
           self.checkpoints.wait()
@@ -161,24 +180,28 @@ class Loop:
 class _Window:
   """Means of the metrics since the last log line, and the speed."""
 
-  def __init__(self, first: int, batch_size: int):
+  def __init__(self, first: int, batch_size: int, losses: Iterable[str]):
     """`first` updates were done at the last log line."""
-    self._first, self._batch_size = first, batch_size
-    self._sums, self.count = {}, 0
+    self._first, self._batch_size, self._losses = first, batch_size, tuple(losses)
+    self._found = {}
     self._started = time.monotonic()
+
+  @property
+  def empty(self) -> bool:
+    """Whether there are no metrics yet."""
+    return not self._found
 
   def add(self, step: int, values):
     """Adds the metrics of `step` (or None); a loss that is not finite ends the run."""
     if values is None:
       return
-    values = parallel.unreplicate(values)
-    if not math.isfinite(values['train/loss']):
-      raise UserError(
-        _NOT_FINITE.format(f'the loss is {values["train/loss"]} at step {step}')
-      )
-    for name, value in values.items():
-      self._sums[name] = self._sums.get(name, 0.0) + float(value)
-    self.count += 1
+    for name, value in parallel.unreplicate(values).items():
+      value = float(np.mean(value))
+      if name in self._losses and not np.isfinite(value):
+        what = 'the loss' if name == metrics.TRAIN_LOSS else name
+        raise UserError(_NOT_FINITE.format(f'{what} is {value} at step {step}'))
+      total, count = self._found.get(name, (0.0, 0))
+      self._found[name] = total + value, count + 1
 
   def skip(self, seconds: float):
     """Leaves time that was not spent on training out of the speed."""
@@ -187,10 +210,10 @@ class _Window:
   def take(self, step: int) -> dict[str, float]:
     """The means, and images a second; starts the next window."""
     now = time.monotonic()
-    figures = {name: total / self.count for name, total in self._sums.items()}
-    figures['time/images_per_second'] = (
+    figures = {name: total / count for name, (total, count) in self._found.items()}
+    figures[metrics.SPEED] = (
       (step - self._first) * self._batch_size / max(now - self._started, 1e-9)
     )
     self._first, self._started = step, now
-    self._sums, self.count = {}, 0
+    self._found = {}
     return figures

@@ -1,0 +1,128 @@
+"""Generators whose networks the training loop trains, as it trains classifiers.
+
+Such a generator gives a recipe (see `recipe`) in place of a fit. Its settings have a
+part `training` with, beside fields of its own,
+  num_steps: iterations;
+  batch_size: images in a global batch;
+  checkpoint_interval_steps, log_interval_steps: iterations;
+  checkpoint_keep: of the last checkpoints.
+"""
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxrobust.config import dataset_info
+from jaxrobust.data import datasets, pipeline
+from jaxrobust.distributed import parallel
+from jaxrobust.errors import UserError
+from jaxrobust.generators import recipe as recipes
+from jaxrobust.generators.generator import Generator
+from jaxrobust.runs import checkpoints, metrics
+from jaxrobust.training import loop
+
+
+class Trained(Generator):
+  """A generator with networks; `recipe` and `make_draw` are what it must give."""
+
+  @classmethod
+  def recipe(cls, settings, info: dataset_info.DatasetInfo) -> recipes.Recipe:
+    """How it is trained, by settings that were checked."""
+    raise NotImplementedError
+
+  @classmethod
+  def older_layout(cls, fresh: recipes.State) -> checkpoints.Layout | None:
+    """How earlier versions saved its state, None if all did as this one."""
+    del fresh
+
+  @classmethod
+  def check_devices(cls, settings, info: dataset_info.DatasetInfo):
+    """Raises UserError if devices and phases cannot share a batch equally."""
+    size = settings.training.batch_size
+    parallel.process_slots(size)
+    parts = max(phase.num_parts for phase in cls.recipe(settings, info).phases)
+    if size // parallel.num_devices() % parts:
+      raise UserError(
+        f'config.generator.training.batch_size = {size} on {parallel.num_devices()} '
+        f'devices: {settings.name} cuts the batch of each into {parts} parts; use a '
+        f'multiple of {parallel.num_devices() * parts}'
+      )
+
+  @classmethod
+  def variables_like(cls, settings, info: dataset_info.DatasetInfo):
+    """Shapes of the variables; see Generator."""
+    recipe = cls.recipe(settings, info)
+    state = jax.eval_shape(lambda: recipes.init_state(recipe, 0))
+    return jax.eval_shape(recipe.variables_fn, state.averaged, state.net_state)
+
+  @classmethod
+  def fit(
+    cls,
+    real: datasets.Split,
+    info: dataset_info.DatasetInfo,
+    settings,
+    *,
+    folder: epath.Path,
+    seed: int,
+  ):
+    """Trains the networks, from wherever their training in `folder` is.
+
+    It writes metrics and checkpoints, and at each of these a picture of samples.
+    Arguments and what it raises are as of Generator; UserError too if training
+    diverges.
+    """
+    recipe, training = cls.recipe(settings, info), settings.training
+    fresh = jax.jit(lambda: recipes.init_state(recipe, seed))()
+    run = loop.Loop(
+      folder, fresh, keep=training.checkpoint_keep, older=cls.older_layout(fresh)
+    )
+
+    def variables(state):
+      state = parallel.unreplicate((state.averaged, state.net_state))
+      return jax.tree.map(np.asarray, recipe.variables_fn(*state))
+
+    fitted = cls(variables(run.state), settings, info)
+    losses = [phase.metric for phase in recipe.phases]
+    run.train(
+      recipes.make_step(recipe, seed, run.start),
+      _batches(real, info, training, seed, run.start),
+      intervals=loop.Intervals(
+        num_steps=training.num_steps,
+        log=training.log_interval_steps,
+        checkpoint=training.checkpoint_interval_steps,
+      ),
+      batch_size=training.batch_size,
+      losses=[phase.metric for phase in recipe.phases if not phase.accept_fn],
+      schedules=_schedules(recipe),
+      note_fn=lambda figures: ', '.join(
+        f'{name.removeprefix("train/")} {figures[name]:.4f}'
+        for name in losses
+        if name in figures
+      ),
+      picture_fn=lambda state: fitted.having(variables(state)).picture(seed),
+      name=f'fit {settings.name}',
+    )
+    run.checkpoints.close()
+    return fitted.having(variables(run.state))
+
+
+def _schedules(recipe: recipes.Recipe) -> dict:
+  """The learning rates under the names by which they are written."""
+  names = {name: f'{metrics.LEARNING_RATE}_{name}' for name in recipe.optimizers}
+  if len(names) == 1:
+    names = dict.fromkeys(names, metrics.LEARNING_RATE)
+  return {names[x]: y.learning_rate_fn for x, y in recipe.optimizers.items()}
+
+
+def _batches(real, info, training, seed, start):
+  """Batches of the training images from iteration `start` on."""
+  return pipeline.train_batches(
+    real,
+    None,
+    [pipeline.Share(1.0)],
+    batch_size=training.batch_size,
+    steps=range(start, training.num_steps),
+    seed=seed,
+    slots=parallel.process_slots(training.batch_size),
+    num_classes=info.num_classes,
+  )
