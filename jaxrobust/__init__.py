@@ -6,36 +6,56 @@ Generated Data", NeurIPS 2021 (https://arxiv.org/abs/2110.09468).
 What a notebook needs is here, imported when it is first asked for:
 
   load                  a trained classifier, from a run, a file or a released name
+  from_torch            the same from a network of PyTorch
   evaluate_robustness   judges any jax function by AutoAttack and other suites
+  read_run              metrics, results and figures of a run
   attacks               every attack alone
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = '0.2.0.dev0'
 
-# Public name → the module that has it.
+# Public name → the module that has it. No module of the package has such a name, which
+# would take its place when it is imported.
 _PUBLIC = {
   'Classifier': 'jaxrobust.models.classifier',
   'Outcome': 'jaxrobust.attacks.evaluation',
+  'Run': 'jaxrobust.reporting.run',
+  'UserError': 'jaxrobust.errors',
   'evaluate_robustness': 'jaxrobust.attacks.robustness',
+  'from_torch': 'jaxrobust.models.classifier',
   'load': 'jaxrobust.models.classifier',
+  'read_run': 'jaxrobust.reporting.run',
 }
-__all__ = ['Classifier', 'Outcome', 'evaluate_robustness', 'load']
+__all__ = [
+  'Classifier',
+  'Outcome',
+  'Run',
+  'UserError',
+  'evaluate_robustness',
+  'from_torch',
+  'load',
+  'read_run',
+]
 
 if TYPE_CHECKING:
   from jaxrobust.attacks.evaluation import Outcome
   from jaxrobust.attacks.robustness import evaluate_robustness
-  from jaxrobust.models.classifier import Classifier, load
+  from jaxrobust.errors import UserError
+  from jaxrobust.models.classifier import Classifier, from_torch, load
+  from jaxrobust.reporting.run import Run, read_run
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
   """A public name, imported when it is first asked for."""
+  if name == 'attacks':
+    return importlib.import_module('jaxrobust.attacks')
   if name not in _PUBLIC:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:
-  return sorted({*globals(), *_PUBLIC})
+  return sorted({*globals(), *_PUBLIC, 'attacks'})

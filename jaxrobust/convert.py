@@ -1,11 +1,17 @@
 """Converts a checkpoint: Haiku .npy, PyTorch .pt, safetensors, in every direction.
 
 Usage:
-  python -m jaxrobust.convert --from=PATH --to=PATH [--config=experiments/FILE.py[:ARG]]
+  python -m jaxrobust.convert --from=PATH --to=PATH [--robustbench=FILE.json]
+      [--config=experiments/FILE.py[:ARG]]
 
 Examples:
-  A finished run, for RobustBench (DMWideResNet, DMPreActResNet):
-    python -m jaxrobust.convert --from=runs/digits --to=digits.pt
+  A finished run that AutoAttack has judged, for a pull request to RobustBench, whose
+  DMWideResNet and DMPreActResNet take the file:
+    python -m jaxrobust.convert --from=runs/ours --to=ours.pt \\
+        --robustbench=model_info.json
+  A finished run, to a repository of the Hugging Face hub, and from there:
+    python -m jaxrobust.convert --from=runs/ours --to=hf:OWNER/NAME
+    python -m jaxrobust.convert --from=hf:OWNER/NAME --to=theirs.npy
   The authors' weights, as a file that cannot hold code:
     python -m jaxrobust.convert --from=models/cifar10_linf_wrn28-10_ddpm_v2.npy \\
         --to=models/cifar10_linf_wrn28-10_ddpm_v2.safetensors
@@ -19,7 +25,14 @@ the file gets its name it is read back, and the logits of both on random images 
 compared; the largest difference is printed. Writing files of PyTorch needs PyTorch
 installed (reading them, and the others, does not). --config says what the network is;
 it is needed only for a file without a model card that is not of a released name.
+
+hf:OWNER/NAME needs huggingface_hub installed. A repository there gets
+model.safetensors, the card as model.json, and README.md. --robustbench writes what the
+leaderboard shows: the figures of the run's results.json by AutoAttack on all test
+images, and fields that are null where only you know them.
 """
+
+import json
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +42,7 @@ from etils import epath
 
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays
-from jaxrobust.models import architecture, parameter_files, zoo
+from jaxrobust.models import architecture, hub, leaderboard, parameter_files, zoo
 from jaxrobust.models import card as cards
 from jaxrobust.runs import cli
 from jaxrobust.runs import workdir as workdirs
@@ -37,30 +50,54 @@ from jaxrobust.runs import workdir as workdirs
 _NUM_IMAGES = 8
 
 
-def main(config, workdir, from_: str, to: str):
-  """Converts and prints one line."""
+def main(config, workdir, from_: str, to: str, robustbench: str = ''):
+  """Converts and prints one line, or two."""
   del workdir
   if not from_ or not to:
     raise UserError('give --from=PATH and --to=PATH (--help shows examples)')
   target = epath.Path(to).expanduser()
-  if target.suffix not in parameter_files.SUFFIXES:
+  if target.suffix not in parameter_files.SUFFIXES and not hub.is_hub(to):
     raise UserError(
       f'--to={to}: the name must end in one of {", ".join(parameter_files.SUFFIXES)}'
     )
+  if robustbench:
+    _check_leaderboard(robustbench, target)
   found = zoo.find(from_)
   source = found.path if found else epath.Path(from_).expanduser()
   variables = parameter_files.read(source)
   card = _card(config, found, source, variables[0])
-  _check_target(target, card)
+  if not hub.is_hub(to):
+    _check_target(target, card)
+  info = leaderboard.model_info(card) if robustbench else None
   model = card.build()
   parameter_files.check_fits(
     source, variables, jax.eval_shape(model.init, jax.random.key(0))
   )
+
+  def export(path: epath.Path) -> float:
+    parameter_files.export(path, *variables, {'card': card.to_json()})
+    return _difference(card, model, variables, parameter_files.load(path, model))
+
+  if hub.is_hub(to):
+    difference = hub.publish(to, card, export)
+  else:
+    difference = _write(target, card, export)
+    if target.suffix != '.npy':
+      _warn(card)
+  print(
+    f'{to}: {card.architecture}, {card.dataset}; largest difference of the logits '
+    f'of {_NUM_IMAGES} random images after reading it back: {difference:g}'
+  )
+  if info:
+    _write_info(robustbench, card, info)
+
+
+def _write(target: epath.Path, card: cards.Card, export) -> float:
+  """Writes a file and its card, or nothing; returns what `export` does."""
   draft = target.with_name(f'.draft-{target.name}')
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
-    parameter_files.export(draft, *variables, {'card': card.to_json()})
-    difference = _difference(card, model, variables, parameter_files.load(draft, model))
+    difference = export(draft)
     workdirs.write(cards.path_of(target), card.to_json())
     draft.replace(target)
   except OSError as e:
@@ -68,11 +105,31 @@ def main(config, workdir, from_: str, to: str):
   finally:
     if draft.exists():
       draft.unlink()
-  if target.suffix != '.npy':
-    _warn(card)
+  return difference
+
+
+def _check_leaderboard(path: str, target: epath.Path):
+  """Refuses a place for RobustBench's file, or weights that it does not read."""
+  if target.suffix != '.pt':
+    raise UserError(f'--to={target}: give a .pt file, which RobustBench reads')
+  if epath.Path(path).exists() or epath.Path(path) == cards.path_of(target):
+    raise UserError(
+      f'--robustbench={path}: give a name that no file has, and another than '
+      f'{cards.path_of(target)}, the model card'
+    )
+
+
+def _write_info(path: str, card: cards.Card, info: dict):
+  """Writes RobustBench's file, and prints what is left to do."""
+  try:
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    workdirs.write(epath.Path(path), json.dumps(info, indent=2) + '\n')
+  except OSError as e:
+    raise UserError(f'cannot write to {path}: {e.strerror or e}') from e
   print(
-    f'{target}: {card.architecture}, {card.dataset}; largest difference of the logits '
-    f'of {_NUM_IMAGES} random images after reading it back: {difference:g}'
+    f'{path}: clean {info["clean_acc"]}, AutoAttack {info["autoattack_acc"]}; fill in '
+    f'{", ".join(leaderboard.UNKNOWN)}, and put it into {leaderboard.place(card)} of '
+    'their repository'
   )
 
 
@@ -171,10 +228,19 @@ PROGRAM = cli.Program(
     cli.Flag(
       'from',
       'A .npy, .pt, .pth or .safetensors file, a workdir, or the name of a released '
-      'checkpoint (python -m jaxrobust.models.download lists them).',
+      'checkpoint (python -m jaxrobust.models.download lists them), or hf:OWNER/NAME.',
       cli.PATH,
     ),
-    cli.Flag('to', 'A file with one of these endings, which must not exist.', cli.PATH),
+    cli.Flag(
+      'to',
+      'A file with one of these endings, which must not exist, or hf:OWNER/NAME.',
+      cli.PATH,
+    ),
+    cli.Flag(
+      'robustbench',
+      "A .json file, which must not exist, for RobustBench's model_info.",
+      cli.PATH,
+    ),
   ),
   workdir='none',
   alone=True,

@@ -128,13 +128,16 @@ def from_json(text: bytes | str, source: str) -> Card:
   return card
 
 
-def from_config(config, source: str, accuracies: tuple[dict, ...] = ()) -> Card:
+def from_config(
+  config, source: str, accuracies: tuple[dict, ...] = (), name: str = ''
+) -> Card:
   """The card of a run.
 
   Args:
     config: of a classifier.
     source: where its parameters come from.
     accuracies: see Card.
+    name: of the checkpoint; '' for the experiment's.
 
   Raises:
     UserError: if the config has a value that cannot be meant.
@@ -144,7 +147,7 @@ def from_config(config, source: str, accuracies: tuple[dict, ...] = ()) -> Card:
   return Card(
     num_classes=info.num_classes if is_own else None,
     image_shape=tuple(info.image_shape) if is_own else None,
-    name=configs.experiment_name(config),
+    name=name or configs.experiment_name(config),
     dataset=info.name,
     norm=config.threat.norm,
     epsilon=config.threat.epsilon,

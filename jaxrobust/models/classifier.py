@@ -1,23 +1,34 @@
 """A trained network with its parameters, as one function of images."""
 
 import functools
+import html
+import os
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from ml_collections import config_dict
 
+from jaxrobust import models
 from jaxrobust.config import experiments
 from jaxrobust.errors import UserError
 from jaxrobust.models import card as cards
-from jaxrobust.models import parameter_files, zoo
+from jaxrobust.models import parameter_files, pytorch, zoo
 from jaxrobust.models.card import Card
+
+# Of logits of a PyTorch module and of the same network here: sums of float32 in another
+# order, relative to the largest logit.
+_AGREEMENT = 1e-3
 
 
 class Classifier:
   """A network that infers: images in, logits out.
 
-  It is a function of each image by itself, so that attacks take it as it is:
+  It is a function of each image by itself, so that attacks take it as it is, and other
+  jax code may differentiate or compile it:
 
     classifier = jaxrobust.load('runs/digits')
     logits = classifier(images)
@@ -25,19 +36,25 @@ class Classifier:
 
   Attributes:
     card: what it is: data set, threat model, network, accuracies.
-    params, net_state: Haiku trees of arrays: parameters, BatchNorm statistics.
+    params: Haiku tree of arrays.
+    net_state: Haiku tree of arrays, the statistics of BatchNorm.
   """
 
-  def __init__(self, card: Card, params, net_state):
-    """Builds the network of `card`; see `load`."""
-    self.card, self.params, self.net_state = card, params, net_state
-    model = card.build()
-    self._apply = lambda images: model.apply(params, net_state, images, False)[0]
-    self._features = lambda images: model.features(params, net_state, images)
-    self._compiled = functools.cache(jax.jit)
+  def __init__(self, card: Card, params: Any, net_state: Any):
+    """Builds the network of `card`; see `load`.
 
-  def __call__(self, images) -> jax.Array:
-    """The logits of images.
+    Args:
+      card: what the network is.
+      params: Haiku tree of arrays of that network.
+      net_state: likewise.
+    """
+    self.card = card
+    self.params, self.net_state = jax.tree.map(jnp.asarray, (params, net_state))
+    sizes = card.info.num_classes, tuple(card.info.image_shape)
+    self._logits, self._features = _programs(tuple(card.model.items()), *sizes)
+
+  def __call__(self, images: Any) -> jax.Array:
+    """The logits of images; a network is compiled once for each number of them.
 
     Args:
       images: [B, H, W, C], uint8, or float in [0, 1].
@@ -48,23 +65,23 @@ class Classifier:
     Raises:
       UserError: for images of another shape or type.
     """
-    return self._compiled(self._apply)(self._pixels(images))
+    return self._logits((self.params, self.net_state), self._pixels(images))
 
-  def features(self, images) -> jax.Array:
+  def features(self, images: Any) -> jax.Array:
     """What the last layer sees, float [B, F]; arguments as of a call."""
-    return self._compiled(self._features)(self._pixels(images))
+    return self._features((self.params, self.net_state), self._pixels(images))
 
-  def predict(self, images) -> jax.Array:
+  def predict(self, images: Any) -> jax.Array:
     """The class of each image, int [B]; arguments as of a call."""
     return self(images).argmax(axis=-1)
 
-  def _pixels(self, images):
+  def _pixels(self, images) -> jax.Array:
     """Images as the network takes them: float in [0, 1]."""
-    shape = tuple(self.card.image_shape)
-    if np.ndim(images) != 4 or tuple(np.shape(images)[1:]) != shape:
+    shape = self.card.info.image_shape
+    if np.ndim(images) != 4 or tuple(np.shape(images)[1:]) != tuple(shape):
       raise UserError(
         f'images have the shape {list(np.shape(images))}: {self.card.name} takes '
-        f'{["B", *shape]}'
+        f'[B, {", ".join(map(str, shape))}]'
       )
     images = jnp.asarray(images)
     if images.dtype == jnp.uint8:
@@ -73,31 +90,38 @@ class Classifier:
       raise UserError(f'images are {images.dtype}: give uint8, or float in [0, 1]')
     return images
 
-  def __repr__(self) -> str:
+  def _lines(self) -> list[str]:
+    """What it is, and what it was judged to be, a line each."""
     card = self.card
     lines = [
       f'{card.name}: {card.model["name"]} of {card.dataset}, {card.norm} '
       f'{card.epsilon:.4g}'
     ]
     for entry in card.accuracies:
-      protocol = entry.get('protocol')
-      judge = protocol.get('suite') if isinstance(protocol, dict) else protocol
       published = ' (published)' if entry.get('published') else ''
       lines.append(
-        f'  clean {entry["clean_accuracy"]:.2%}, robust '
-        f'{entry["robust_accuracy"]:.2%} by {judge}{published}'
+        f'clean {entry["clean_accuracy"]:.2%}, robust {entry["robust_accuracy"]:.2%} '
+        f'by {entry["protocol"].get("suite")}{published}'
       )
-    return '\n'.join(lines)
+    return lines
+
+  def __repr__(self) -> str:
+    return '\n  '.join(self._lines())
+
+  def _repr_html_(self) -> str:
+    return '<br>'.join(map(html.escape, self._lines()))
 
 
-def load(path: str, config: str = '') -> Classifier:
+def load(
+  path: str | os.PathLike[str], config: str | config_dict.ConfigDict = ''
+) -> Classifier:
   """Loads a trained classifier.
 
   Args:
-    path: a workdir, a file of parameters of any format, or the name of a released
-      checkpoint.
-    config: an experiment that says what the network is, such as
-      'cifar10_linf:wrn-28-10'; needed only for a file that has no model card.
+    path: a workdir, a file of parameters of any format, the name of a released
+      checkpoint, or hf:OWNER/NAME on the Hugging Face hub.
+    config: what the network is: an experiment, such as 'cifar10_linf:wrn-28-10', or its
+      config; needed only where no model card says it.
 
   Returns:
     The classifier.
@@ -106,11 +130,11 @@ def load(path: str, config: str = '') -> Classifier:
     UserError: if there is no such checkpoint, it is damaged, or nothing says what its
       network is.
   """
-  path = str(epath.Path(path).expanduser()) if path not in zoo.ENTRIES else path
+  path = os.path.expanduser(path)
   found = zoo.find(path)
   if config:
-    card = cards.from_config(experiments.load(config), source=path)
-    file = found.path if found else path
+    file = found.path if found else epath.Path(path)
+    card = cards.from_config(_config(config), source=path)
   elif found:
     card, file = found
   else:
@@ -119,3 +143,80 @@ def load(path: str, config: str = '') -> Classifier:
       f'as cifar10_linf:wrn-28-10. {zoo.where_to_get(epath.Path(path))}'
     )
   return Classifier(card, *parameter_files.load(file, card.build()))
+
+
+def from_torch(
+  network: Any, config: str | config_dict.ConfigDict, name: str = ''
+) -> Classifier:
+  """Takes over a network of PyTorch: a WideResNet or PreActResNet of RobustBench.
+
+  These are the authors' two networks, which RobustBench calls DMWideResNet and
+  DMPreActResNet; `jaxrobust.models.pytorch` has their names. A module is called once on
+  random images, and must answer as the network here does.
+
+  Args:
+    network: a module, or its state dict: names → tensors or arrays. Of a file, use
+      `load`, which needs no PyTorch.
+    config: what the network is: an experiment, such as 'cifar10_linf:wrn-28-10', or its
+      config.
+    name: what to call it.
+
+  Returns:
+    The classifier.
+
+  Raises:
+    UserError: for another network, with the names that it has; or if a module answers
+      otherwise.
+  """
+  source = name or type(network).__name__
+  is_module = callable(getattr(network, 'state_dict', None))
+  state = network.state_dict() if is_module else network
+  if not isinstance(state, Mapping):
+    raise UserError(f'{source} is neither a module of PyTorch nor a state dict')
+  arrays = {key: pytorch.to_numpy(x) for key, x in state.items()}
+  variables = pytorch.from_state_dict(arrays, source)
+  card = cards.from_config(_config(config), source=source, name=source)
+  template = jax.eval_shape(card.build().init, jax.random.key(0))
+  parameter_files.check_fits(source, variables, template)
+  classifier = Classifier(card, *variables)
+  if is_module:
+    _compare(classifier, network, source)
+  return classifier
+
+
+@functools.lru_cache(maxsize=32)
+def _programs(model: tuple, num_classes: int, image_shape: tuple):
+  """Logits and features of a network, which classifiers of the same kind share."""
+  network = models.build(
+    **dict(model), num_classes=num_classes, image_shape=image_shape, group_size=None
+  )
+  # The variables are arguments, so that no program has them as constants.
+  return (
+    jax.jit(lambda variables, x: network.apply(*variables, x, False)[0]),
+    jax.jit(lambda variables, x: network.features(*variables, x)),
+  )
+
+
+def _config(config) -> config_dict.ConfigDict:
+  return experiments.load(config) if isinstance(config, str) else config
+
+
+def _compare(classifier: Classifier, module, source: str):
+  """Raises UserError unless both have the same logits."""
+  shape = (8, *classifier.card.info.image_shape)
+  images = np.random.default_rng(0).random(shape, np.float32)
+  theirs, ours = pytorch.logits(module, images), np.asarray(classifier(images))
+  if theirs.shape != ours.shape:
+    raise UserError(
+      f'{source} makes {list(theirs.shape)} of images {list(shape)}, and the network '
+      f'of its config {list(ours.shape)}'
+    )
+  difference = np.abs(theirs - ours).max()
+  if not difference <= _AGREEMENT * max(1.0, np.abs(theirs).max()):
+    said = classifier.card.model
+    raise UserError(
+      f'{source} has other logits than the network of its config, by up to '
+      f'{difference:.3g}: correct model.activation = {said["activation"]}, model.mean '
+      f'= {said["mean"]}, model.std = {said["std"]} or model.padding = '
+      f'{said["padding"]} of the config'
+    )

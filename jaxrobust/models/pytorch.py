@@ -232,6 +232,32 @@ def _network_alone(state, source) -> tuple[str, dict[str, np.ndarray]]:
   return family, network
 
 
+def to_numpy(tensor) -> np.ndarray:
+  """A tensor of PyTorch, or what numpy takes, as an array; half precision as single."""
+  if hasattr(tensor, 'detach'):
+    tensor = tensor.detach().cpu()
+    tensor = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+  return np.asarray(tensor)
+
+
+def logits(module, images: np.ndarray) -> np.ndarray:
+  """What a module makes of images, as it infers.
+
+  Args:
+    module: of PyTorch, on any device; left in the mode that it is in.
+    images: float32 [B, H, W, C] in [0, 1].
+  """
+  torch = _torch('calling a module of PyTorch')
+  some = next(x for x in module.state_dict().values() if x.is_floating_point())
+  was_training = module.training
+  module.eval()
+  try:
+    with torch.no_grad():
+      return to_numpy(module(torch.from_numpy(images).to(some).permute(0, 3, 1, 2)))
+  finally:
+    module.train(was_training)
+
+
 def _pytorch_name(module):
   _, _, name = module.partition('/~/')
   name = re.sub(r'^resnet_lay_(\d+)_block_(\d+)/~/', r'layer.\1.block.\2.', name)

@@ -13,9 +13,10 @@ from typing import NamedTuple
 from etils import epath
 
 from jaxrobust.config import dataset_info
+from jaxrobust.errors import UserError
 from jaxrobust.files import arrays, json_files
 from jaxrobust.models import card as cards
-from jaxrobust.models import safetensors
+from jaxrobust.models import hub, safetensors
 
 URL = 'https://storage.googleapis.com/dm-adversarial-robustness/'
 SUFFIXES = ('.npy', '.pt')  # of each released checkpoint
@@ -148,7 +149,8 @@ def find(name_or_path: str) -> Found | None:
   """What is known of a checkpoint, without reading its parameters.
 
   Args:
-    name_or_path: a key of ENTRIES, a file of parameters, or a workdir.
+    name_or_path: a key of ENTRIES, a file of parameters, a workdir, or hf:OWNER/NAME,
+      whose file is fetched.
 
   Returns:
     For a released checkpoint (by its name, or a file of that name) its entry; else
@@ -156,8 +158,12 @@ def find(name_or_path: str) -> Found | None:
     nothing says what the network is: then the user must.
 
   Raises:
-    UserError: if a card or a config is there, and damaged.
+    UserError: if a card or a config is there, and damaged; if the hub has no such file,
+      or one without a card.
   """
+  if hub.is_hub(name_or_path):
+    path = hub.fetch(name_or_path)
+    return Found(_card_inside(path, name_or_path), path)
   if name_or_path in ENTRIES:
     usual = usual_suffix(name_or_path)
     files = [
@@ -181,6 +187,16 @@ def find(name_or_path: str) -> Found | None:
     text = safetensors.metadata(path).get('card')
     return Found(cards.from_json(text, str(path)), path) if text else None
   return None
+
+
+def _card_inside(path: epath.Path, source: str) -> cards.Card:
+  """The card of a .safetensors file; UserError if it has none."""
+  if text := safetensors.metadata(path).get('card'):
+    return cards.from_json(text, source)
+  raise UserError(
+    f'{source} has no model card of jaxrobust: only checkpoints that jaxrobust convert '
+    'wrote there are read from the hub'
+  )
 
 
 def where_to_get(path: epath.Path) -> str:
