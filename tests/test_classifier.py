@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxrobust
 from experiments import digits
-from jaxrobust import train
+from jaxrobust import evaluate, train
 from jaxrobust.config import experiments, registries
 from jaxrobust.errors import UserError
 from jaxrobust.models import parameter_files
-from jaxrobust.runs import waiting
+from jaxrobust.runs import cli, flags, waiting
+from jaxrobust.runs import workdir as workdirs
 from jaxrobust.training import classifier
 
 STEPS, HELD_OUT = 2, 24
@@ -98,6 +100,11 @@ def run(config, images, batches, tmp_path_factory):
     return folder, classifier.train(config, folder, train=images)
 
 
+def of_command_line(folder):
+  """The config of `jaxrobust train --workdir=folder`."""
+  return cli._config(train.PROGRAM, flags.parse(train.PROGRAM, [f'--workdir={folder}']))
+
+
 def lines(folder):
   return [json.loads(x) for x in (folder / 'metrics.jsonl').read_text().splitlines()]
 
@@ -123,7 +130,7 @@ def test_a_run_from_python_is_a_run_of_the_program(run, config, images):
   }
   before = path.read_bytes()
   assert classifier.train(config, folder, train=images) == path  # It is finished.
-  train.main(None, str(folder))  # And so it is by the workdir's own config.
+  train.main(of_command_line(folder), str(folder))  # Also by the workdir's own config.
   assert path.read_bytes() == before
 
 
@@ -207,8 +214,8 @@ def test_the_best_is_not_replaced_by_the_last_where_no_score_is_left(
 
 
 def test_a_workdir_alone_must_hold_a_run(tmp_path):
-  with pytest.raises(UserError, match='--config is missing, and .* holds no run'):
-    train.main(None, str(tmp_path))
+  with pytest.raises(UserError, match='--config is missing: give an experiment'):
+    of_command_line(tmp_path)
 
 
 def test_losses_of_all_names_are_functions_of_the_passes():
@@ -248,3 +255,41 @@ def test_a_wait_that_is_short_is_not_said(said):
   with waiting.waiting('folding'):
     pass
   assert said.empty()
+
+
+def test_what_is_returned_takes_the_images_that_it_was_trained_on(run, config, images):
+  """They are of no data set: the run records what they are, and normalises by them."""
+  folder, path = run
+  found = jaxrobust.train_classifier(config, folder, train=images)
+  assert found(images[0]).shape == (64, 7)
+  assert found.card.dataset == 'arrays'
+  recorded = json.loads((folder / 'config.json').read_text())
+  assert recorded['dataset']['image_shape'] == [10, 10, 1]
+  pixels = images[0][HELD_OUT:] / 255
+  np.testing.assert_allclose(recorded['model']['mean'], [pixels.mean()], atol=1e-4)
+  np.testing.assert_allclose(recorded['model']['std'], [pixels.std()], atol=1e-4)
+  with pytest.raises(UserError, match="'arrays': its images are only in the Python"):
+    evaluate.main(workdirs.read_config(folder), str(folder))
+
+
+def test_images_as_those_of_the_data_set_take_their_place(config):
+  images = np.zeros((64, 8, 8, 1), np.uint8), np.arange(64) % 10
+  split = classifier._given(config, images, None)
+  assert classifier._recorded_of(config, *split) is config
+
+
+def test_validation_images_must_be_of_the_same_kind(config, images, tmp_path):
+  pixels, labels = images
+  give = lambda *split: classifier.train(
+    config, tmp_path / 'run', train=images, validation=split
+  )
+  with pytest.raises(UserError, match=r'validation has images \[8, 8, 1\], train \[10'):
+    give(pixels[:, :8, :8], labels)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_values_of_a_config_are_replaced_by_path():
+  config = jaxrobust.load_config('digits:wrn-10-2', {'threat.epsilon': 0.1})
+  assert (config.model.name, config.threat.epsilon) == ('wrn-10-2', 0.1)
+  with pytest.raises(UserError, match=r'digits --config.treat.epsilon=0.1.*threat'):
+    jaxrobust.load_config('digits', {'treat.epsilon': 0.1})

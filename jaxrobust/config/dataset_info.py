@@ -21,7 +21,8 @@ from jaxrobust.config import registries
 from jaxrobust.config.fields import field
 from jaxrobust.errors import UserError
 
-OWN = ('folder', 'npz')  # and tfds:NAME
+OWN = ('folder', 'npz')  # on disk; and tfds:NAME
+ARRAYS = 'arrays'  # given to a function in Python
 
 
 class DatasetInfo(NamedTuple):
@@ -158,14 +159,14 @@ FIELDS = {
   ),
   'num_classes': field(None, 'of your own images', type=int, above=0),
   'train_size': field(None, 'training images of your own', type=int, above=0),
-  'test_size': field(None, 'test images of your own', type=int, above=0),
+  'test_size': field(None, 'test images of your own', type=int, least=0),
 }
 RECORDED = ('image_shape', 'num_classes', 'train_size', 'test_size')
 
 
 def is_own(dataset) -> bool:
   """Whether a config's `dataset` names the user's own images, or any builder."""
-  return dataset.name in OWN or dataset.name.startswith('tfds:')
+  return dataset.name in (*OWN, ARRAYS) or dataset.name.startswith('tfds:')
 
 
 def check(dataset):

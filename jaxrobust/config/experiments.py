@@ -7,6 +7,10 @@ package, inside it. Nothing in the package imports one.
 import importlib.util
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust.config import fields, registries
@@ -86,6 +90,26 @@ def _said(error: Exception) -> str:
   """What an experiment's file raised, with its kind unless it is meant to be read."""
   text = one_line(error)
   return text if isinstance(error, UserError) else f'{type(error).__name__}: {text}'
+
+
+def load_config(
+  experiment: str, values: Mapping[str, Any] | None = None
+) -> config_dict.ConfigDict:
+  """The config of an experiment, with other values.
+
+  Args:
+    experiment: by name or path, with its argument, such as 'digits' or
+      'cifar10_linf:wrn-28-10,ddpm'.
+    values: under dotted paths, such as {'threat.epsilon': 8 / 255}.
+
+  Returns:
+    The config, locked.
+
+  Raises:
+    UserError: for an experiment that is absent or fails, a path that is no field, or a
+      value of another type.
+  """
+  return fields.override(load(experiment), dict(values or {}), experiment)
 
 
 def sweep_points(config, file: str) -> list[tuple]:

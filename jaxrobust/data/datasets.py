@@ -163,13 +163,13 @@ def record(config):
     'dataset.test_size': test.size,
   }
   if normalises:
-    found['model.mean'], found['model.std'] = _normalisation(images)
+    found['model.mean'], found['model.std'] = normalisation(images)
   said = ', '.join(f'{path} {value}' for path, value in found.items())
   logging.info('recorded of %s: %s', dataset.path or dataset.name, said)
   return fields.replace(config, found)
 
 
-def _normalisation(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Mean and standard deviation of each channel of uint8 images, in [0, 1]."""
   levels = np.arange(256) / 255
   means, deviations = [], []
@@ -311,6 +311,11 @@ def import_tensorflow():
 
 def _open(name: str, official_split: str, data_dir: str, path: str) -> Opened:
   """Opens an official split of any data set."""
+  if name == dataset_info.ARRAYS:
+    raise UserError(
+      "config.dataset.name = 'arrays': its images are only in the Python program that "
+      'trained on them; give them there, to train_classifier or evaluate_robustness'
+    )
   if name == 'folder':
     return Opened(*own_images.open_folder(path, official_split))
   if name == 'npz':

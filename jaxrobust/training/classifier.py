@@ -51,6 +51,8 @@ def train(
     train: images uint8 [n, H, W, C] and labels int [n] in 0..K-1, in the place of the
       data set's training images: the first `config.dataset.validation_images` of them
       are held out unless `validation` is given. The same ones must be given to resume.
+      Where their shape or classes are not those of `config.dataset`, it becomes
+      'arrays', and the run normalises by their own mean and standard deviation.
     validation: images and labels that are not trained on, in the place of those.
     samples: folder of a sample set, in the place of `config.data.samples`.
 
@@ -67,6 +69,8 @@ def train(
   config = workdirs.continued(workdir, config)
   if train is None:
     config = datasets.record(config)
+  else:
+    config = _recorded_of(config, *_given(config, train, validation))
   derived = configs.resolve(config)
   finished = epath.Path(workdir) / 'checkpoint.npy'
   done = finished.exists()
@@ -79,7 +83,8 @@ def train(
   evaluation_attacks(config)
   mixes = check_batch(config, derived)
   data = load_data(config, train, validation)
-  info = _info(config, data)
+  info = dataset_info.of(config.dataset)
+  _check_validation(data.validation, info)
   for counts in mixes:
     pipeline.check_sources(data.real, data.generated, *counts, info.num_classes)
   model = companions.for_training(config, info)
@@ -135,15 +140,22 @@ def load_data(config, train=None, validation=None) -> Data:
     if config.data.verify_samples:
       logging.info('comparing checksums of %s (once)', config.data.samples)
       generated.verify(functools.partial(tqdm.tqdm, desc='checksums', disable=None))
+  if train is not None:
+    return Data(*_given(config, train, validation), generated)
+  real = datasets.of(config.dataset, 'train')
   if validation is not None:
     validation = _split(validation, 'validation')
-  if train is None:
-    real = datasets.of(config.dataset, 'train')
-    if validation is None and config.dataset.validation_images:
-      validation = datasets.of(config.dataset, 'validation')
-    return Data(real, validation, generated)
+  elif config.dataset.validation_images:
+    validation = datasets.of(config.dataset, 'validation')
+  return Data(real, validation, generated)
+
+
+def _given(config, train, validation) -> tuple[datasets.Split, datasets.Split | None]:
+  """The images to train and to validate on, of arrays; UserError if they are none."""
   real, held_out = _split(train, 'train'), 0
-  if validation is None and (held_out := config.dataset.validation_images):
+  if validation is not None:
+    validation = _split(validation, 'validation')
+  elif held_out := config.dataset.validation_images:
     validation = datasets.Split(*(x[:held_out] for x in real))
   last = config.dataset.train_images and held_out + config.dataset.train_images
   if not 0 < (last or held_out + 1) <= len(real.labels):
@@ -153,7 +165,33 @@ def load_data(config, train=None, validation=None) -> Data:
       f'config.dataset.train_images = {config.dataset.train_images} are trained on: '
       'give more images, or lower one of the two'
     )
-  return Data(datasets.Split(*(x[held_out:last] for x in real)), validation, generated)
+  return datasets.Split(*(x[held_out:last] for x in real)), validation
+
+
+def _recorded_of(config, real: datasets.Split, validation: datasets.Split | None):
+  """The config with what is known of arrays, unless they are as its data set's."""
+  dataset, shape = config.dataset, real.images.shape[1:]
+  splits = [real] if validation is None else [real, validation]
+  num_classes = 1 + max(int(x.labels.max()) for x in splits)
+  if not dataset_info.is_own(dataset):
+    info = dataset_info.of(dataset)
+    if shape == info.image_shape and num_classes <= info.num_classes:
+      return config
+  config = fields.replace(
+    config,
+    {
+      'dataset.name': dataset_info.ARRAYS,
+      'dataset.path': '',
+      'dataset.image_shape': shape,
+      'dataset.num_classes': max(num_classes, dataset.num_classes or 2),
+      'dataset.train_size': len(real.labels),
+      'dataset.test_size': 0,
+    },
+  )
+  if dataset_info.has_others_normalisation(config):
+    mean, std = datasets.normalisation(real.images)
+    config = fields.replace(config, {'model.mean': mean, 'model.std': std})
+  return config
 
 
 def _recorded(path: epath.Path) -> dict:
@@ -185,20 +223,20 @@ def _split(arrays, name: str) -> datasets.Split:
   return datasets.Split(images, labels.astype(np.int32))
 
 
-def _info(config, data: Data) -> dataset_info.DatasetInfo:
-  """What is known of the images, which need not be those of the data set's name."""
-  info = dataset_info.of(config.dataset)
-  shape, last = data.real.images.shape[1:], int(data.real.labels.max())
-  if data.validation is not None:
-    if data.validation.images.shape[1:] != shape:
-      raise UserError(
-        f'validation has images {list(data.validation.images.shape[1:])}, train '
-        f'{list(shape)}: give images of one shape'
-      )
-    last = max(last, int(data.validation.labels.max()))
-  if shape == info.image_shape and last < info.num_classes:
-    return info
-  return info._replace(image_shape=shape, num_classes=max(last + 1, 2))
+def _check_validation(split: datasets.Split | None, info: dataset_info.DatasetInfo):
+  """Refuses validation images that the network does not take."""
+  if split is None:
+    return
+  if (shape := split.images.shape[1:]) != tuple(info.image_shape):
+    raise UserError(
+      f'validation has images {list(shape)}, train {list(info.image_shape)}: give '
+      'images of one shape'
+    )
+  if split.labels.max() >= info.num_classes:
+    raise UserError(
+      f'validation has the label {split.labels.max()}: {info.name} has '
+      f'{info.num_classes} classes, from 0'
+    )
 
 
 def evaluation_attacks(config) -> list:

@@ -1,0 +1,55 @@
+"""Trains a classifier from Python, and gives it back."""
+
+import os
+
+import numpy as np
+from ml_collections import config_dict
+
+from jaxrobust.config import experiments
+from jaxrobust.models import classifier as classifiers
+from jaxrobust.training import classifier as training
+
+Arrays = tuple[np.ndarray, np.ndarray]
+
+
+def train_classifier(
+  config: str | config_dict.ConfigDict,
+  workdir: str | os.PathLike[str],
+  *,
+  train: Arrays | None = None,
+  validation: Arrays | None = None,
+  samples: str | os.PathLike[str] = '',
+) -> classifiers.Classifier:
+  """Trains a classifier by the loop of `jaxrobust train`, in the same kind of workdir.
+
+    config = jaxrobust.load_config('digits', {'training.num_steps': 200})
+    classifier = jaxrobust.train_classifier(config, 'runs/mine', train=(images, labels))
+
+  Interrupted, the same call goes on where it was; of a finished run it returns the
+  classifier at once.
+
+  Args:
+    config: an experiment, such as 'cifar10_linf:wrn-28-10,ddpm', or its config.
+    workdir: the run's folder, local or `gs://`; made if absent.
+    train: images uint8 [n, H, W, C] and labels int [n] in 0..K-1, in the place of the
+      data set's training images: the first `config.dataset.validation_images` of them
+      are held out unless `validation` is given. Where their shape or classes are not
+      those of `config.dataset`, it becomes 'arrays', and the network normalises by
+      their own mean and standard deviation.
+    validation: images and labels that are not trained on, in the place of those.
+    samples: folder of a sample set, in the place of `config.data.samples`.
+
+  Returns:
+    What `jaxrobust.load` does of the workdir: the averaged parameters.
+
+  Raises:
+    PreemptedError: after a checkpoint, because the process was asked to stop.
+    UserError: for a config or images that cannot be meant, before anything is written;
+      or if training diverges.
+  """
+  if isinstance(config, str):
+    config = experiments.load(config)
+  folder = os.path.expanduser(workdir)
+  return classifiers.load(
+    training.train(config, folder, train=train, validation=validation, samples=samples)
+  )
