@@ -43,7 +43,9 @@ setuptools.setup(
     'plan': ['libtpu'],
     'torch': ['torch>=2.6'],  # to write .pt files
     'docs': ['furo', 'myst-parser>=4', 'sphinx>=8.2'],
+    'hub': ['huggingface_hub>=0.30'],  # for hf:OWNER/NAME
     'dev': [
+      'mypy>=1.15',
       'pre-commit',
       'pytest>=8',
       'pytest-xdist>=3.7',

@@ -13,7 +13,8 @@ import html
 import json
 import os
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ class Outcome(NamedTuple):
       'warnings': self.warnings,
     }
 
-  def save(self, path: str | os.PathLike):
+  def save(self, path: str | os.PathLike[str]) -> None:
     """Writes it to a file, or leaves what was there.
 
     Args:
@@ -103,17 +104,17 @@ class Outcome(NamedTuple):
     Raises:
       UserError: for another ending.
     """
-    path, text = epath.Path(path).expanduser(), json.dumps(self.to_dict(), indent=2)
-    content = f'{text}\n'
-    if path.suffix == '.npz':
+    file, text = epath.Path(path).expanduser(), json.dumps(self.to_dict(), indent=2)
+    content: str | bytes = f'{text}\n'
+    if file.suffix == '.npz':
       found = {k: v for k, v in self._asdict().items() if isinstance(v, np.ndarray)}
-      content = arrays.npz_bytes(figures=text, **found)
-    elif path.suffix != '.json':
+      content = arrays.npz_bytes(figures=np.array(text), **found)
+    elif file.suffix != '.json':
       raise UserError(
-        f'{path}: an outcome is saved as .json, its figures, or .npz, with the arrays'
+        f'{file}: an outcome is saved as .json, its figures, or .npz, with the arrays'
       )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    workdirs.write(path, content)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    workdirs.write(file, content)
 
   def _rows(self) -> list[tuple[str, str]]:
     """What `repr` shows beside the warnings: words and a share."""
@@ -148,13 +149,13 @@ class Evaluator:
 
   def __init__(
     self,
-    logits_fn,
-    named_attacks,
+    logits_fn: Callable[..., Any],
+    named_attacks: Iterable[tuple[str, Any]],
     *,
     batch_size: int,
     seed: int = 0,
     thorough: bool = False,
-    attacks_at=None,
+    attacks_at: Callable[[Any], Any] | None = None,
   ):
     """Prepares the evaluation.
 
@@ -215,7 +216,7 @@ class Evaluator:
     self, name, attack, variables, images, labels, index, attempt, *epsilon
   ):
     """One device's images → (changed images, fooled, finite, predictions, distance)."""
-    if epsilon:
+    if epsilon and self._attacks_at:
       attack = dict(self._attacks_at(*epsilon))[name]
     images = _pixels(images)
     rng = jax.random.fold_in(self._rng, zlib.crc32(name.encode()))
@@ -234,13 +235,13 @@ class Evaluator:
 
   def __call__(
     self,
-    variables,
+    variables: Any,
     images: np.ndarray,
     labels: np.ndarray,
     *,
     keep: int = 0,
     record: Record | None = None,
-    progress=None,
+    progress: Callable[[str, int, str], Any] | None = None,
     epsilon: float | None = None,
   ) -> Outcome:
     """Judges every image once.
@@ -352,7 +353,9 @@ class Evaluator:
       logits(0, np.minimum(range(n, n + run.devices), few - 1).repeat(each))[::each]
       for n in range(0, few, run.devices)
     ]
-    vanish = parallel.gather(self._checks(run.variables, *run.batch(first, run.size)))
+    no_cross_entropy, no_margin = parallel.gather(
+      self._checks(run.variables, *run.batch(first, run.size))
+    )
     found = [
       f'{name}: {remark}'
       for name, attack in self._attacks
@@ -361,7 +364,8 @@ class Evaluator:
     found += checks.misleading(
       calls,
       np.concatenate(alone)[:few],
-      *(x[:count] for x in vanish),
+      no_cross_entropy[:count],
+      no_margin[:count],
       self._randomized,
     )
     found.append(checks.optimizes(program))

@@ -30,10 +30,12 @@ parameters, as long as the function lives: define it once.
 """
 
 import html
+import os
 import re
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +50,7 @@ from jaxrobust.errors import UserError
 from jaxrobust.runs import metrics
 
 # Of each function, what was compiled for it: by its program, attacks and numbers.
-_COMPILED = weakref.WeakKeyDictionary()
+_COMPILED: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
 
 
 class Curve(dict[float, Outcome]):
@@ -81,18 +83,18 @@ class Curve(dict[float, Outcome]):
 
 
 def evaluate_robustness(
-  logits_fn,
-  images,
-  labels,
+  logits_fn: Callable[..., Any],
+  images: Any,
+  labels: Any,
   norm: str,
   epsilon: float | Sequence[float],
   suite: str = 'autoattack',
   *,
   batch_size: int = 256,
   seed: int = 0,
-  folder: str | None = None,
+  folder: str | os.PathLike[str] | None = None,
   keep: int = 0,
-  progress=metrics.Progress,
+  progress: Callable[[str, int, str], Any] | None = metrics.Progress,
 ) -> Outcome | Curve:
   """Judges any network by a suite of attacks, on all devices.
 
@@ -123,11 +125,11 @@ def evaluate_robustness(
   """
   images, labels = checks.inputs(images, labels)
   if np.ndim(epsilon):
-    for each in epsilon:
+    for each in (several := cast(Sequence[float], epsilon)):
       norms.check_epsilon(norm, each)
     found = Curve()
-    for each in map(float, epsilon):
-      found[each] = evaluate_robustness(
+    for each in map(float, several):
+      outcome = evaluate_robustness(
         logits_fn,
         images,
         labels,
@@ -140,8 +142,10 @@ def evaluate_robustness(
         keep=keep,
         progress=progress and _labelled(progress, f'epsilon {each:.4g}, '),
       )
+      found[each] = cast(Outcome, outcome)
     return found
-  ball = norms.get(norm, epsilon)
+  radius = cast(float, epsilon)
+  ball = norms.get(norm, radius)
   chosen = suites.get(suite, ball)
   randomized = any(a.randomized for _, a in chosen)
   variables, pure_fn, fingerprint, program = _hoist(
@@ -164,7 +168,7 @@ def evaluate_robustness(
   identity = {
     'suite': suite,
     'norm': norm,
-    'epsilon': float(epsilon),
+    'epsilon': float(radius),
     'seed': int(seed),
     'batch_size': batch_size,
     'keep': keep,
@@ -179,15 +183,15 @@ def evaluate_robustness(
     keep=keep,
     record=Record(len(images), folder, identity),
     progress=progress,
-    epsilon=float(epsilon),
+    epsilon=float(radius),
   )
 
 
 def run(
   attack: str,
-  logits_fn,
-  images,
-  labels,
+  logits_fn: Callable[..., Any],
+  images: Any,
+  labels: Any,
   norm: str,
   epsilon: float,
   *,
@@ -278,7 +282,7 @@ def _hoist(logits_fn, shape, randomized: bool):
   """
   # What is closed over by a jitted function is hidden in its program.
   while isinstance(logits_fn, jax.stages.Wrapped):
-    logits_fn = logits_fn.__wrapped__
+    logits_fn = logits_fn.__wrapped__  # type: ignore[attr-defined]
   rest = (jax.random.key(0),) if randomized else ()
   closed, larger = (_trace(logits_fn, size, shape, rest) for size in (1, 2))
   program = re.sub('0x[0-9a-f]+', '', str(closed.jaxpr))
@@ -291,8 +295,8 @@ def _hoist(logits_fn, shape, randomized: bool):
     map(same, closed.consts, larger.consts)
   ):
     # Some depend on the size of the batch: they stay where they are.
-    pure_fn = lambda _, *arguments: function()(*arguments)
-    return [], pure_fn, fingerprint, tuple(fingerprint)
+    as_it_is = lambda _, *arguments: function()(*arguments)
+    return [], as_it_is, fingerprint, tuple(fingerprint)
   is_key = [jnp.issubdtype(v.dtype, jax.dtypes.prng_key) for v in closed.consts]
 
   def pure_fn(variables, images, *rest):

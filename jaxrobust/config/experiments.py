@@ -7,6 +7,7 @@ package, inside it. Nothing in the package imports one.
 import importlib.util
 import os
 import pathlib
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,10 +63,12 @@ def find(experiment: str) -> str:
   )
 
 
-def load_file(file: str):
+def load_file(file: str) -> types.ModuleType:
   """The module in a Python file; UserError if there is none, or it does not run."""
   path = find(file)
   spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+  if spec is None or spec.loader is None:  # It does not end in .py.
+    raise UserError(f'{file}: no file of Python, whose name ends in .py')
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
@@ -74,7 +77,7 @@ def load_file(file: str):
   return module
 
 
-def load(experiment: str):
+def load(experiment: str) -> config_dict.ConfigDict:
   """The locked config of an experiment, written `NAME[:ARG]` or `FILE.py[:ARG]`."""
   file, *arg = experiment.split(':', 1)
   module = load_file(file)
@@ -112,7 +115,9 @@ def load_config(
   return fields.override(load(experiment), dict(values or {}), experiment)
 
 
-def sweep_points(config, file: str) -> list[tuple]:
+def sweep_points(
+  config: config_dict.ConfigDict, file: str
+) -> list[tuple[str, dict, config_dict.ConfigDict]]:
   """The points that the sweep() of an experiment's file yields.
 
   Args:
@@ -132,7 +137,7 @@ def sweep_points(config, file: str) -> list[tuple]:
       f'{file} defines no sweep(): yield pairs of a name and overrides from it, such '
       "as ('seed-1', {'seed': 1, 'variant': 'seed-1'})"
     )
-  points, known = [], {}
+  points, known = [], dict[str, str]()
   for name, overrides in experiment.sweep():
     point = fields.override(config, overrides, f'{file}, sweep(), {name}:')
     run = configs.experiment_name(point)

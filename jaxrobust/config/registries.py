@@ -19,7 +19,7 @@ that a config is checked without importing jax.
 import difflib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxrobust.errors import UserError
@@ -36,7 +36,8 @@ class Registry:
     """`builtin` has the names of the package and the module that registers each."""
     self.kind = kind
     self._builtin = dict(builtin or {})
-    self._items, self._homes = {}, {}
+    self._items: dict[str, Any] = {}
+    self._homes: dict[str, str] = {}
 
   def register(self, name: str, item: Any = None) -> Callable[[Any], Any] | Any:
     """Adds a thing under a name: a decorator, or with `item` a call.
@@ -92,7 +93,7 @@ class Registry:
       importlib.import_module(self._builtin[name])
     return self._items[name]
 
-  def check(self, name: str, given: str = ''):
+  def check(self, name: str, given: str = '') -> None:
     """Raises UserError for a name that does not exist; see `get`."""
     if name not in self:
       raise UserError(
@@ -101,7 +102,7 @@ class Registry:
       )
 
 
-def did_you_mean(name: str, names) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
   """'; did you mean …?' with the nearest of the names, or '' if none is near."""
   near = difflib.get_close_matches(str(name), names, n=1)
   return f'; did you mean {near[0]}?' if near else ''

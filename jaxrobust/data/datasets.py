@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import logging
+from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, fields, registries
 from jaxrobust.data import cifar_archives, own_images
@@ -41,7 +42,7 @@ class Split(NamedTuple):
 
   def checksum(self) -> str:
     """Of all of it, by which machines tell whether they hold the same."""
-    images, labels = map(np.ascontiguousarray, self)
+    images, labels = (np.ascontiguousarray(x).data for x in self)
     return f'{zlib.crc32(labels, zlib.crc32(images)):08x}'
 
 
@@ -93,7 +94,7 @@ def load(
   return _cut(opened, name, split, train_images, validation_images)
 
 
-def of(dataset, split: str) -> Split:
+def of(dataset: config_dict.ConfigDict, split: str) -> Split:
   """Loads one split of a config's data set, whole or not at all.
 
   Args:
@@ -129,7 +130,7 @@ def of(dataset, split: str) -> Split:
   return found
 
 
-def record(config):
+def record(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   """The config with what is known of one's own images, which are read for it once.
 
   Args:
@@ -297,7 +298,7 @@ def _check_archives(name: str, builder, archives: str, unpacked: str) -> None:
   )
 
 
-def import_tensorflow():
+def import_tensorflow() -> types.ModuleType:
   """Imports and returns tensorflow, quiet and on the CPU alone."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   # It computes nothing here, and on some processors says that it would use oneDNN.

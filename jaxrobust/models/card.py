@@ -8,8 +8,10 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Callable
 
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust import models
@@ -58,7 +60,7 @@ class Card:
   @property
   def info(self) -> dataset_info.DatasetInfo:
     """What is known of its images; of one's own not how many there are."""
-    if self.image_shape is None:
+    if self.image_shape is None or self.num_classes is None:
       return dataset_info.INFO.get(self.dataset, 'dataset of a model card')
     return dataset_info.DatasetInfo(
       self.dataset, self.image_shape, self.num_classes, train_size=0, test_size=0
@@ -129,7 +131,10 @@ def from_json(text: bytes | str, source: str) -> Card:
 
 
 def from_config(
-  config, source: str, accuracies: tuple[dict, ...] = (), name: str = ''
+  config: config_dict.ConfigDict,
+  source: str,
+  accuracies: tuple[dict, ...] = (),
+  name: str = '',
 ) -> Card:
   """The card of a run.
 
@@ -146,7 +151,7 @@ def from_config(
   info, is_own = dataset_info.of(config.dataset), dataset_info.is_own(config.dataset)
   return Card(
     num_classes=info.num_classes if is_own else None,
-    image_shape=tuple(info.image_shape) if is_own else None,
+    image_shape=info.image_shape if is_own else None,
     name=name or configs.experiment_name(config),
     dataset=info.name,
     norm=config.threat.norm,
@@ -206,7 +211,7 @@ def _own_images(values) -> dict:
 def _model(values) -> dict:
   """The fields that make a network, from a config's `model` or JSON."""
   numbers = lambda x: tuple(float(v) for v in x)
-  read = {'mean': numbers, 'std': numbers, 'padding': int}
+  read: dict[str, Callable] = {'mean': numbers, 'std': numbers, 'padding': int}
   return {field: read.get(field, str)(values[field]) for field in _MODEL_FIELDS}
 
 
