@@ -75,11 +75,7 @@ def default_config(workdir: str, suite: str, checkpoint: str):
   """The config where none is given: the workdir's, or what the checkpoint says."""
   del suite
   if (epath.Path(workdir) / 'config.json').exists() or not checkpoint:
-    config = workdirs.read_config(workdir).unlock()
-    for field, value in classifier.get_config().evaluation.items():
-      if field not in config.get('evaluation', {field: value}):
-        config.evaluation[field] = value  # Of runs from before it was made.
-    return config
+    return workdirs.read_config(workdir).unlock()
   found = zoo.find(checkpoint)
   if found is None:
     raise UserError(

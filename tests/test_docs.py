@@ -165,6 +165,22 @@ def test_the_loss_of_the_docs(example):
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize('example', ['my_model'], indirect=True)
+def test_the_model_of_the_docs(example):
+  import jax
+
+  from jaxrobust import models
+  from jaxrobust.config import dataset_info
+
+  _, config = example
+  model = models.from_config(config.model, dataset_info.of(config.dataset))
+  variables = jax.jit(model.init)(jax.random.key(0))
+  assert {x.rpartition('/')[2] for x in variables[0]} >= {'first', 'second', 'logits'}
+  images = np.zeros((4, 8, 8, 1), np.float32)
+  assert model.apply(*variables, images, False)[0].shape == (4, 10)
+  assert model.features(*variables, images).shape == (4, 32)
+
+
 @pytest.mark.parametrize('example', ['my_attack'], indirect=True)
 def test_the_attack_of_the_docs(example):
   from jaxrobust import attacks

@@ -323,7 +323,7 @@ def test_files_of_a_table(maker, tmp_path, capsys, monkeypatch):
   images = np.zeros((10, 8, 8, 1))
   stand = {'labels': np.arange(10), 'predictions': np.arange(10) % 4, 'suite': 'pgd-40'}
   path = done / 'figures' / 'examples.npz'
-  np.savez(path, images=images, adversarial=images, **stand)
+  np.savez(path, images=np.uint8(images), adversarial=images, **stand)
   strip = figures.image_rows({'a': [(done, digits.get_config())]})[-1]
   assert strip.title == 'adversarial for\na\n(4 of 10 stand, pgd-40)'
   assert strip.marks == (None,) * 4 + (0, 1, 2, 3, 0, 1)  # What the fallen are seen as.

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxrobust.config import check_epsilon
 from jaxrobust.errors import UserError
 
 
@@ -274,29 +275,8 @@ def get(name: str, epsilon: float) -> Ball:
   """
   if name not in _BALLS:
     raise UserError(f'norm {name!r} is unknown: use one of {", ".join(_BALLS)}')
-  check_epsilon(name, epsilon)
+  check_epsilon(name, epsilon, 'epsilon')
   return _BALLS[name](float(epsilon))
-
-
-def check_epsilon(name: str, epsilon: float):
-  """Raises UserError for a size that cannot be meant.
-
-  In l-inf a ball of 1 or more holds every image, and whoever writes 8 means 8 / 255.
-
-  Args:
-    name: 'linf', 'l2' or 'l1'.
-    epsilon: in pixel values of [0, 1].
-  """
-  if isinstance(epsilon, str) or not 0 < epsilon < float('inf'):
-    raise UserError(
-      f'epsilon = {epsilon}: use a number above 0, in pixel values of [0, 1]'
-    )
-  if name == 'linf' and epsilon >= 1:
-    meant = f'{epsilon:g}/255' if epsilon <= 255 else '8/255'
-    raise UserError(
-      f'epsilon = {epsilon:g} in linf holds every image: use a number below 1, in '
-      f'pixel values of [0, 1] (did you mean {meant}?)'
-    )
 
 
 def kth_largest(x: jax.Array, k: jax.Array) -> jax.Array:

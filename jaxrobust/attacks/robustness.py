@@ -126,7 +126,7 @@ def evaluate_robustness(
   images, labels = checks.inputs(images, labels)
   if np.ndim(epsilon):
     for each in (several := cast(Sequence[float], epsilon)):
-      norms.check_epsilon(norm, each)
+      norms.get(norm, each)
     found = Curve()
     for each in map(float, several):
       outcome = evaluate_robustness(

@@ -425,12 +425,13 @@ def check(config):
   _check_augment(config)
 
 
-def check_epsilon(norm: str, epsilon: float):
+def check_epsilon(norm: str, epsilon: float, given: str = 'config.threat.epsilon'):
   """Refuses a ball that was meant in pixel values from 0 to 255, or cannot be meant.
 
   Args:
     norm: 'linf', 'l2' or 'l1'.
     epsilon: radius, in pixel values from 0 to 1.
+    given: what it was given as, for the message.
 
   Raises:
     UserError: for an l-inf of 1 or more, with which any image becomes any other; for an
@@ -438,12 +439,13 @@ def check_epsilon(norm: str, epsilon: float):
       to 255, on images of up to 224x224), and for what is not above 0.
   """
   limits = {'linf': 1, 'l2': 100, 'l1': 10_000}
-  if not 0 < epsilon < limits[norm]:
+  if isinstance(epsilon, str) or not 0 < epsilon < limits[norm]:
     meant = ''
-    if limits[norm] <= epsilon < math.inf:
-      meant = f'; did you mean {epsilon:g}/255?'
+    if not isinstance(epsilon, str) and limits[norm] <= epsilon < math.inf:
+      levels = epsilon if epsilon / 255 < limits[norm] else 8
+      meant = f'; did you mean {levels:g}/255?'
     raise UserError(
-      f'config.threat.epsilon = {epsilon:g} in {norm}: use a number above 0 and below '
+      f'{given} = {epsilon} in {norm}: use a number above 0 and below '
       f'{limits[norm]}, in pixel values from 0 to 1{meant}'
     )
 

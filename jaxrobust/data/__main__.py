@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import tqdm
 
-from jaxrobust.config import dataset_info
+from jaxrobust.config import classifier, dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.runs import exits
@@ -300,6 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     '--balanced', action='store_true', help='as many of each class as of the others'
   )
   command.add_argument('--shard_size', type=int, default=sample_sets.SHARD_SIZE)
+  recipe = classifier.get_config().data
   command = commands.add_parser(
     'plan',
     help='what a sample set asks of each host of a pod',
@@ -322,8 +323,8 @@ def _parser() -> argparse.ArgumentParser:
     default=64,
     help='GiB of memory of a host left for the page cache (default: 64)',
   )
-  command.add_argument('--batch_size', type=int, default=1_024)
-  command.add_argument('--real_fraction', type=float, default=0.3125)
+  command.add_argument('--batch_size', type=int, default=recipe.batch_size)
+  command.add_argument('--real_fraction', type=float, default=recipe.real_fraction)
   command.add_argument('--steps_per_second', type=float, default=1.0)
   command = commands.add_parser(
     'quality',

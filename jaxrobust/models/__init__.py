@@ -8,6 +8,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from jaxrobust.config import registries
 from jaxrobust.errors import UserError
 from jaxrobust.models.preact_resnet import PreActResNet18
 from jaxrobust.models.wide_resnet import WideResNet
@@ -26,6 +27,11 @@ ACTIVATIONS = (
   'tanh',
 )
 MAX_DEPTH = 250  # of wide residual networks; 106 is the deepest published
+
+# Decorates a function (num_classes, activation, group_size, remat) → Haiku module that
+# classifies by `module(images, batch_stats)` → logits [B, K] and has
+# `features(images, batch_stats)` → [B, F]. BatchNorm is `models.batch_norm.BatchNorm`.
+register = registries.MODELS.register
 
 
 class Model(NamedTuple):
@@ -65,7 +71,8 @@ def build(
   """Builds a classifier of images in [0, 1]; normalisation is part of it.
 
   Args:
-    name: 'wrn-DEPTH-WIDTH' with DEPTH = 6 n + 4, or 'preact-resnet-18'.
+    name: 'wrn-DEPTH-WIDTH' with DEPTH = 6 n + 4, 'preact-resnet-18', or one that was
+      registered by `register`.
     num_classes: K.
     image_shape: (H, W, C) before padding.
     activation: one of ACTIVATIONS.
@@ -150,6 +157,9 @@ def _activation(name):
 
 def _network(name, num_classes, activation, group_size, remat):
   """Makes the Haiku module, when called inside a transformed function."""
+  if name in registries.MODELS:
+    make = registries.MODELS.get(name)
+    return lambda: make(num_classes, activation, group_size, remat)
   if name == 'preact-resnet-18':
     return lambda: PreActResNet18(num_classes, activation, group_size, remat)
   match = re.fullmatch(r'wrn-([0-9]{1,4})-([0-9]{1,4})', name)

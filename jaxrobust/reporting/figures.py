@@ -12,6 +12,7 @@ from etils import epath
 from jaxrobust import config as configs
 from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
+from jaxrobust.files import arrays
 from jaxrobust.runs import metrics
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.samples import sample_sets, shards
@@ -31,6 +32,13 @@ _STYLE = {
   'errorbar.capsize': 3,
   'savefig.dpi': 110,
   'svg.hashsalt': 'jaxrobust',  # The same figure is the same file.
+}
+# Kinds and axes of the arrays of examples.npz.
+_EXAMPLES = {
+  'images': ('u', 4),
+  'adversarial': ('f', 4),
+  'predictions': ('iu', 1),
+  'labels': ('iu', 1),
 }
 _PUBLISHED = {'marker': 'D', 'mfc': 'white', 'ls': 'none', 'zorder': 4}
 
@@ -353,18 +361,18 @@ def image_rows(groups: dict) -> list[Strip]:
   for name, (folder, _) in first.items():
     path = folder / 'figures' / 'examples.npz'
     if path.exists():
-      with np.load(io.BytesIO(path.read_bytes())) as file:
-        if not rows:
-          rows.append(Strip('test images', file['images'][:_SHOWN] / 255))
-        predictions, labels = file['predictions'][:_SHOWN], file['labels'][:_SHOWN]
-        suite = f', {file["suite"]}' if 'suite' in file else ''  # Older ones lack it.
-        stand = (predictions == labels).sum()
-        title = f'adversarial for\n{name}\n({stand} of {_SHOWN} stand{suite})'
-        marks = tuple(
-          int(seen) if seen != label else None
-          for seen, label in zip(predictions, labels, strict=True)
-        )
-        rows.append(Strip(title, file['adversarial'][:_SHOWN], marks))
+      file = arrays.read_npz(path, _EXAMPLES, {'suite': ('U', 0)})
+      if not rows:
+        rows.append(Strip('test images', file['images'][:_SHOWN] / 255))
+      predictions, labels = file['predictions'][:_SHOWN], file['labels'][:_SHOWN]
+      suite = f', {file["suite"]}' if 'suite' in file else ''  # Older ones lack it.
+      stand = (predictions == labels).sum()
+      title = f'adversarial for\n{name}\n({stand} of {_SHOWN} stand{suite})'
+      marks = tuple(
+        int(seen) if seen != label else None
+        for seen, label in zip(predictions, labels, strict=True)
+      )
+      rows.append(Strip(title, file['adversarial'][:_SHOWN], marks))
   sources = {c.data.samples for _, c in first.values() if c.data.samples}
   for source in sorted(sources):
     if epath.Path(source).exists() and not shards.is_remote(source):
