@@ -64,7 +64,7 @@ from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays
 from jaxrobust.models import parameter_files, zoo
-from jaxrobust.runs import cli, process_group, stop_requests
+from jaxrobust.runs import checkpoints, cli, process_group, stop_requests
 from jaxrobust.runs import workdir as workdirs
 
 _NUM_EXAMPLES = 16
@@ -84,6 +84,10 @@ def default_config(workdir: str, suite: str, checkpoint: str):
     )
   config, card = classifier.get_config(), found.card
   config.dataset.name = card.dataset
+  run = zoo.split_step(found.path)[0]
+  run = run.parent if run.name == 'checkpoint.npy' else run
+  if card.dataset not in dataset_info.INFO and (run / 'config.json').exists():
+    config.dataset.update(workdirs.read_config(run).dataset)  # Images of one's own.
   config.threat.norm, config.threat.epsilon = card.norm, card.epsilon
   config.model.update(card.model)
   return config
@@ -123,8 +127,10 @@ def main(config, workdir, suite='', checkpoint=''):
     'norm': config.threat.norm,
     'epsilon': config.threat.epsilon,
     'seed': config.seed,
-    'checkpoint_sha256': _sha256(path),
+    'checkpoint_sha256': _sha256(path, variables),
   }
+  if (step := zoo.split_step(path)[1]) is not None:
+    protocol['checkpoint_step'] = step
   shown = datasets.Split(images, labels)
   process_group.require_alike(protocol | {'images': shown.checksum()})
   folder = workdirs.claim(workdir, config)
@@ -207,8 +213,10 @@ def _save_images(path: epath.Path, images, labels, outcome: Outcome, suite: str)
   workdirs.write(path, content)
 
 
-def _sha256(path: epath.Path) -> str:
-  """Checksum of the checkpoint's file."""
+def _sha256(path: epath.Path, variables) -> str:
+  """Checksum of the checkpoint's file, or of what was read of a step of a run."""
+  if zoo.split_step(path)[1] is not None:
+    return checkpoints.digest(variables)
   file = path / 'checkpoint.npy' if path.is_dir() else path
   return hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -218,7 +226,12 @@ PROGRAM = cli.Program(
   main,
   (
     cli.Flag('suite', 'Short for --config.evaluation.suite.'),
-    cli.Flag('checkpoint', 'Short for --config.evaluation.checkpoint.', cli.PATH),
+    cli.Flag(
+      'checkpoint',
+      'Short for --config.evaluation.checkpoint. WORKDIR@STEP is the averages of a run '
+      'after so many updates.',
+      cli.PATH,
+    ),
   ),
   default_config=default_config,
 )

@@ -276,6 +276,8 @@ def table_of_runs(runs) -> str:
         f'{protocol["suite"]}, {protocol["norm"]} {protocol["epsilon"]:.4g}',
         f'{protocol["num_images"]} {protocol["split"]}',
       ]
+    if protocol and 'checkpoint_step' in protocol:
+      name += f' at step {protocol["checkpoint_step"]}'
     share = f'{data.real_fraction:.0%} real' if data.samples else 'real'
     text.append(f'| {" | ".join([name, share, str(len(line.entries)), *cells])} |')
   return '\n'.join(text) + '\n'

@@ -5,10 +5,13 @@ import shutil
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from jaxrobust import evaluate
+from jaxrobust.errors import UserError
+from jaxrobust.models import parameter_files
 from jaxrobust.runs import cli
 from tests.conftest import TINY, ends
 
@@ -271,3 +274,24 @@ def test_a_file_with_a_card_needs_no_config(judged, trained, call, tmp_path):
   [entry], [whole] = results(tmp_path / 'x'), results(judged)
   assert entry['robust_correct'] == whole['robust_correct']
   assert entry['protocol']['epsilon'] == whole['protocol']['epsilon']
+
+
+@pytest.mark.slow
+def test_any_checkpoint_of_a_run_can_be_read_and_judged(trained, call, tmp_path):
+  steps = [int(x.name) for x in (trained / 'checkpoints').iterdir()]
+  exported = parameter_files.read(trained)
+  same = [
+    all(map(np.array_equal, *map(jax.tree.leaves, (exported, found))))
+    for found in (parameter_files.read(f'{trained}@{step}') for step in steps)
+  ]
+  assert sum(same) == 1  # The best, which became checkpoint.npy.
+  with pytest.raises(UserError, match='no checkpoint of step 999'):
+    parameter_files.read(f'{trained}@999')
+  last = max(steps)
+  code, out, err = call(
+    *('evaluate', f'--workdir={tmp_path / "last"}', '--suite=clean'),
+    *(f'--checkpoint={trained}@{last}', '--config.evaluation.num_images=50'),
+  )
+  assert code == 0 and 'of 50 test images' in out, err
+  (entry,) = results(tmp_path / 'last')
+  assert entry['protocol']['checkpoint_step'] == last

@@ -10,7 +10,15 @@ from etils import epath
 
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays, pickles
-from jaxrobust.models import architecture, download, pytorch, safetensors, zoo
+from jaxrobust.models import (
+  architecture,
+  companions,
+  download,
+  pytorch,
+  safetensors,
+  zoo,
+)
+from jaxrobust.runs import checkpoints
 from jaxrobust.runs import workdir as workdirs
 
 SUFFIXES = ('.npy', '.pt', '.pth', '.safetensors')
@@ -141,7 +149,7 @@ def read(path: str):
 
   Args:
     path: of a file that ends in one of SUFFIXES, or of a workdir that holds a
-      `checkpoint.npy`.
+      `checkpoint.npy`; WORKDIR@STEP is the averages after so many updates of a run.
 
   Returns:
     (params, net_state), Haiku trees of numpy arrays.
@@ -151,6 +159,14 @@ def read(path: str):
       harmless, or not the one that was read before.
   """
   file = epath.Path(path).expanduser()
+  workdir, step = zoo.split_step(file)
+  if step is not None:
+    state = checkpoints.read_step(workdir, step)
+    if 'ema_params' not in state:
+      raise UserError(f'{workdir} holds the run of a generator, and no classifier')
+    return companions.without(state['ema_params']), companions.without(
+      state['ema_net_state']
+    )
   file = _existing(file / 'checkpoint.npy' if file.is_dir() else file)
   if file.suffix not in SUFFIXES:
     raise UserError(f'{file}: the name must end in one of {", ".join(SUFFIXES)}')

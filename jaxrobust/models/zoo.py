@@ -6,6 +6,7 @@ says data set, norm and architecture; all networks use Swish. Nothing is fetched
 `python -m jaxrobust.models.download` does that, when asked.
 """
 
+import dataclasses
 import difflib
 import os
 from typing import NamedTuple
@@ -145,12 +146,20 @@ def usual_suffix(name: str) -> str:
   return '.pt' if ENTRIES[name].model['name'] == 'preact-resnet-18' else '.npy'
 
 
+def split_step(path: str | epath.Path) -> tuple[epath.Path, int | None]:
+  """The workdir and the step of WORKDIR@STEP; the path and None of any other."""
+  workdir, at, step = str(path).rpartition('@')
+  if at and step.isdecimal() and not epath.Path(path).exists():
+    return epath.Path(workdir), int(step)
+  return epath.Path(path), None
+
+
 def find(name_or_path: str) -> Found | None:
   """What is known of a checkpoint, without reading its parameters.
 
   Args:
-    name_or_path: a key of ENTRIES, a file of parameters, a workdir, or hf:OWNER/NAME,
-      whose file is fetched.
+    name_or_path: a key of ENTRIES, a file of parameters, a workdir, WORKDIR@STEP, or
+      hf:OWNER/NAME, whose file is fetched.
 
   Returns:
     For a released checkpoint (by its name, or a file of that name) its entry; else
@@ -173,6 +182,11 @@ def find(name_or_path: str) -> Found | None:
     path = next((file for file in files if file.exists()), files[0])
     return Found(ENTRIES[name_or_path], path)
   path = epath.Path(name_or_path).expanduser()
+  workdir, step = split_step(path)
+  if step is not None and (workdir / 'config.json').exists():
+    # What was judged is another checkpoint of the run.
+    card = cards.from_workdir(workdir)
+    return Found(dataclasses.replace(card, accuracies=()), path)
   if path.stem in ENTRIES:
     return Found(ENTRIES[path.stem], path)
   workdir = path.parent if path.name == 'checkpoint.npy' else path

@@ -106,7 +106,7 @@ class Checkpoints:
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        digest=ocp.args.JsonSave({'sha256': _digest(state)}),
+        digest=ocp.args.JsonSave({'sha256': digest(state)}),
       ),
       metrics=None if score is None else {'score': score},
     )
@@ -173,7 +173,7 @@ class Checkpoints:
         template = jax.tree.map(np.asarray, layout.like)
         items['state'] = ocp.args.StandardRestore(template)
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        if 'digest' in items and found.digest != {'sha256': _digest(found.state)}:
+        if 'digest' in items and found.digest != {'sha256': digest(found.state)}:
           raise ValueError('it is not what was saved, by its sha256')
         return layout.convert(found.state)
       except MemoryError:
@@ -206,7 +206,38 @@ class Checkpoints:
     self._manager.close()
 
 
-def _digest(tree) -> str:
+def read_step(workdir: epath.Path, step: int) -> dict:
+  """What a run saved after `step` updates, without opening it to go on.
+
+  Args:
+    workdir: of the run.
+    step: completed updates.
+
+  Returns:
+    Nested dicts of numpy arrays, under the names of the state's fields.
+
+  Raises:
+    UserError: if there is no such checkpoint, with those that there are, or it cannot
+      be read.
+  """
+  folder = epath.Path(workdir).absolute() / 'checkpoints'
+  saved = folder / str(step) / 'state'
+  if not saved.exists():
+    steps = sorted(int(x.name) for x in folder.glob('*') if x.name.isdecimal())
+    raise UserError(
+      f'{workdir} has no checkpoint of step {step}: '
+      f'{f"it has those of {steps}" if steps else "it has none"}'
+    )
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      return jax.tree.map(np.asarray, checkpointer.restore(saved))
+  except MemoryError:
+    raise
+  except Exception as e:  # What orbax raises depends on the file that is damaged.
+    raise UserError(f'{saved} cannot be read: {(one_line(e) or repr(e))[:200]}') from e
+
+
+def digest(tree) -> str:
   """Of all arrays: tensorstore gives a flipped bit of a number back as it is."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(tree):
