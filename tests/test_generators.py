@@ -281,7 +281,7 @@ def test_damaged_files_are_refused_in_one_line(fitted, tmp_path):
     (lambda x: x.update(settings=np.array('{"a": [1]}')), 'absent'),
     (lambda x: x.update(settings=np.array('junk')), 'not JSON'),
   ],
-  ids=str,
+  ids=range(7),
 )
 def test_files_of_something_else_are_refused(fitted, tmp_path, change, words):
   path = epath.Path(tmp_path) / 'generator.npz'
