@@ -5,6 +5,7 @@ import importlib.util
 import json
 import pathlib
 import pkgutil
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -292,3 +293,12 @@ def public_functions(module):
 def arguments(function):
   every = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
   return [x for x in every if x.arg not in ('self', 'cls')]
+
+
+@needs_torch
+def test_the_example_judges_a_file_of_pytorch(variables, tmp_path, monkeypatch, capsys):
+  (tmp_path / 'theirs.pt').write_bytes(pytorch.write(*variables))
+  arguments = '--config=digits:wrn-10-2 --num_images=16 --suite=apgd-ce:num_steps=2'
+  monkeypatch.setattr(sys, 'argv', ['x', f'{tmp_path}/theirs.pt', *arguments.split()])
+  runpy.run_path(str(ROOT / 'examples' / 'judge_pytorch.py'), run_name='__main__')
+  assert capsys.readouterr().out.startswith('Outcome of 16 images\n')

@@ -234,9 +234,7 @@ def test_losses_of_all_names_are_functions_of_the_passes():
 def said(monkeypatch):
   """The lines that waits log, each taken when it is said."""
   lines = queue.Queue()
-  monkeypatch.setattr(
-    waiting.logging, 'info', lambda text, *values: lines.put(text % values)
-  )
+  monkeypatch.setattr(waiting.metrics, 'say', lines.put)
   return lines
 
 

@@ -149,12 +149,16 @@ def _set_aside(path: epath.Path):
   logging.warning('%s has damaged lines: it is kept as %s', path, aside)
 
 
-class Progress:
-  """Progress of a long loop: a bar in a terminal or a notebook, lines elsewhere.
+def say(line: str):
+  """Logs a line; to a caller from Python who has not turned logs on, on stderr."""
+  if logging.level_info():
+    logging.info('%s', line)
+  else:
+    print(line, file=sys.stderr, flush=True)
 
-  The lines are logged; to a caller from Python who has not turned logs on they are
-  written to stderr.
-  """
+
+class Progress:
+  """Progress of a long loop: a bar in a terminal or a notebook, lines elsewhere."""
 
   def __init__(
     self, what: str, total: int, unit: str, done: int = 0, seconds: float = 10.0
@@ -204,15 +208,11 @@ class Progress:
       rate = (self._done - first) / max(now - started, 1e-9)
       left = (self._total - self._done) / rate if rate else math.inf
       left = left if self._done < self._total else 0
-      line = (
+      say(
         f'{self._what}: {self._done} of {self._total} {self._unit}'
         f'{f", {rate:.3g} a second" if rate else ""}, {duration(left)} left'
         f'{f", {note}" if note else ""}'
       )
-      if logging.level_info():
-        logging.info('%s', line)
-      else:
-        print(line, file=sys.stderr, flush=True)
 
   def close(self):
     """Ends the bar's line."""

@@ -5,8 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from absl import logging
-
 from jaxrobust.distributed import parallel
 from jaxrobust.runs import metrics
 
@@ -36,7 +34,7 @@ def waiting(
     nonlocal lines
     while not over.wait(every if lines else first):
       text = f', {how_far[0]}' if how_far[0] else ''
-      logging.info('%s: %s so far%s', what, passed(), text)
+      metrics.say(f'{what}: {passed()} so far{text}')
       lines += 1
 
   speaker = threading.Thread(target=speak, daemon=True)
@@ -49,4 +47,4 @@ def waiting(
     if speaker.is_alive():
       speaker.join()
     if lines:
-      logging.info('%s took %s', what, passed())
+      metrics.say(f'{what} took {passed()}')

@@ -47,6 +47,9 @@ def train_classifier(
     UserError: for a config or images that cannot be meant, before anything is written;
       or if training diverges.
   """
+  # tensorflow, which feeds the images, says much when it is imported.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   if isinstance(config, str):
     config = experiments.load(config)
   folder = os.path.expanduser(workdir)
