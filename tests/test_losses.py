@@ -10,6 +10,16 @@ import pytest
 
 from jaxrobust.config import registries
 from jaxrobust.training import losses
+from tests.helpers.loss_formulas import (
+  finite_differences,
+  numpy_cross_entropy,
+  numpy_improved_kl,
+  numpy_kl,
+  numpy_lbgat,
+  numpy_score,
+  numpy_trades,
+  numpy_uat,
+)
 
 RNG = np.random.default_rng(0)
 CLEAN = RNG.normal(size=(6, 5)) * 2
@@ -17,61 +27,9 @@ ADV = CLEAN + RNG.normal(size=(6, 5))
 TARGETS = RNG.dirichlet(np.ones(5), size=6)
 
 
-def log_softmax(logits):
-  logits = logits - logits.max(axis=-1, keepdims=True)
-  return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-
-
-def numpy_cross_entropy(logits, targets):
-  return -(targets * log_softmax(logits)).sum(-1)
-
-
-def numpy_kl(p_logits, q_logits):
-  p, q = log_softmax(p_logits), log_softmax(q_logits)
-  return (np.exp(p) * (p - q)).sum(-1)
-
-
-def numpy_trades(clean, adv, targets, beta):
-  return numpy_cross_entropy(clean, targets).mean() + beta * numpy_kl(clean, adv).mean()
-
-
-def softmax(logits):
-  return np.exp(log_softmax(logits))
-
-
 NATURAL = RNG.normal(size=(6, 5))
 WEIGHTS = RNG.dirichlet(np.ones(5), size=6)
 UNLABELLED = np.array([True, False, True, True, False, False])
-
-
-def numpy_score(clean, adv, targets, beta):
-  squares = lambda p, q: ((p - q) ** 2).sum(-1).mean()
-  return squares(softmax(clean), targets) + beta * squares(softmax(adv), softmax(clean))
-
-
-def numpy_improved_kl(clean, adv, targets, weights, beta, pairwise, fixed=CLEAN):
-  """As published, class by class; the soft targets do not move with `clean`."""
-  difference = clean - adv
-  pairs = (difference[:, :, None] - difference[:, None, :]) ** 2
-  spread = (weights[:, :, None] * weights[:, None, :] * pairs).sum((1, 2)) / 4
-  soft = numpy_cross_entropy(adv, softmax(fixed))
-  clean_term = numpy_cross_entropy(clean, targets)
-  return (clean_term + beta * soft + pairwise * spread).mean()
-
-
-def numpy_lbgat(clean, adv, natural, targets, beta):
-  return (
-    ((adv - natural) ** 2).mean()
-    + numpy_cross_entropy(natural, targets).mean()
-    + beta * numpy_kl(clean, adv).mean()
-  )
-
-
-def numpy_uat(clean, adv, targets, is_generated, beta, fixed=CLEAN):
-  del clean  # No gradient flows into it.
-  return (
-    numpy_cross_entropy(adv, targets) + beta * is_generated * numpy_kl(fixed, adv)
-  ).mean()
 
 
 def settings(beta=6.0, divergence='kl', pairwise=10.0):
@@ -100,10 +58,14 @@ VARIANTS = [
   (
     'trades',
     {'divergence': 'improved_kl', 'beta': 3.0},
-    lambda c, a, n: numpy_improved_kl(c, a, TARGETS, WEIGHTS, 3.0, 10.0),
+    lambda c, a, n: numpy_improved_kl(c, a, TARGETS, WEIGHTS, 3.0, 10.0, CLEAN),
   ),
   ('lbgat', {}, lambda c, a, n: numpy_lbgat(c, a, n, TARGETS, 6.0)),
-  ('uat', {'beta': 5.0}, lambda c, a, n: numpy_uat(c, a, TARGETS, UNLABELLED, 5.0)),
+  (
+    'uat',
+    {'beta': 5.0},
+    lambda c, a, n: numpy_uat(c, a, TARGETS, UNLABELLED, 5.0, CLEAN),
+  ),
 ]
 
 
@@ -144,16 +106,6 @@ def test_variants_by_hand():
   for given, expected in ((True, 0.0), (False, np.log(0.5 / 0.8) + np.log(0.5 / 0.2))):
     found = value('uat', (flat, sure), first, jnp.array([not given]), beta=1.0)
     np.testing.assert_allclose(found, -np.log(0.8) + expected / 2, rtol=1e-5)
-
-
-def finite_differences(function, x, step=1e-6):
-  """Central differences in float64: error about step^2."""
-  gradient = np.zeros_like(x)
-  for index in np.ndindex(*x.shape):
-    shift = np.zeros_like(x)
-    shift[index] = step
-    gradient[index] = (function(x + shift) - function(x - shift)) / (2 * step)
-  return gradient
 
 
 def test_values():

@@ -1,6 +1,5 @@
 """Points of tables: what is done, what runs, what failed, and what is needed."""
 
-import hashlib
 import json
 import os
 import platform
@@ -10,11 +9,11 @@ import sys
 import pytest
 
 from jaxrobust import sweep
-from jaxrobust.attacks import norms, suites
 from jaxrobust.config.tables import Preparation, Row, Table
 from jaxrobust.errors import UserError
 from jaxrobust.reporting import planned_runs
 from jaxrobust.runs import cli, workdir
+from tests.helpers.results import protocol
 
 DIGITS = 'experiments/digits.py'
 SET = {'data.samples': '{workdir}/set/samples'}
@@ -55,19 +54,6 @@ def finish(point, *suites):
     (folder / 'samples' / 'metadata.json').touch()
   for suite in suites:
     workdir.add_result(folder, protocol(point, suite), {'robust_accuracy': 0.5})
-
-
-def protocol(point, suite='pgd-40', **changes):
-  """What evaluate.py says of all test images and a checkpoint that is empty."""
-  ball = norms.get(point.config.threat.norm, point.config.threat.epsilon)
-  return {
-    'suite': suite,
-    'dataset': 'digits',
-    'split': 'test',
-    'num_images': 797,
-    'attacks': [suites.describe(*x) for x in suites.get(suite, ball)],
-    'checkpoint_sha256': hashlib.sha256(b'').hexdigest(),
-  } | changes
 
 
 def test_preparations_then_rows_over_their_seeds(found, tmp_path):

@@ -16,7 +16,7 @@ from jaxrobust import report
 from jaxrobust.errors import UserError
 from jaxrobust.reporting import figures, planned_runs, tables
 from jaxrobust.runs import workdir
-from tests import test_planned_runs
+from tests.helpers.results import protocol as protocol_of
 
 DIGITS = 'experiments/digits.py'
 
@@ -130,7 +130,7 @@ def maker(tmp_path):
   def result(point, robust, suite='pgd-40', warnings=()):
     folder = workdir.claim(str(point.workdir), point.config)
     (folder / 'checkpoint.npy').touch()
-    protocol = test_planned_runs.protocol(point, suite)
+    protocol = protocol_of(point, suite)
     figures = {'clean_accuracy': 0.9, 'robust_accuracy': robust}
     workdir.add_result(folder, protocol, figures | {'warnings': list(warnings)})
 

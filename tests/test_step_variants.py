@@ -19,7 +19,7 @@ from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.models import companions
 from jaxrobust.training import optimizer, update, weight_perturbation
-from tests import test_losses as formulas
+from tests.helpers import loss_formulas as formulas
 
 BATCH, CLASSES, DECAY = 16, 10, 0.01
 

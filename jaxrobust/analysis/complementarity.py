@@ -10,7 +10,6 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from sklearn import exceptions, linear_model, pipeline, preprocessing
 
 from jaxrobust.analysis.distances import nearest as nearest_rows
 from jaxrobust.errors import UserError
@@ -103,6 +102,9 @@ def two_sample_test(real: np.ndarray, generated: np.ndarray, seed: int = 0):
   mixed = [rows[orders.permutation(len(rows))[:n]] for rows in (real, generated)]
   split = lambda part: np.concatenate([rows[part] for rows in mixed])
   labels = lambda count: np.repeat([0, 1], count)
+  # It takes two seconds to import, for which no help page should wait.
+  from sklearn import exceptions, linear_model, pipeline, preprocessing
+
   classifier = pipeline.make_pipeline(
     preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=500)
   )

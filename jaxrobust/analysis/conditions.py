@@ -9,12 +9,10 @@ no numbers to decide by: the rules are this program's, and stand in the config.
 import io
 
 import numpy as np
-from matplotlib import figure, ticker
 
 from jaxrobust.analysis.complementarity import SETS, Neighbours
 
 _SHOWN = 10  # images in a row
-_PERCENT = ticker.PercentFormatter(1.0, decimals=0)
 _COLORS = dict(zip(SETS, ('C0', 'C2', 'C1'), strict=True))
 
 
@@ -127,6 +125,9 @@ def draw(figures: dict, protocol: dict, confidences: dict[str, np.ndarray]) -> b
     confidences: of the labeller in 'test' and 'generated' images, [n] in [0, 1].
   """
   met, least = figures['verdicts'], protocol['rules']['least_coverage']
+  # Imported here, as no help page needs it.
+  from matplotlib import figure, ticker
+
   fig = figure.Figure(figsize=(12, 3.6), layout='constrained')
   axes = dict(zip(met, fig.subplots(1, 3, width_ratios=(1, 1, 1.3)), strict=True))
   for name, title in (
@@ -135,7 +136,7 @@ def draw(figures: dict, protocol: dict, confidences: dict[str, np.ndarray]) -> b
     ('coverage', '(c) coverage of real images'),
   ):
     axes[name].set_title(f'{title}: {_WORDS[met[name]].lower()}', fontsize=10)
-    axes[name].yaxis.set_major_formatter(_PERCENT)
+    axes[name].yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
     axes[name].grid(alpha=0.3)
     axes[name].set_axisbelow(True)
   for name, values in confidences.items():
@@ -193,6 +194,8 @@ def draw_neighbours(images: dict[str, np.ndarray], neighbours: Neighbours) -> by
     for name, i in zip(SETS, neighbours.indices[shown].T, strict=True)
   ]
   nearest = 1 + neighbours.distances[shown].argmin(1)
+  from matplotlib import figure
+
   fig = figure.Figure(figsize=(11, 1.05 * len(rows)), layout='constrained')
   grid = fig.subplots(len(rows), len(shown), squeeze=False)
   for number, (axes, (title, row)) in enumerate(zip(grid, rows, strict=True)):

@@ -20,6 +20,7 @@ from jaxrobust import config as configs
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError, one_line
 from jaxrobust.files import json_files
+from jaxrobust.version import __version__
 
 _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'numpy')
 _STATUS = {'state': str, 'message': str, 'command': [str], 'host': str, 'pid': int}
@@ -356,7 +357,6 @@ def package_versions() -> dict[str, str]:
 
 def versions() -> dict:
   """Versions of this package and of what the numbers depend on, and the device."""
-  from jaxrobust import __version__
 
   return {
     'jaxrobust': __version__,
