@@ -249,15 +249,22 @@ def test_a_data_set_is_added_in_one_file(monkeypatch):
   monkeypatch.setattr(registries.DATASETS, '_items', dict(registries.DATASETS._items))
   monkeypatch.setattr(registries.DATASETS, '_homes', dict(registries.DATASETS._homes))
   info = dataset_info.DatasetInfo(
-    'fashion_mnist', (28, 28, 1), 10, 60_000, 10_000, mean=(0.286,), std=(0.353,)
+    'clothes',
+    (28, 28, 1),
+    10,
+    60_000,
+    10_000,
+    mean=(0.286,),
+    std=(0.353,),
+    tfds_name='fashion_mnist',
   )
-  registries.DATASETS.register('fashion_mnist', info)
-  config = classifier.get_config('fashion_mnist')
+  registries.DATASETS.register('clothes', info)
+  config = classifier.get_config('clothes')
   configs.check(config)
   assert config.model.mean == (0.286,)
   assert dataset_info.of(config.dataset) is info
-  assert configs.experiment_name(config).startswith('fashion_mnist_linf')
-  with pytest.raises(UserError, match='prepare fashion_mnist'):
+  assert configs.experiment_name(config).startswith('clothes_linf')
+  with pytest.raises(UserError, match='prepare clothes'):
     datasets.of(config.dataset, 'train')
 
 

@@ -65,31 +65,31 @@ def test_metrics_forget_what_was_written_after_the_checkpoint(tmp_path, monkeypa
   assert list(tmp_path.glob('events.*'))
 
 
-def test_progress_leaves_compilation_out_of_the_speed(monkeypatch, caplog):
+def test_progress_leaves_compilation_out_of_the_speed(monkeypatch):
   clock = iter([0, 100, 110, 120])  # The first step takes 100 seconds, the others 10.
   monkeypatch.setattr(metrics.time, 'monotonic', lambda: next(clock))
-  caplog.set_level('INFO', logger='absl')
+  lines = []
+  monkeypatch.setattr(metrics, 'say', lines.append)
   progress = metrics.Progress('train', 10, 'steps', seconds=0)
   for _ in range(3):
     progress.advance(1, 'loss 1')
-  assert [r.getMessage() for r in caplog.records] == [
+  assert lines == [
     'train: 1 of 10 steps, unknown time left, loss 1',
     'train: 2 of 10 steps, 0.1 a second, 1:20 left, loss 1',
     'train: 3 of 10 steps, 0.1 a second, 1:10 left, loss 1',
   ]
 
 
-def test_what_took_its_time_long_ago_says_nothing_of_the_time_left(monkeypatch, caplog):
+def test_what_took_its_time_long_ago_says_nothing_of_the_time_left(monkeypatch):
   """Here the second step, which compiles another program."""
   clock = iter([0, 1, 1_001, *range(1_002, 1_017)])
   monkeypatch.setattr(metrics.time, 'monotonic', lambda: next(clock))
-  caplog.set_level('INFO', logger='absl')
+  lines = []
+  monkeypatch.setattr(metrics, 'say', lines.append)
   progress = metrics.Progress('train', 100, 'steps', seconds=0)
   for _ in range(17):
     progress.advance()
-  assert caplog.records[-1].getMessage() == (
-    'train: 17 of 100 steps, 1 a second, 1:23 left'
-  )
+  assert lines[-1] == 'train: 17 of 100 steps, 1 a second, 1:23 left'
 
 
 def test_a_workdir_in_use_is_refused(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from jaxrobust.errors import UserError
 from jaxrobust.models import Model, parameter_files, zoo
 
 
-class Classifier(NamedTuple):
+class Loaded(NamedTuple):
   """A classifier that is ready to be used.
 
   Attributes:
@@ -62,7 +62,7 @@ def load(
   field: str,
   info: dataset_info.DatasetInfo | None = None,
   otherwise: str = '',
-) -> Classifier:
+) -> Loaded:
   """A classifier on all local devices.
 
   Args:
@@ -74,4 +74,4 @@ def load(
   found = find(path, field, info, otherwise)
   model = found.card.build()
   variables = parallel.replicate(parameter_files.load(found.path, model))
-  return Classifier(found, model, variables)
+  return Loaded(found, model, variables)
