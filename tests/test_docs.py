@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrobust.__main__ import _VERBS
-from jaxrobust.config import experiments, fields
+from jaxrobust.config import experiments, fields, registries
 from jaxrobust.errors import UserError
 from jaxrobust.runs import flags
 from launch import tpu
@@ -144,8 +144,12 @@ def test_commands_that_do_not_exist_are_found(command):
 
 
 @pytest.fixture
-def example(request):
-  """The module of a file in docs/extending, and its config."""
+def example(request, monkeypatch):
+  """The module of a file in docs/extending, and its config; forgotten afterwards."""
+  for registry in vars(registries).values():
+    if isinstance(registry, registries.Registry):
+      monkeypatch.setattr(registry, '_items', dict(registry._items))
+      monkeypatch.setattr(registry, '_homes', dict(registry._homes))
   file = str(EXAMPLES / f'{request.param}.py')
   return experiments.load_file(file), experiments.load(file)
 

@@ -172,7 +172,8 @@ def test_epsilon_in_levels_of_grey_is_refused(epsilon, meant):
   assert f'epsilon = {epsilon}' in str(e.value)
   assert 'below 1' in str(e.value) and f'did you mean {meant}?' in str(e.value)
   # In other norms there are balls of that size.
-  assert norms.get('l2', epsilon).epsilon == norms.get('l1', epsilon).epsilon == epsilon
+  assert norms.get('l1', epsilon).epsilon == epsilon
+  assert norms.get('l2', epsilon / 4).epsilon == epsilon / 4
 
 
 def crowded(count, seed=0):

@@ -19,7 +19,7 @@ def train_classifier(
   train: Arrays | None = None,
   validation: Arrays | None = None,
   samples: str | os.PathLike[str] = '',
-) -> classifiers.Loaded:
+) -> classifiers.Classifier:
   """Trains a classifier by the loop of `jaxrobust train`, in the same kind of workdir.
 
     config = jaxrobust.load_config('digits', {'training.num_steps': 200})
