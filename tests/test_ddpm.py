@@ -168,7 +168,7 @@ def test_a_fit_that_an_earlier_version_began(finished, tmp_path, caplog):
   began = checkpoints.Checkpoints(old, keep=1)
   began.save(3, older)
   began.close()
-  with caplog.at_level('INFO'):
+  with caplog.at_level('INFO', logger='absl'):
     generate.main(config, old, stage='fit')
   assert 'resuming after step 3' in caplog.text
   found, expected = (np.load(x / 'generator.npz') for x in (old, finished))
