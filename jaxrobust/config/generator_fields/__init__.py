@@ -1,0 +1,5 @@
+"""The settings of each generator of the package: `config.generator`, a module each."""
+
+from jaxrobust.config.generator_fields import ddpm, gaussian, mixup
+
+MODULES = (gaussian, ddpm, mixup)
