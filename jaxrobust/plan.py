@@ -2,7 +2,7 @@ r"""Compiles a run for a TPU that is not here: does it fit, and what will it cos
 
 Usage:
   python -m jaxrobust.plan --topology=SLICE --config=experiments/FILE.py[:ARG] \
-      [--what=train|evaluate|sample] [--suggest] [--sweep] [--utilization=0.4]
+      [--what=train|evaluate|sample] [--suggest] [--sweep] [--utilization=SHARE]
       [--config.a.b=VALUE …]
   python -m jaxrobust.plan --topology=SLICE --table=NAME [--tables=FILE]
 
@@ -13,51 +13,46 @@ Examples:
   WRN-70-16 on 8 chips of v5e; if it does not fit, what would:
     python -m jaxrobust.plan --topology=v5e:2x4 --suggest \
         --config=experiments/cifar10_linf.py:wrn-70-16,ddpm
-  The first attack of AutoAttack:
+  The attacks of AutoAttack, each with its attempts as if no image fell:
     … --what=evaluate --config.evaluation.suite=autoattack
   A generator that is trained, its training and its sampling:
     python -m jaxrobust.plan --topology=v4:2x2x1 --config=experiments/cifar10_ddpm.py
     … --what=sample
-  What the paper's table of CIFAR-10 costs, by operations alone:
-    python -m jaxrobust.plan --topology=v4:2x2x4 --table=cifar10-linf
+  What the paper's table of CIFAR-10 costs, in a minute by its operations alone, at a
+  share of the peak that you suppose (without it each kind of run is compiled):
+    python -m jaxrobust.plan --topology=v4:2x2x4 --table=cifar10-linf --utilization=0.5
 
 No TPU is needed or used: the compiler comes with libtpu (from a clone: pip install -e
 '.[plan]'), on x86 Linux. It compiles the very program that `train`, `evaluate` or
 `generate` runs, which takes minutes; results are kept, by content of the program, in
 $JAXROBUST_CACHE or ~/.cache/jaxrobust.
 
-Memory, bytes and collectives are the compiler's. Operations are counted in the
+Memory is the compiler's. Time is the compiler's, too: it notes with each piece of work
+how many cycles it should take, and their sum, loops as often as they run, over the
+chip's clock is the time of a call; collectives come on top, by their bytes over the
+published interconnect. That is an estimate by a model of the chip, not a measurement:
+it knows nothing of the host, of the input or of waiting. Operations are counted in the
 program's jaxpr: multiplications and additions of convolutions and matrix products, each
-as often as it runs, attack included. The compiler's own count has the body of a loop
-once only. Time is these operations over the chip's published peak in bfloat16 (Google
-Cloud's pages on TPU versions) times the utilization, which is a guess until it is
-measured.
+as often as it runs, attack included. With --utilization time is these operations over
+that share of the chip's published peak in bfloat16 (Google Cloud's pages on TPU
+versions), in place of the schedule.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import math
-import os
-import re
 import sys
-import time
-
-import jax
-from absl import logging
 
 from jaxrobust import config as configs
 from jaxrobust.config import experiments
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.planning import device_programs, hardware, program_cost
+from jaxrobust.planning import compiler, device_programs, hardware, program_cost
+from jaxrobust.planning import schedule as schedules
 from jaxrobust.reporting import planned_runs
 from jaxrobust.runs import cli
-from jaxrobust.runs import workdir as workdirs
 
-_GIB = 2**30
-_PARTS = ('arguments', 'outputs', 'aliased', 'temporaries')  # of a program's memory
+_MOST_LINES = 12  # of work
 
 
 def main(
@@ -74,8 +69,11 @@ def main(
     raise UserError(
       '--config has no use with --table=: its rows have their own configs'
     )
-  if not 0 < utilization <= 1:
-    raise UserError(f'--utilization={utilization}: use a number above 0, at most 1')
+  if not 0 <= utilization <= 1:
+    raise UserError(
+      f'--utilization={utilization}: use a share of the peak, above 0 and at most 1; 0 '
+      "takes the compiler's schedule"
+    )
   of_table = _points_of_table(table, tables) if table else []
   generation = topology.partition(':')[0]
   if generation not in hardware.CHIPS:
@@ -87,13 +85,13 @@ def main(
   devices = hardware.devices(topology)
   chips = len(devices) // chip.devices
   if table:
-    print_total(f'table {table}', of_table, devices, chip, utilization)
+    print_total(f'table {table}', of_table, devices, topology, utilization)
     return
   if config is not None:
     config = datasets.record(config)
   swept = _points_of_sweep(config) if sweep else []  # It may not be what it should.
   found = device_programs.of(config, what, len(devices))
-  results = [compile_for(devices, topology, program) for program in found]
+  results = [compiler.compile_for(devices, topology, program) for program in found]
   print(
     f'{device_programs.name(config)}, {what}, on {topology}: {len(devices)} '
     f'devices of {chips} chips, {found[0].images} images each'
@@ -103,33 +101,44 @@ def main(
     if len(found) > 1:
       print(f'{program.name}:')
     operations = operations_of(program, len(devices))
-    total += hours(operations, program, chip, utilization) * chips
     for line in report(result, operations, program, len(devices), chip):
       print(line)
-    print(time_line(operations, program, chip, chips, utilization))
+    seconds = seconds_of(result, operations, len(devices), chip, utilization)
+    if seconds:
+      total += seconds * program.calls / 3600 * chips
+      print(time_line(seconds, operations, program, chip, chips, utilization))
   if len(found) > 1:
     print(f'total       {total:,.4g} chip-hours')
   if suggest and any('refused' in result for result in results):
     for line in alternatives(config, what, devices, topology):
       print(line)
   if sweep:
-    print_total('sweep      ', swept, devices, chip, utilization)
+    print_total('sweep      ', swept, devices, topology, utilization)
 
 
 def print_total(
-  what: str, found: list, devices: list, chip: hardware.Chip, share: float
+  what: str, found: list, devices: list, topology: str, utilization: float
 ):
   """Prints the chip-hours of each of (name, config, is it judged), and of all."""
+  chip = hardware.CHIPS[topology.partition(':')[0]]
   chips, num_devices = len(devices) // chip.devices, len(devices)
   known = {}
+
+  def hours(program) -> float:
+    result = None if utilization else compiler.compile_for(devices, topology, program)
+    operations = operations_of(program, num_devices) if utilization else 0.0
+    seconds = seconds_of(result, operations, num_devices, chip, utilization)
+    if seconds is None:
+      raise UserError(
+        f'--topology={topology}: {result["refused"]} on a device; use a larger slice, '
+        'or --utilization=0.4, which asks the operations only'
+      )
+    return seconds * program.calls / 3600
 
   def cost(config, part: str, make) -> float:
     kind = _kind(config, part)
     if kind not in known:
-      known[kind] = chips * sum(
-        hours(operations_of(program, num_devices), program, chip, share)
-        for program in make()
-      )
+      known[kind] = chips * sum(hours(program) for program in make())
     return known[kind]
 
   training, judging = 0.0, 0.0
@@ -154,88 +163,27 @@ def operations_of(program: device_programs.Program, num_devices: int) -> float:
   return program_cost.flops(jaxpr, rounds=program.rounds)
 
 
-def compile_for(devices: list, topology: str, program: device_programs.Program) -> dict:
-  """What the compiler says of a program; from the cache if it said so before.
+def seconds_of(
+  result: dict | None,
+  operations: float,
+  num_devices: int,
+  chip: hardware.Chip,
+  utilization: float,
+) -> float | None:
+  """How long a call takes; None for a program that does not fit.
 
-  Returns:
-    Sizes in bytes ('arguments', 'outputs', 'aliased', 'temporaries'), 'flops' and
-    'bytes' by the compiler's count, 'collectives', 'seconds' of compilation; or only
-    'refused' and 'seconds', if the memory of a device does not suffice.
+  Args:
+    result: of `compiler.compile_for`, if `utilization` is 0.
+    operations: of a call on a device.
+    num_devices: of the slice.
+    chip: of the slice.
+    utilization: share of the peak; 0 takes the compiler's schedule.
   """
-  lowered = parallel.lower_for(devices, program.fn, program.arguments, program.donated)
-  versions = [importlib.metadata.version(name) for name in ('jax', 'libtpu')]
-  key = hashlib.sha256(
-    '\n'.join([topology, *versions, lowered.as_text()]).encode()
-  ).hexdigest()
-  path = workdirs.cache_folder('plan') / f'{key}.json'
-  if path.exists():
-    return json.loads(path.read_text())
-  logging.info('compiling for %s, which takes minutes', topology)
-  started = time.monotonic()
-  try:
-    result = _measures(lowered.compile())
-  except jax.errors.JaxRuntimeError as e:
-    result = {'refused': refusal(str(e))}
-    if not result['refused']:
-      raise
-  result['seconds'] = round(time.monotonic() - started, 1)
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(result))
-    temporary.replace(path)
-  except OSError as e:
-    logging.warning('the result is not kept in %s: %s', path.parent, e.strerror or e)
-  return result
-
-
-def _measures(compiled) -> dict:
-  """Of a compiled program."""
-  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-  return {
-    'arguments': memory.argument_size_in_bytes,
-    'outputs': memory.output_size_in_bytes,
-    'aliased': memory.alias_size_in_bytes,
-    'temporaries': memory.temp_size_in_bytes,
-    'flops': cost.get('flops', 0.0),
-    'bytes': cost.get('bytes accessed', 0.0),
-    'collectives': program_cost.collectives(compiled.as_text()),
-  }
-
-
-def refusal(message: str) -> str:
-  """One line from the compiler's refusal for want of memory; '' if it is of another."""
-  if found := re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', message):
-    return f'needs {found[1]}iB of {found[2]}iB'
-  # Before it has placed everything.
-  if found := re.search(
-    r'temporaries \(([\d.]+\w)\) exceeds .*?\(([\d.]+\w)\)', message
-  ):
-    return f'needs {found[1]}iB and more of {found[2]}iB'
-  if 'CompileTimeHbmOom' in message or 'RESOURCE_EXHAUSTED' in message:
-    return 'needs more memory than there is'
-  return ''
-
-
-def _memory(result: dict) -> float:
-  """Bytes of a device that a program takes; infinite for one that was refused."""
+  if utilization:
+    return operations / (chip.peak / chip.devices * utilization)
   if 'refused' in result:
-    return math.inf
-  outputs = result['outputs'] - result['aliased']  # The others replace arguments.
-  return result['arguments'] + outputs + result['temporaries']
-
-
-def fits(result: dict, usable: float) -> str:
-  """One line on memory."""
-  if 'refused' in result:
-    return f'does NOT fit: {result["refused"]} on a device (--suggest: what may)'
-  gib = {k: result[k] / _GIB for k in _PARTS}
-  return (
-    f'fits: {_memory(result) / _GIB:.2f} GiB of {usable} GiB usable on a device: '
-    f'{gib["arguments"]:.2f} arguments, {gib["temporaries"]:.2f} temporaries, '
-    f'{gib["outputs"]:.2f} outputs '
-    f'({gib["aliased"]:.2f} in place of arguments)'
-  )
+    return None
+  return result['schedule'].seconds(chip, num_devices)
 
 
 def report(
@@ -245,52 +193,75 @@ def report(
   num_devices: int,
   chip: hardware.Chip,
 ) -> list[str]:
-  """Lines on memory, operations and traffic.
+  """Lines on memory, operations, traffic and the compiler's schedule.
 
   Args:
-    result: of `compile_for`.
+    result: of `compiler.compile_for`.
     operations: of a call on a device.
     program: what was compiled.
     num_devices: of the slice.
     chip: of the slice.
   """
   lines = [
-    f'memory      {fits(result, chip.usable)}',
+    f'memory      {compiler.fits(result, chip.usable)}',
     f'operations  {operations / program.images:.3e} FLOPs an image, attack included; '
     f'{operations * num_devices:.3e} a batch of {program.images * num_devices}',
   ]
   if 'refused' in result:
     return lines
+  schedule = result['schedule']
   traffic = ', '.join(
-    f'{count} {kind} of {size / 2**20:.2f} MiB'
-    for kind, (count, size) in sorted(result['collectives'].items())
+    f'{count:,.0f} {kind} of {size / 2**20:.2f} MiB'
+    for kind, (count, size) in sorted(schedule.collectives.items())
   )
-  return lines + [
-    f'compiler    counts {result["flops"]:.3e} FLOPs and {result["bytes"]:.3e} bytes '
-    'on a device, with the body of each loop once',
-    f'collectives {traffic or "none"}',
+  lines.append(
+    f'collectives {traffic or "none"}'
+    + (
+      f': {schedule.collective_seconds(chip, num_devices):.2g} s by the published '
+      'interconnect'
+      if traffic
+      else ''
+    )
+  )
+  return lines + _schedule_lines(schedule, operations, chip)
+
+
+def _schedule_lines(
+  schedule: schedules.Schedule, operations: float, chip: hardware.Chip
+) -> list[str]:
+  """Where the cycles go, and what would bound them."""
+  cycles = schedule.cycles
+  if not cycles:
+    return ['schedule    none: this compiler notes no cycles; give --utilization']
+  shares = {
+    kind: sum(x.cycles for x in schedule.work if x.kind == kind) / cycles
+    for kind in schedules.KINDS
+  }
+  lines = [
+    f'schedule    {cycles / 1e6:,.4g}M cycles at {chip.clock / 1e9:.2f} GHz: '
+    + ', '.join(f'{kind} {x:.0%}' for kind, x in shares.items() if x >= 0.005),
+    f'floors      {operations / (chip.peak / chip.devices):.3g} s by operations at the '
+    f'peak; {schedule.memory_seconds(chip):.3g} s by {schedule.bytes / 1e9:.3g} GB to '
+    'and from memory',
   ]
+  for x in schedule.work[:_MOST_LINES]:
+    own = f', {x.flops / x.cycles / chip.per_cycle:.0%} of the peak' if x.flops else ''
+    lines.append(
+      f'  {x.cycles / cycles:6.1%}  {x.kind}: {x.name}, {x.calls:,.0f} times{own}'
+    )
+  return lines
 
 
-def hours(
-  operations: float,
-  program: device_programs.Program,
-  chip: hardware.Chip,
-  utilization: float,
-) -> float:
-  """Of the whole run, by operations of a call on a device."""
-  rate = chip.peak / chip.devices * utilization
-  return operations / rate * program.calls / 3600
-
-
-def time_line(operations, program, chip, chips, utilization) -> str:
+def time_line(seconds, operations, program, chip, chips, utilization) -> str:
   """The estimate of time, with what it supposes."""
-  total = hours(operations, program, chip, utilization)
+  total = seconds * program.calls / 3600
+  share = operations / seconds / (chip.peak / chip.devices)
+  peak = f'{chip.peak / 1e12:.0f} TFLOP/s (bfloat16) published of a chip'
+  by = f"by the compiler's schedule, an estimate: {share:.0%} of the {peak}"
   return (
-    f'time        {total * 3600 / program.calls:.3g} s a call, {program.calls:,} '
-    f'calls in {total:.3g} h, {total * chips:,.4g} chip-hours: at '
-    f'{utilization:.0%} of the {chip.peak / 1e12:.0f} TFLOP/s (bfloat16) published '
-    'of a chip'
+    f'time        {seconds:.3g} s a call, {program.calls:,} '
+    f'calls in {total:.3g} h, {total * chips:,.4g} chip-hours: '
+    + (f'at {utilization:.0%} of the {peak}' if utilization else by)
   )
 
 
@@ -302,10 +273,10 @@ def alternatives(config, what: str, devices: list, topology: str):
       other = config.copy_and_resolve_references()
       other.update_from_flattened_dict(overrides)
       found = device_programs.of(other, what, len(devices))
-      results = [compile_for(devices, topology, program) for program in found]
-      biggest = max(results, key=_memory)
+      results = [compiler.compile_for(devices, topology, program) for program in found]
+      biggest = max(results, key=compiler.memory)
       flags = ' '.join(f'--config.{k}={v}' for k, v in overrides.items())
-      yield f'  {flags}: {fits(biggest, usable)}'
+      yield f'  {flags}: {compiler.fits(biggest, usable)}'
       if 'refused' not in biggest:
         break
 
@@ -386,7 +357,7 @@ PROGRAM = cli.Program(
     cli.Flag(
       'what',
       "The training step of a classifier, or the programs of a generator's training, "
-      'each as often as it runs; an attempt of the first attack of '
+      'each as often as it runs; an attempt of each attack of '
       "config.evaluation.suite; or a batch of a generator's samples.",
       device_programs.KINDS,
       'train',
@@ -402,14 +373,15 @@ PROGRAM = cli.Program(
     cli.Flag(
       'table',
       'The total over the classifiers of a table of experiments/paper.py, or of '
-      '--tables, and over their attacks; compiles nothing.',
+      '--tables, and over their attacks; with --utilization it compiles nothing.',
     ),
     cli.Flag('tables', 'A file with tables of your own.', cli.PATH),
     cli.Flag(
       'utilization',
-      "The share of the chip's peak that the estimate of time supposes.",
+      "The share of the chip's peak that the estimate of time supposes, in place of "
+      "the compiler's schedule; 0 takes the schedule.",
       float,
-      0.4,
+      0.0,
     ),
   ),
   workdir='none',

@@ -25,17 +25,32 @@ from jaxrobust.config import dataset_info
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.models.convolution import conv2d
-from jaxrobust.planning import device_programs, hardware, program_cost
+from jaxrobust.planning import (
+  compiler,
+  device_programs,
+  hardware,
+  program_cost,
+  schedule,
+)
 
 FITS = {
   'arguments': 3 * 2**30,
   'outputs': 2**30,
   'aliased': 2**29,
   'temporaries': 2**31,
-  'flops': 5e9,
-  'bytes': 7e8,
-  'collectives': {'all-reduce': (2, 3 * 2**20)},
+  'schedule': schedule.Schedule(
+    [
+      schedule.Work('convolutions', '3x3 16→32 at 8x8', 11, 8e6, 6.4e12),
+      schedule.Work('other', 'select_n', 5, 2e6, 0.0),
+    ],
+    7e8,
+    {'all-reduce': (2, 3e6)},
+  ),
 }
+# A device of it multiplies and adds 1e6 times a cycle, 50 million times a second.
+CHIP = hardware.Chip(
+  peak=100e12, devices=2, usable=15.5, arrays=1, bandwidth=1e11, interconnect=9e6
+)
 
 
 def small(**overrides):
@@ -158,22 +173,38 @@ def test_collectives_and_their_bytes():
 
 def test_report():
   program = device_programs.Program(None, (), (), images=8, calls=100)
-  chip = hardware.Chip(peak=100e12, devices=2, usable=15.5)
-  lines = '\n'.join(plan.report(FITS, 4e12, program, 4, chip))
+  lines = '\n'.join(plan.report(FITS, 4e12, program, 4, CHIP))
   # 3 + 1 - 0.5 + 2 GiB; 4e12 over 8 images, times 4 devices.
   assert 'fits: 5.50 GiB of 15.5 GiB usable on a device: 3.00 arguments' in lines
   assert '5.000e+11 FLOPs an image' in lines
   assert '1.600e+13 a batch of 32' in lines
-  assert 'body of each loop once' in lines
-  assert '2 all-reduce of 3.00 MiB' in lines
-  # 4e12 over half of a device's 50e12, a hundred times, on two chips.
-  line = plan.time_line(4e12, program, chip, 2, 0.5)
-  assert '0.16 s a call, 100 calls in 0.00444 h, 0.008889 chip-hours' in line
-  assert 'at 50% of the 100 TFLOP/s (bfloat16)' in line
+  # Each device sends 3 MB twice, less a quarter, at 4.5 MB/s.
+  assert '2 all-reduce of 2.86 MiB: 1 s by the published interconnect' in lines
+  # At the peak of a device, 50 TFLOP/s, and 50 GB/s.
+  assert '0.08 s by operations at the peak; 0.014 s by 0.7 GB' in lines
+  assert '10M cycles' in lines and 'convolutions 80%, other 20%' in lines
+  assert '80.0%  convolutions: 3x3 16→32 at 8x8, 11 times' in lines
+  # 6.4e12 in 8 million cycles of 32,768 each.
+  assert f'{6.4e12 / 8e6 / 32768:.0%} of the peak' in lines
   refused = plan.report(
-    {'refused': 'needs 20.5GiB of 15.48GiB'}, 4e12, program, 4, chip
+    {'refused': 'needs 20.5GiB of 15.48GiB'}, 4e12, program, 4, CHIP
   )
   assert 'does NOT fit: needs 20.5GiB of 15.48GiB' in refused[0] and len(refused) == 2
+
+
+def test_time():
+  program = device_programs.Program(None, (), (), images=8, calls=100)
+  # 4e12 over half of a device's 50e12, a hundred times, on two chips.
+  seconds = plan.seconds_of(FITS, 4e12, 4, CHIP, 0.5)
+  line = plan.time_line(seconds, 4e12, program, CHIP, 2, 0.5)
+  assert '0.16 s a call, 100 calls in 0.00444 h, 0.008889 chip-hours' in line
+  assert 'at 50% of the 100 TFLOP/s (bfloat16)' in line
+  # By the schedule: its cycles at the clock, and the second of the collectives.
+  seconds = plan.seconds_of(FITS, 4e12, 4, CHIP, 0)
+  assert seconds == pytest.approx(10e6 / (50e12 / 32768) + 1.0)
+  line = plan.time_line(seconds, 4e12, program, CHIP, 2, 0)
+  assert 'estimate' in line and f'{4e12 / seconds / 50e12:.0%} of the 100' in line
+  assert plan.seconds_of({'refused': 'needs more'}, 4e12, 4, CHIP, 0) is None
 
 
 def test_refusals_of_the_compiler_are_told_from_its_faults():
@@ -181,15 +212,15 @@ def test_refusals_of_the_compiler_are_told_from_its_faults():
     'RESOURCE_EXHAUSTED: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out '
     'of memory in memory space hbm. Used 20.50G of 15.48G hbm. Exceeded hbm capacity'
   )
-  assert plan.refusal(message) == 'needs 20.50GiB of 15.48GiB'
+  assert compiler.refusal(message) == 'needs 20.50GiB of 15.48GiB'
   message = (
     'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total '
     'memory required for HLO temporaries (8.52G) exceeds available HBM (7.48G). HLO '
     'module: jit__fun.'
   )
-  assert plan.refusal(message) == 'needs 8.52GiB and more of 7.48GiB'
-  assert plan.refusal('CompileTimeHbmOom') == 'needs more memory than there is'
-  assert plan.refusal('INTERNAL: something else') == ''
+  assert compiler.refusal(message) == 'needs 8.52GiB and more of 7.48GiB'
+  assert compiler.refusal('CompileTimeHbmOom') == 'needs more memory than there is'
+  assert compiler.refusal('INTERNAL: something else') == ''
 
 
 def test_what_would_save_memory():
@@ -253,18 +284,18 @@ class Lowered:
 def test_results_are_kept_by_content(tmp_path, monkeypatch):
   program = device_programs.Program(None, (), (), 8, 100)
   monkeypatch.setenv('JAXROBUST_CACHE', str(tmp_path))
-  monkeypatch.setattr(plan.importlib.metadata, 'version', lambda name: '1.0')
-  monkeypatch.setattr(plan, '_measures', lambda compiled: dict(FITS))
+  monkeypatch.setattr(compiler.importlib.metadata, 'version', lambda name: '1.0')
+  monkeypatch.setattr(compiler, '_measures', lambda *a: dict(FITS))
   monkeypatch.setattr(Lowered, 'compilations', 0)
 
   def compile_for(text, topology, error=None):
     monkeypatch.setattr(parallel, 'lower_for', lambda *a: Lowered(text, error))
-    return plan.compile_for([], topology, program)
+    return compiler.compile_for([], topology, program)
 
   first = compile_for('a', 'v3:2x2')
   assert first['arguments'] == FITS['arguments'] and Lowered.compilations == 1
   again = compile_for('a', 'v3:2x2')
-  assert again['temporaries'] == FITS['temporaries'] and Lowered.compilations == 1
+  assert again == first | {'seconds': again['seconds']} and Lowered.compilations == 1
   compile_for('b', 'v3:2x2')
   compile_for('a', 'v4:2x2x1')
   assert Lowered.compilations == 3
@@ -306,7 +337,7 @@ def test_the_total_of_a_table(capsys, monkeypatch):
       lambda *a, made=made, make=make: traced.append(made) or make(*a),
     )
   found = plan._points_of_table('digits-linf', '')
-  plan.print_total('table', found, [None] * 2, hardware.CHIPS['v4'], 0.5)
+  plan.print_total('table', found, [None] * 2, 'v4:2x1x1', 0.5)
   *lines, total = capsys.readouterr().out.splitlines()
   assert [x.split(':')[0].strip() for x in lines] == ['digits_labeller'] + [
     f'digits_linf_wrn-10-1_{data}_seed-{seed}'
@@ -374,6 +405,9 @@ def test_compiles_for_a_tpu(tmp_path):
   assert '4 devices of 4 chips, 4 images each' in texts[0]
   assert re.search(r'fits: 0\.\d+ GiB of 30.75 GiB usable', texts[0])
   assert re.search(r'\d+ all-reduce of', texts[0])
+  assert re.search(r'M cycles at 1.05 GHz: .*convolutions \d', texts[0])
+  assert re.search(r'3x3 16→16 at 8x8, \d+ times, \d+% of the peak', texts[0])
+  assert re.search(r"time .* by the compiler's schedule, an estimate", texts[0])
   bad = [x.replace('2x2x1', '3x3x3x3') for x in command]
   done = subprocess.run(bad, capture_output=True, text=True, timeout=600)
   assert done.returncode == 1 and 'knows no such slice' in done.stderr

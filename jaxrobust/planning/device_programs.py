@@ -96,7 +96,7 @@ def of(config, what: str, num_devices: int) -> list[Program]:
 
   Returns:
     In the order in which they run: one, but for the training of generators whose
-    phases do not come equally often; of a suite its first attack.
+    phases do not come equally often, and for a suite, which has one an attack.
 
   Raises:
     UserError: if the batch does not divide over the devices, or the config has no
@@ -113,7 +113,7 @@ def of(config, what: str, num_devices: int) -> list[Program]:
         f'config.evaluation.suite = {config.evaluation.suite!r} has no attack to plan: '
         'use another suite, such as autoattack'
       )
-    return found[:1]
+    return found
   info = dataset_info.of(config.dataset)
   if what == 'sample':
     return [_sampling(config, info, size, num_devices)]

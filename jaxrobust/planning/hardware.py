@@ -18,26 +18,44 @@ class Chip(NamedTuple):
     peak: multiplications and additions a second of the chip, in bfloat16.
     devices: that jax sees of it.
     usable: GiB that a program may use on a device.
+    arrays: units of 128x128 that multiply and add in each cycle of a device.
+    bandwidth: bytes a second between a chip and its memory.
+    interconnect: bytes a second that a chip sends to others of its slice.
   """
 
   peak: float
   devices: int
   usable: float
+  arrays: int
+  bandwidth: float
+  interconnect: float
+
+  @property
+  def clock(self) -> float:
+    """Cycles a second: what the peak takes of the arrays."""
+    return self.peak / self.devices / self.per_cycle
+
+  @property
+  def per_cycle(self) -> int:
+    """Multiplications and additions of a device in a cycle."""
+    return self.arrays * 128 * 128 * 2
 
 
 # Peaks are those of Google Cloud's pages on TPU versions; that of v2 is a quarter of
 # the 180 TFLOP/s of its board. They are of bfloat16; by jax's default precision
 # float32 convolutions multiply in bfloat16 on a TPU, too, so the same peak applies.
-# Usable memory: what the compiler of libtpu 0.0.52 names as the limit when it refuses
-# a program.
+# Bandwidths are of the same pages; of v2 and v3 a chip's interconnect is taken to be
+# one of its links. Usable memory is what the compiler of libtpu 0.0.52 names as the
+# limit when it refuses a program. Arrays follow from the cycles that it gives a product
+# of two matrices of 4,096x4,096 (one of v6e counts as four here: it is 256x256).
 CHIPS = {
-  'v2': Chip(45e12, 2, 7.48),
-  'v3': Chip(123e12, 2, 15.48),
-  'v4': Chip(275e12, 1, 30.75),
-  'v5e': Chip(197e12, 1, 15.75),
-  'v5p': Chip(459e12, 1, 95.73),
-  'v5': Chip(459e12, 1, 95.73),
-  'v6e': Chip(918e12, 1, 31.24),
+  'v2': Chip(45e12, 2, 7.48, 1, 700e9, 62e9),
+  'v3': Chip(123e12, 2, 15.48, 2, 900e9, 82e9),
+  'v4': Chip(275e12, 1, 30.75, 8, 1228e9, 300e9),
+  'v5e': Chip(197e12, 1, 15.75, 4, 819e9, 200e9),
+  'v5p': Chip(459e12, 1, 95.73, 8, 2765e9, 600e9),
+  'v5': Chip(459e12, 1, 95.73, 8, 2765e9, 600e9),
+  'v6e': Chip(918e12, 1, 31.24, 16, 1638e9, 400e9),
 }
 
 # TPU slices known to compile, as generation:chips; other sizes of them may, too.

@@ -87,11 +87,11 @@ def _convolution(equation) -> float:
   numbers = params['dimension_numbers']
   images, kernel = (v.aval.shape for v in equation.invars)
   outputs = equation.outvars[0].aval.shape
-  taps = 1
+  product = 1
   for axis, (left, right, out) in enumerate(
     zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True)
   ):
-    taps *= _taps(
+    product *= taps(
       images[left],
       kernel[right],
       outputs[out],
@@ -101,10 +101,10 @@ def _convolution(equation) -> float:
       params['rhs_dilation'][axis],
     )
   examples, features = (outputs[i] for i in numbers.out_spec[:2])
-  return 2 * taps * examples * features * kernel[numbers.rhs_spec[1]]
+  return 2 * product * examples * features * kernel[numbers.rhs_spec[1]]
 
 
-def _taps(pixels, taps, outputs, stride, low, dilation, kernel_dilation) -> int:
+def taps(pixels, taps, outputs, stride, low, dilation, kernel_dilation) -> int:
   """Pairs of an output and a tap along an axis that meet a pixel."""
   positions = (
     output * stride + tap * kernel_dilation - low
@@ -131,7 +131,7 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
   for line in hlo.splitlines():
     if match := _COLLECTIVE.search(line):
       shape, kind, asynchronous = match.groups()
-      sizes = [_bytes(*array) for array in _ARRAY.findall(shape)]
+      sizes = [size_of(*array) for array in _ARRAY.findall(shape)]
       # Of what runs beside other work the shape has operands and results; only that of
       # all-reduce has results alone.
       both = asynchronous and kind != 'all-reduce'
@@ -140,7 +140,7 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
   return found
 
 
-def _bytes(kind: str, dimensions: str) -> int:
-  """Of an array such as f32[8,3]."""
+def size_of(kind: str, dimensions: str) -> int:
+  """Bytes of an array such as f32[8,3]: kind 'f32', dimensions '8,3'."""
   bits = 8 if kind == 'pred' else int(re.search(r'\d+', kind)[0])
   return math.prod(int(n) for n in dimensions.split(',') if n) * max(bits // 8, 1)
