@@ -23,7 +23,7 @@ _VERBS = {
 }
 
 
-def main():
+def main() -> None:
   """Runs the program that the first argument names, and exits with its code."""
   verb, *arguments = sys.argv[1:] or ['--help']
   if verb in ('--help', '-h', 'help'):

@@ -50,10 +50,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust.analysis import complementarity, conditions, quality
 from jaxrobust.analysis.complementarity import SETS
-from jaxrobust.attacks import norms, suites
+from jaxrobust.attacks import norms, pgd, suites
 from jaxrobust.attacks.evaluation import Evaluator
 from jaxrobust.attacks.record import Record
 from jaxrobust.config import dataset_info
@@ -69,7 +70,7 @@ from jaxrobust.samples import sample_sets, stratified
 _SIZES = ('num_images', 'num_attacked', 'batch_size')
 
 
-def main(config, workdir):
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Measures what is not measured yet, and prints the page."""
   config = datasets.record(workdirs.continued(workdir, config))
   check(config)
@@ -89,7 +90,7 @@ def main(config, workdir):
     print(f'figures: {folder / "figures"}')
 
 
-def check(config):
+def check(config: config_dict.ConfigDict) -> None:
   """Raises UserError for a value that cannot be meant."""
   if 'rules' not in config:
     raise UserError(
@@ -112,13 +113,13 @@ def check(config):
   make_attack(config)
 
 
-def make_attack(config):
+def make_attack(config: config_dict.ConfigDict) -> pgd.PGD:
   """The attack that tries to change predictions."""
   ball = norms.get(config.threat.norm, config.threat.epsilon)
   return suites.attack_from_config(config.attack, ball)
 
 
-def open_samples(config) -> sample_sets.SampleSet:
+def open_samples(config: config_dict.ConfigDict) -> sample_sets.SampleSet:
   """The sample set; UserError if its images are not like those of the data set."""
   found = sample_sets.SampleSet.open(config.samples)
   info = dataset_info.of(config.dataset)
@@ -132,7 +133,9 @@ def open_samples(config) -> sample_sets.SampleSet:
   return found
 
 
-def make_protocol(config, sample_set: sample_sets.SampleSet) -> dict:
+def make_protocol(
+  config: config_dict.ConfigDict, sample_set: sample_sets.SampleSet
+) -> dict:
   """What is compared and how, with checksums of all that is read (JSON values)."""
   protocol = {
     'dataset': dataset_info.identity(config.dataset),
@@ -150,7 +153,7 @@ def make_protocol(config, sample_set: sample_sets.SampleSet) -> dict:
   return json.loads(json.dumps(protocol))
 
 
-def features_path(config) -> epath.Path:
+def features_path(config: config_dict.ConfigDict) -> epath.Path:
   """The file that config.features names."""
   if config.features.startswith(quality.LPIPS):
     return epath.Path(config.features.removeprefix(quality.LPIPS))
@@ -159,7 +162,7 @@ def features_path(config) -> epath.Path:
   return find_classifier(config, 'features').path
 
 
-def find_classifier(config, field: str) -> zoo.Found:
+def find_classifier(config: config_dict.ConfigDict, field: str) -> zoo.Found:
   """What is known of the classifier in a field; UserError if it sees other images."""
   found = classifiers.find(
     config[field],
@@ -177,7 +180,12 @@ def sha256(path: epath.Path) -> str:
   return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def analyze(config, folder: epath.Path, sample_set, protocol: dict) -> dict | None:
+def analyze(
+  config: config_dict.ConfigDict,
+  folder: epath.Path,
+  sample_set: sample_sets.SampleSet,
+  protocol: dict,
+) -> dict | None:
   """Measures, draws and writes; returns the entry of results.json if this writes it."""
   identity = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
   parts = folder / 'parts' / identity[:12]
@@ -228,7 +236,9 @@ def said_of_labels(metadata: dict, protocol: dict) -> dict:
   }
 
 
-def open_sources(config, sample_set: sample_sets.SampleSet) -> dict:
+def open_sources(
+  config: config_dict.ConfigDict, sample_set: sample_sets.SampleSet
+) -> dict:
   """Of each of SETS: its size, and a function from indices to a Split."""
   sources = {
     'generated': (
@@ -245,7 +255,9 @@ def open_sources(config, sample_set: sample_sets.SampleSet) -> dict:
   return sources
 
 
-def choose(config, sources: dict, name: str, field: str) -> datasets.Split:
+def choose(
+  config: config_dict.ConfigDict, sources: dict, name: str, field: str
+) -> datasets.Split:
   """`config[field]` images of a set; UserError if it has fewer."""
   (total, gather), count = sources[name], config[field]
   if count > total:
@@ -256,8 +268,12 @@ def choose(config, sources: dict, name: str, field: str) -> datasets.Split:
 
 
 def find_features(
-  config, folder: epath.Path, sets: dict, parts: epath.Path, stops: StopRequests
-):
+  config: config_dict.ConfigDict,
+  folder: epath.Path,
+  sets: dict,
+  parts: epath.Path,
+  stops: StopRequests,
+) -> tuple[str, dict[str, np.ndarray]]:
   """(name of the network, features [n, F] of each of SETS), kept in `parts`.
 
   Every process computes all of them, which takes less than to compare them.
@@ -285,7 +301,9 @@ def find_features(
   return network.name, found
 
 
-def read_features(config, folder: epath.Path, sets: dict):
+def read_features(
+  config: config_dict.ConfigDict, folder: epath.Path, sets: dict
+) -> tuple[str, dict[str, np.ndarray]]:
   """The same of a file; where it is absent, UserError after writing what it is of."""
   if not epath.Path(config.features).exists():
     if parallel.is_writer():
@@ -308,7 +326,13 @@ def read_features(config, folder: epath.Path, sets: dict):
   return network, dict(zip(SETS, rows, strict=True))
 
 
-def judge(config, sets: dict, protocol: dict, parts: epath.Path, stops: StopRequests):
+def judge(
+  config: config_dict.ConfigDict,
+  sets: dict,
+  protocol: dict,
+  parts: epath.Path,
+  stops: StopRequests,
+) -> tuple[dict, dict[str, np.ndarray]]:
   """What the labeller says of test and generated images, and what an attack changes.
 
   Returns:
@@ -353,7 +377,9 @@ def judge(config, sets: dict, protocol: dict, parts: epath.Path, stops: StopRequ
   }, confidences
 
 
-def compare(config, features: dict[str, np.ndarray]):
+def compare(
+  config: config_dict.ConfigDict, features: dict[str, np.ndarray]
+) -> tuple[dict, complementarity.Neighbours]:
   """(figures of the features of SETS, neighbours of the generated images)."""
   logging.info('comparing %d features of each image', features['train'].shape[1])
   fid = lambda name: quality.fid(features['train'], features[name])

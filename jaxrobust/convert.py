@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays
@@ -50,7 +51,13 @@ from jaxrobust.runs import workdir as workdirs
 _NUM_IMAGES = 8
 
 
-def main(config, workdir, from_: str, to: str, robustbench: str = ''):
+def main(
+  config: config_dict.ConfigDict | None,
+  workdir: str,
+  from_: str,
+  to: str,
+  robustbench: str = '',
+) -> None:
   """Converts and prints one line, or two."""
   del workdir
   if not from_ or not to:

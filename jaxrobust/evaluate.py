@@ -52,6 +52,7 @@ import json
 
 from absl import logging
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust import models
@@ -71,7 +72,7 @@ _NUM_EXAMPLES = 16
 _ADVERSARIAL = 'adversarial.npz'
 
 
-def default_config(workdir: str, suite: str, checkpoint: str):
+def default_config(workdir: str, suite: str, checkpoint: str) -> config_dict.ConfigDict:
   """The config where none is given: the workdir's, or what the checkpoint says."""
   del suite
   if (epath.Path(workdir) / 'config.json').exists() or not checkpoint:
@@ -93,7 +94,9 @@ def default_config(workdir: str, suite: str, checkpoint: str):
   return config
 
 
-def main(config, workdir, suite='', checkpoint=''):
+def main(
+  config: config_dict.ConfigDict, workdir: str, suite: str = '', checkpoint: str = ''
+) -> None:
   """Evaluates and prints one line of result."""
   if config is None:
     config = default_config(workdir, suite, checkpoint)

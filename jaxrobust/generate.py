@@ -66,7 +66,7 @@ _WITHOUT_LABELLER = STAGES[:2]
 _CONDITION = 'condition'  # in the place of a labeller
 
 
-def main(config, workdir, stage=''):
+def main(config: config_dict.ConfigDict, workdir: str, stage: str = '') -> None:
   """Runs the stages that are not there yet, or one of them."""
   config = datasets.record(workdirs.continued(workdir, config))
   check(config, stage)
@@ -97,7 +97,12 @@ class Run:
     files: of draws and of labels.
   """
 
-  def __init__(self, config, folder: epath.Path, labeller):
+  def __init__(
+    self,
+    config: config_dict.ConfigDict,
+    folder: epath.Path,
+    labeller: 'Labeller | None',
+  ):
     self.config, self.folder, self.labeller = config, folder, labeller
     self.info = dataset_info.of(config.dataset)
     self.files = _draws(config, folder)
@@ -130,7 +135,7 @@ class Run:
     return self.files.num_needed(self.info.num_classes, factor)
 
 
-def open_run(config, workdir: str, stage: str) -> Run:
+def open_run(config: config_dict.ConfigDict, workdir: str, stage: str) -> Run:
   """Checks what the stages will need, then claims the workdir."""
   info, folder = dataset_info.of(config.dataset), epath.Path(workdir)
   has_generator = (folder / 'generator.npz').exists()
@@ -158,7 +163,7 @@ def open_run(config, workdir: str, stage: str) -> Run:
   return Run(config, workdirs.claim(workdir, config, free=free), labeller)
 
 
-def fit(run: Run):
+def fit(run: Run) -> None:
   """The first stage: generator.npz, unless it is there."""
   config, path = run.config, run.generator_path
   found = path.exists()
@@ -183,7 +188,7 @@ def fit(run: Run):
     )
 
 
-def sample(run: Run, stop: Callable):
+def sample(run: Run, stop: Callable) -> None:
   """The second stage: files of draws, as many as are likely to be enough.
 
   Args:
@@ -201,13 +206,13 @@ def sample(run: Run, stop: Callable):
   run.files.draw(num_files, draw_fn, run.at_once, stop)
 
 
-def label(run: Run, stop: Callable):
+def label(run: Run, stop: Callable) -> None:
   """The third stage: classes of the draws, and how sure they are; see `sample`."""
   num_files, _ = run.needed()
   run.files.label(num_files, run.labeller.label_fn, run.at_once, stop)
 
 
-def select(run: Run, stop: Callable):
+def select(run: Run, stop: Callable) -> None:
   """The last stage: one process writes the set, and removes the draws; see `sample`."""
   num_files, is_complete = run.needed()
   if not is_complete:
@@ -228,12 +233,12 @@ def select(run: Run, stop: Callable):
     )
 
 
-def generator_of(config) -> type[Generator]:
+def generator_of(config: config_dict.ConfigDict) -> type[Generator]:
   """The class of a config's generator; UserError for an unknown name."""
   return registries.GENERATORS.get(config.generator.name, 'config.generator.name')
 
 
-def is_finished(config, workdir: str) -> bool:
+def is_finished(config: config_dict.ConfigDict, workdir: str) -> bool:
   """Whether the set is there; then what is left of its making is removed."""
   finished = shards.is_whole(epath.Path(workdir) / 'samples')
   parallel.require_agreement(int(finished))
@@ -246,7 +251,7 @@ def is_finished(config, workdir: str) -> bool:
   return finished
 
 
-def check(config, stage=''):
+def check(config: config_dict.ConfigDict, stage: str = '') -> None:
   """Raises UserError for a value that cannot be meant, or one that the stage lacks."""
   generator_configs.check(config)
   generator_class = generator_of(config)
@@ -271,7 +276,7 @@ def check(config, stage=''):
       )
 
 
-def check_fitted(config):
+def check_fitted(config: config_dict.ConfigDict) -> None:
   """Raises UserError unless config.fitted has a generator of the same fit."""
   folder = epath.Path(config.fitted)
   theirs = workdirs.read_config(folder)

@@ -41,6 +41,9 @@ versions), in place of the schedule.
 import json
 import math
 import sys
+from collections.abc import Iterator
+
+from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust.config import experiments
@@ -56,8 +59,16 @@ _MOST_LINES = 12  # of work
 
 
 def main(
-  config, workdir, topology, what, suggest, sweep, utilization, table='', tables=''
-):
+  config: config_dict.ConfigDict | None,
+  workdir: str,
+  topology: str,
+  what: str,
+  suggest: bool,
+  sweep: bool,
+  utilization: float,
+  table: str = '',
+  tables: str = '',
+) -> None:
   """Prints the plan."""
   del workdir
   if config is None and not table:
@@ -118,7 +129,7 @@ def main(
 
 def print_total(
   what: str, found: list, devices: list, topology: str, utilization: float
-):
+) -> None:
   """Prints the chip-hours of each of (name, config, is it judged), and of all."""
   chip = hardware.CHIPS[topology.partition(':')[0]]
   chips, num_devices = len(devices) // chip.devices, len(devices)
@@ -252,7 +263,14 @@ def _schedule_lines(
   return lines
 
 
-def time_line(seconds, operations, program, chip, chips, utilization) -> str:
+def time_line(
+  seconds: float,
+  operations: float,
+  program: device_programs.Program,
+  chip: hardware.Chip,
+  chips: int,
+  utilization: float,
+) -> str:
   """The estimate of time, with what it supposes."""
   total = seconds * program.calls / 3600
   share = operations / seconds / (chip.peak / chip.devices)
@@ -265,7 +283,9 @@ def time_line(seconds, operations, program, chip, chips, utilization) -> str:
   )
 
 
-def alternatives(config, what: str, devices: list, topology: str):
+def alternatives(
+  config: config_dict.ConfigDict, what: str, devices: list, topology: str
+) -> Iterator[str]:
   """Lines on what else was compiled; of each kind until the first that fits."""
   usable = hardware.CHIPS[topology.partition(':')[0]].usable
   for kind in changes(config, what, len(devices)):
@@ -281,7 +301,9 @@ def alternatives(config, what: str, devices: list, topology: str):
         break
 
 
-def changes(config, what: str, num_devices: int) -> list[list[dict]]:
+def changes(
+  config: config_dict.ConfigDict, what: str, num_devices: int
+) -> list[list[dict]]:
   """Overrides that save memory, by kind and from the mildest."""
   field, size = device_programs.batch(config, what)
   group, now = 1, 1

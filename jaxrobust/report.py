@@ -22,12 +22,15 @@ so and it is on another host, or its process is there.
 """
 
 import statistics
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust.config import fields
+from jaxrobust.config.tables import Table
 from jaxrobust.errors import UserError
 from jaxrobust.files import json_files
 from jaxrobust.reporting import figures, planned_runs
@@ -51,7 +54,13 @@ _JUDGED = {
 }
 
 
-def main(config, workdir, table='', tables='', status=False):
+def main(
+  config: config_dict.ConfigDict | None,
+  workdir: str,
+  table: str = '',
+  tables: str = '',
+  status: bool = False,
+) -> None:
   """Writes tables and figures of the workdirs below `workdir`."""
   if status and not table:
     raise UserError('--status is of a table: give --table=NAME')
@@ -99,7 +108,9 @@ def main(config, workdir, table='', tables='', status=False):
   progress.close()
 
 
-def draw_runs(folder: epath.Path, runs):
+def draw_runs(
+  folder: epath.Path, runs: list[tuple[epath.Path, config_dict.ConfigDict]]
+) -> None:
   """All classifiers side by side: report.png."""
   with figures.style() as plt:
     overview = figures.draw_overview(plt, figures.groups_by_experiment(runs))
@@ -107,7 +118,9 @@ def draw_runs(folder: epath.Path, runs):
   print(f'figure: {folder / "report.png"}')
 
 
-def write_table(folder: epath.Path, name: str, table, lines: list[texts.Line]):
+def write_table(
+  folder: epath.Path, name: str, table: Table, lines: list[texts.Line]
+) -> None:
   """The texts of a table of the paper."""
   home = folder / 'report'
   home.mkdir(parents=True, exist_ok=True)
@@ -118,7 +131,9 @@ def write_table(folder: epath.Path, name: str, table, lines: list[texts.Line]):
   workdirs.write(home / f'{name}.tex', texts.latex(name, table, lines))
 
 
-def draw_table(folder: epath.Path, name: str, table, lines: list[texts.Line]):
+def draw_table(
+  folder: epath.Path, name: str, table: Table, lines: list[texts.Line]
+) -> None:
   """The figures of a table of the paper, as far as there are runs."""
   groups, examples = {}, {}
   for line in lines:
@@ -146,7 +161,7 @@ def trained(line: texts.Line) -> list[tuple[epath.Path, object]]:
   ]
 
 
-def has_run(table, maker: planned_runs.Maker) -> bool:
+def has_run(table: Table, maker: planned_runs.Maker) -> bool:
   """Whether any row of a table has a workdir."""
   return any(
     (point.workdir / 'config.json').exists()
@@ -155,7 +170,7 @@ def has_run(table, maker: planned_runs.Maker) -> bool:
   )
 
 
-def status_lines(table, maker: planned_runs.Maker):
+def status_lines(table: Table, maker: planned_runs.Maker) -> Iterator[str]:
   """Yields the state of each run of a table, then what would fill it."""
   needed = maker.of_table(table)
   made = {name for point in needed for name in point.needs}
@@ -180,7 +195,7 @@ def status_lines(table, maker: planned_runs.Maker):
         yield planned_runs.command_line(command)
 
 
-def remarks(point: planned_runs.Point, state: str, message: str):
+def remarks(point: planned_runs.Point, state: str, message: str) -> Iterator[str]:
   """Yields, as comments of a shell, what to know before a point is run."""
   if state == 'running':
     host = workdirs.read_status(point.workdir)['host']
@@ -218,7 +233,7 @@ class Line(NamedTuple):
   entries: dict[int, dict]
 
 
-def lines_of_runs(runs) -> list[Line]:
+def lines_of_runs(runs: list[tuple[epath.Path, config_dict.ConfigDict]]) -> list[Line]:
   """The lines of a table of runs, those with results first.
 
   Runs are seeds of one experiment if their configs differ in nothing else.
@@ -259,7 +274,7 @@ def names_of(lines: list[Line]) -> list[str]:
   return [names[id(line)] for line in lines]
 
 
-def table_of_runs(runs) -> str:
+def table_of_runs(runs: list[tuple[epath.Path, config_dict.ConfigDict]]) -> str:
   """Markdown: a line an experiment and protocol, over its seeds; percent."""
   text = [
     '| experiment | data | seeds | clean | robust | suite | images |',

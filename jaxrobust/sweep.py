@@ -37,6 +37,7 @@ import sys
 
 from absl import logging
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust.config import experiments
@@ -51,9 +52,19 @@ from jaxrobust.reporting.planned_runs import (
   with_needs,
 )
 from jaxrobust.runs import cli
+from jaxrobust.runs.flags import Given
 
 
-def main(config, workdir, list_, only, shard, table, tables, given):
+def main(
+  config: config_dict.ConfigDict | None,
+  workdir: str,
+  list_: bool,
+  only: str,
+  shard: str,
+  table: str,
+  tables: str,
+  given: Given,
+) -> int:
   """Lists or runs the points."""
   if table and (given.config or given.overrides):
     own = f'--config.{next(iter(given.overrides))}' if given.overrides else '--config'
@@ -81,7 +92,9 @@ def main(config, workdir, list_, only, shard, table, tables, given):
   return cli.DONE
 
 
-def points(config, path: str, workdir: str, common: list[str] = ()) -> list[Point]:
+def points(
+  config: config_dict.ConfigDict, path: str, workdir: str, common: list[str] = ()
+) -> list[Point]:
   """The points that the sweep() of an experiment's file yields.
 
   Args:
@@ -148,7 +161,7 @@ def select(found: list[Point], only: str = '', shard: str = '') -> list[Point]:
   return wanted
 
 
-def refuse_others(chosen: list[Point]):
+def refuse_others(chosen: list[Point]) -> None:
   """Raises UserError if the workdir of a point holds another config."""
   for point in chosen:
     state, message = point.state()

@@ -19,11 +19,13 @@ parameters and BatchNorm state, in the authors' format). Interrupted, the same c
 for bit.
 """
 
+from ml_collections import config_dict
+
 from jaxrobust.runs import cli
 from jaxrobust.training import classifier
 
 
-def main(config, workdir):
+def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Trains the run of `config` in `workdir`."""
   classifier.train(config, workdir)
 

@@ -85,7 +85,9 @@ class TwoSampleTest(NamedTuple):
   standard_error: float
 
 
-def two_sample_test(real: np.ndarray, generated: np.ndarray, seed: int = 0):
+def two_sample_test(
+  real: np.ndarray, generated: np.ndarray, seed: int = 0
+) -> TwoSampleTest:
   """The classifier two-sample test (Lopez-Paz and Oquab, 2017) by logistic regression.
 
   Args:

@@ -70,7 +70,7 @@ def nearest(
   return np.concatenate(found_distances), np.concatenate(found_indices)
 
 
-def count_in_balls(rows, centres, radii) -> int:
+def count_in_balls(rows: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> int:
   """How many pairs of a row and a ball there are, of which the row is in the ball.
 
   Args:

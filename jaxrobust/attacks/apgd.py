@@ -79,7 +79,14 @@ class APGD(attack.Attack):
       return f'{num_classes - 1} targets in place of {self.num_targets}'
     return ''
 
-  def attempt(self, logits_fn, rngs, images, labels, index):
+  def attempt(
+    self,
+    logits_fn: attack.LogitsFn,
+    rngs: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    index: int | jax.Array,
+  ) -> jax.Array:
     images = jax.lax.stop_gradient(images)
     if self.loss == 'targeted_dlr':
       clean = logits_fn(images, rngs[0]) if self.randomized else logits_fn(images)

@@ -1,9 +1,14 @@
 """What the attacks of a suite have in common: attempts, of which the worst counts."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from jaxrobust.attacks import objectives
+
+# Images [B, H, W, C] in [0, 1] → logits [B, K]; of a randomised network (images, rng).
+LogitsFn = Callable[..., jax.Array]
 
 
 class Attack:
@@ -23,7 +28,12 @@ class Attack:
     raise NotImplementedError
 
   def attempt(
-    self, logits_fn, rngs: jax.Array, images: jax.Array, labels: jax.Array, index
+    self,
+    logits_fn: LogitsFn,
+    rngs: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    index: int | jax.Array,
   ) -> jax.Array:
     """One attempt on every image of a batch; each image by itself.
 
@@ -45,7 +55,7 @@ class Attack:
     return ''
 
   def __call__(
-    self, logits_fn, rngs: jax.Array, images: jax.Array, labels: jax.Array
+    self, logits_fn: LogitsFn, rngs: jax.Array, images: jax.Array, labels: jax.Array
   ) -> jax.Array:
     """All attempts on a batch.
 
@@ -81,12 +91,14 @@ class Attack:
     return jax.lax.stop_gradient(found[0])
 
 
-def attempt_keys(rngs: jax.Array, index) -> jax.Array:
+def attempt_keys(rngs: jax.Array, index: int | jax.Array) -> jax.Array:
   """The keys [B] of one attempt, from those of the attack."""
   return jax.vmap(lambda rng: jax.random.fold_in(rng, index))(rngs)
 
 
-def num_classes(logits_fn, images, randomized: bool = False) -> int:
+def num_classes(
+  logits_fn: LogitsFn, images: jax.Array, randomized: bool = False
+) -> int:
   """K of the logits [B, K], without computing them."""
   arguments = (images, jax.random.key(0)) if randomized else (images,)
   return jax.eval_shape(logits_fn, *arguments).shape[-1]

@@ -1,10 +1,13 @@
 """Signs that an evaluation misleads, as AutoAttack looks for them, and bad input."""
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn
 
 from jaxrobust.errors import UserError
 
@@ -72,7 +75,7 @@ def _turned(logits: np.ndarray, others: np.ndarray) -> float:
   return np.linalg.norm(unit(logits) - unit(others), axis=-1).max(initial=0)
 
 
-def optimizes(program) -> str:
+def optimizes(program: Jaxpr) -> str:
   """A line if a network takes gradients of its own to answer: a dynamic defence.
 
   The published code listens for calls of autograd while the network runs. What jax
@@ -94,7 +97,7 @@ def optimizes(program) -> str:
   )
 
 
-def equations(program):
+def equations(program: Jaxpr) -> Iterator[JaxprEqn]:
   """All equations of a jaxpr and of those inside it."""
   for equation in program.eqns:
     yield equation
@@ -121,7 +124,7 @@ def square_helped(shares: dict[str, float]) -> str:
   )
 
 
-def inputs(images, labels) -> tuple[np.ndarray, np.ndarray]:
+def inputs(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
   """Images and labels as the evaluation takes them; UserError for what cannot be meant.
 
   Args:
@@ -163,7 +166,7 @@ def inputs(images, labels) -> tuple[np.ndarray, np.ndarray]:
   return (images.clip(0, 1) if low < 0 or high > 1 else images), labels
 
 
-def logits(found, image_shape):
+def logits(found: Any, image_shape: tuple[int, ...]) -> None:
   """Raises UserError for what a network makes of one image unless it is logits.
 
   Args:
@@ -184,7 +187,7 @@ def logits(found, image_shape):
   )
 
 
-def classes(labels: np.ndarray, num_classes: int):
+def classes(labels: np.ndarray, num_classes: int) -> None:
   """Raises UserError for labels that the network does not have."""
   if labels.min() < 0 or labels.max() >= num_classes:
     raise UserError(

@@ -96,7 +96,12 @@ class FAB(attack.Attack):
     return f'FAB aims at {num_classes - 1} targets, not {self.num_targets}'
 
   def attempt(
-    self, logits_fn, rngs: jax.Array, images: jax.Array, labels: jax.Array, index
+    self,
+    logits_fn: attack.LogitsFn,
+    rngs: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    index: int | jax.Array,
   ) -> jax.Array:
     """Looks for a misclassified image in the ball, of any class but the label.
 
@@ -117,7 +122,12 @@ class FAB(attack.Attack):
     return jnp.where(_per_image(distance <= epsilon), found, images)
 
   def minimal(
-    self, logits_fn, rngs: jax.Array, images: jax.Array, labels: jax.Array, index
+    self,
+    logits_fn: attack.LogitsFn,
+    rngs: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    index: int | jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     """The closest misclassified image found, in the ball or outside it.
 

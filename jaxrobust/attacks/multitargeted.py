@@ -20,6 +20,8 @@ True
 
 import dataclasses
 
+import jax
+
 from jaxrobust.attacks import attack, norms, objectives, pgd
 
 
@@ -55,7 +57,14 @@ class MultiTargeted(attack.Attack):
       return ''
     return f'{num_classes - 1} targets in place of {self.num_targets}'
 
-  def attempt(self, logits_fn, rngs, images, labels, index):
+  def attempt(
+    self,
+    logits_fn: attack.LogitsFn,
+    rngs: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    index: int | jax.Array,
+  ) -> jax.Array:
     logits = logits_fn(images)
     rank = index % min(self.num_targets, logits.shape[-1] - 1)
     targets = objectives.ranked_class(logits, labels, rank)

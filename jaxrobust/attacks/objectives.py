@@ -11,19 +11,24 @@ own:
 True
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxrobust.errors import UserError
 
-OBJECTIVES = {}
+# (logits [B, K], reference) → [B], to be maximised.
+Objective = Callable[[jax.Array, jax.Array], jax.Array]
+
+OBJECTIVES: dict[str, Objective] = {}
 
 # What each takes as its reference: labels int [B], probabilities [B, K], or either.
-REFERENCES = {}
+REFERENCES: dict[str, str] = {}
 
 
-def register(name: str, reference: str):
+def register(name: str, reference: str) -> Callable[[Objective], Objective]:
   """Makes an objective known to configs, by its name.
 
   A function that is defined again, as in a notebook, takes the place of what it was.
@@ -201,7 +206,9 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> ja
   return found / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-def ranked_class(logits: jax.Array, labels: jax.Array, rank) -> jax.Array:
+def ranked_class(
+  logits: jax.Array, labels: jax.Array, rank: int | jax.Array
+) -> jax.Array:
   """The class of a rank among those that are not the label.
 
   Args:

@@ -1,12 +1,12 @@
 """Projected gradient ascent, with any objective, step rule and ball."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import config_dict
 
 from jaxrobust.attacks import attack, norms, objectives
 from jaxrobust.errors import UserError
@@ -43,7 +43,7 @@ class PGD(attack.Attack):
   """
 
   ball: norms.Ball
-  objective: Callable[[jax.Array, jax.Array], jax.Array]
+  objective: objectives.Objective
   step_rule: optax.GradientTransformation
   num_steps: int
   step_sizes: tuple[float, ...]
@@ -52,7 +52,11 @@ class PGD(attack.Attack):
   restarts: int = 1
 
   def __call__(
-    self, logits_fn, rngs: jax.Array, images: jax.Array, reference: jax.Array
+    self,
+    logits_fn: attack.LogitsFn,
+    rngs: jax.Array,
+    images: jax.Array,
+    reference: jax.Array,
   ) -> jax.Array:
     """Attacks a batch.
 
@@ -93,7 +97,14 @@ class PGD(attack.Attack):
     del num_classes
     return 1  # Restarts are within.
 
-  def attempt(self, logits_fn, rngs, images, labels, index):
+  def attempt(
+    self,
+    logits_fn: attack.LogitsFn,
+    rngs: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    index: int | jax.Array,
+  ) -> jax.Array:
     del index
     return self(logits_fn, rngs, images, labels)
 
@@ -122,7 +133,7 @@ class PGD(attack.Attack):
     return jnp.asarray(self.step_sizes, dtype)[stage]
 
 
-def from_config(config, ball: norms.Ball) -> PGD:
+def from_config(config: config_dict.ConfigDict, ball: norms.Ball) -> PGD:
   """The attack of a config.
 
   Args:

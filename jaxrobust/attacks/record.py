@@ -115,13 +115,13 @@ class Record:
         'start anew'
       )
 
-  def check(self, num_attempts: int, image_shape: tuple[int, ...]):
+  def check(self, num_attempts: int, image_shape: tuple[int, ...]) -> None:
     """Raises UserError if it is of more attempts, or of images of another shape."""
     self._require(self.attempt <= num_attempts, self._folder, 'the attempt')
     shapes = {image.shape for image in self.adversarial.values()}
     self._require(shapes <= {tuple(image_shape)}, self._folder, 'the shape of images')
 
-  def begin(self, attempt: int):
+  def begin(self, attempt: int) -> None:
     """Goes to an attempt; one that is under way stays where it is."""
     if self.attempt != attempt:
       self.attempt, self.done = attempt, 0
@@ -130,7 +130,16 @@ class Record:
     """Indices of the images that stood when this attempt began."""
     return np.flatnonzero((self.fallen == STANDING) | (self.fallen == self.attempt))
 
-  def advance(self, index, fell, images=None, predictions=None, *, keep, write):
+  def advance(
+    self,
+    index: np.ndarray,
+    fell: np.ndarray,
+    images: np.ndarray | None = None,
+    predictions: np.ndarray | None = None,
+    *,
+    keep: int,
+    write: bool,
+  ) -> None:
     """Notes a batch.
 
     Args:
@@ -163,7 +172,7 @@ class Record:
         identity=self._identity,
       )
 
-  def warn(self, line: str):
+  def warn(self, line: str) -> None:
     """Adds a warning, and logs it, if it is new."""
     if line not in self.warnings:
       self.warnings.append(line)

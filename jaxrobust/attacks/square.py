@@ -86,14 +86,23 @@ class Square(attack.Attack):
     return self.restarts
 
   def attempt(
-    self, logits_fn, rngs: jax.Array, images: jax.Array, labels: jax.Array, index
+    self,
+    logits_fn: attack.LogitsFn,
+    rngs: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    index: int | jax.Array,
   ) -> jax.Array:
     """One restart on every image of a batch: the images of `search`."""
     del index
     return self.search(logits_fn, rngs, images, labels)[0]
 
   def search(
-    self, logits_fn, rngs: jax.Array, images: jax.Array, labels: jax.Array
+    self,
+    logits_fn: attack.LogitsFn,
+    rngs: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     """One restart, and what it took.
 

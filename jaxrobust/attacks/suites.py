@@ -36,6 +36,8 @@ import json
 import math
 from collections.abc import Callable
 
+from ml_collections import config_dict
+
 from jaxrobust.attacks import apgd, fab, multitargeted, norms, objectives, pgd, square
 from jaxrobust.attacks.attack import Attack
 from jaxrobust.config import registries
@@ -140,7 +142,9 @@ def get(suite: str, ball: norms.Ball) -> list[tuple[str, Attack]]:
   return list(found.items())
 
 
-def from_config(settings, ball: norms.Ball, suite: str = ''):
+def from_config(
+  settings: config_dict.ConfigDict, ball: norms.Ball, suite: str = ''
+) -> tuple[str, list[tuple[str, Attack]]]:
   """The attacks by which a config has its network judged.
 
   Args:
@@ -171,7 +175,9 @@ def from_config(settings, ball: norms.Ball, suite: str = ''):
   return suite, attacks
 
 
-def protocol(settings, ball: norms.Ball, suite: str = '') -> dict:
+def protocol(
+  settings: config_dict.ConfigDict, ball: norms.Ball, suite: str = ''
+) -> dict:
   """What a result says of its attacks: the same for the same figures.
 
   Args:
@@ -232,7 +238,7 @@ def _option(attack: Attack, name: str, option: str) -> tuple[str, int | float]:
   return field, number
 
 
-def attack_from_config(config, ball: norms.Ball) -> pgd.PGD:
+def attack_from_config(config: config_dict.ConfigDict, ball: norms.Ball) -> pgd.PGD:
   """`pgd.from_config` for an attack that judges: it must move away from labels.
 
   Raises:

@@ -1,5 +1,7 @@
 """An analysis of a sample set: its fields and their checks."""
 
+from ml_collections import config_dict
+
 from jaxrobust.config import classifier, dataset_info, fields
 from jaxrobust.config.fields import field
 from jaxrobust.errors import UserError
@@ -64,7 +66,7 @@ FIELDS = {
 }
 
 
-def get_config(dataset: str = 'cifar10'):
+def get_config(dataset: str = 'cifar10') -> config_dict.ConfigDict:
   """The config of all defaults, unlocked: 10,000 images of each set.
 
   Args:
@@ -75,7 +77,9 @@ def get_config(dataset: str = 'cifar10'):
   return c
 
 
-def with_samples(c, samples: str, default: str, named: str):
+def with_samples(
+  c: config_dict.ConfigDict, samples: str, default: str, named: str
+) -> config_dict.ConfigDict:
   """Sets the sample set, and locks the config.
 
   Args:
@@ -89,7 +93,7 @@ def with_samples(c, samples: str, default: str, named: str):
   return c.lock()
 
 
-def check(config):
+def check(config: config_dict.ConfigDict) -> None:
   """Raises UserError for the first field with a value that cannot be meant."""
   if 'rules' not in config:
     raise UserError(

@@ -12,6 +12,8 @@ import math
 import os
 import re
 
+from ml_collections import config_dict
+
 from jaxrobust.config import dataset_info, fields, registries
 from jaxrobust.config.fields import field
 from jaxrobust.errors import UserError
@@ -303,7 +305,7 @@ class Derived:
   later_from_step: int
 
 
-def get_config(dataset: str = 'cifar10'):
+def get_config(dataset: str = 'cifar10') -> config_dict.ConfigDict:
   """The config of all defaults, unlocked.
 
   Args:
@@ -331,7 +333,9 @@ def parse_arg(arg: str) -> tuple[str, str]:
   return model, data
 
 
-def with_arg(c, arg: str, default: str):
+def with_arg(
+  c: config_dict.ConfigDict, arg: str, default: str
+) -> config_dict.ConfigDict:
   """Sets model and sample set from 'MODEL,DATA', and locks the config.
 
   DATA is 'real', a name NAME for the sample set data/{dataset}_NAME, or a folder,
@@ -347,7 +351,7 @@ def with_arg(c, arg: str, default: str):
   return c.lock()
 
 
-def resolve(config) -> Derived:
+def resolve(config: config_dict.ConfigDict) -> Derived:
   """Checks a config and computes what follows from it.
 
   The rules are the released code's: `int(epochs * epoch_examples / batch_size)`
@@ -386,7 +390,7 @@ def resolve(config) -> Derived:
   )
 
 
-def check(config):
+def check(config: config_dict.ConfigDict) -> None:
   """Raises UserError for the first field with a value that cannot be meant."""
   if 'threat' not in config or 'training' not in config:
     raise UserError(
@@ -425,7 +429,9 @@ def check(config):
   _check_augment(config)
 
 
-def check_epsilon(norm: str, epsilon: float, given: str = 'config.threat.epsilon'):
+def check_epsilon(
+  norm: str, epsilon: float, given: str = 'config.threat.epsilon'
+) -> None:
   """Refuses a ball that was meant in pixel values from 0 to 255, or cannot be meant.
 
   Args:
@@ -487,7 +493,7 @@ def _check_loss(loss):
     )
 
 
-def experiment_name(config) -> str:
+def experiment_name(config: config_dict.ConfigDict) -> str:
   """The run's name, `{dataset}_{norm}_{model}_{data}[_{variant}]`.
 
   A run without attacks has 'standard' in the place of the norm.
@@ -502,7 +508,7 @@ def experiment_name(config) -> str:
   return '_'.join(filter(None, parts))
 
 
-def without_seed(config):
+def without_seed(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   """A copy without the seed, and without the end of the variant that says it.
 
   Sweeps and tables name the variants of seeds 'seed-N' and '…_seed-N'.

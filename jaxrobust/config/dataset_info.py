@@ -17,6 +17,8 @@ import os
 import re
 from typing import NamedTuple
 
+from ml_collections import config_dict
+
 from jaxrobust.config import registries
 from jaxrobust.config.fields import field
 from jaxrobust.errors import UserError
@@ -164,12 +166,12 @@ FIELDS = {
 RECORDED = ('image_shape', 'num_classes', 'train_size', 'test_size')
 
 
-def is_own(dataset) -> bool:
+def is_own(dataset: config_dict.ConfigDict) -> bool:
   """Whether a config's `dataset` names the user's own images, or any builder."""
   return dataset.name in (*OWN, ARRAYS) or dataset.name.startswith('tfds:')
 
 
-def check(dataset):
+def check(dataset: config_dict.ConfigDict) -> None:
   """Raises UserError unless a config's `dataset` names one."""
   if not is_own(dataset):
     if dataset.name not in INFO:
@@ -185,7 +187,7 @@ def check(dataset):
     )
 
 
-def identity(dataset) -> dict:
+def identity(dataset: config_dict.ConfigDict) -> dict:
   """What a config's `dataset` says of which images they are, for protocols of results.
 
   It has what protocols had before own images could be given, and no more where they are
@@ -196,7 +198,7 @@ def identity(dataset) -> dict:
   return {k: x for k, x in found.items() if k not in younger or x not in (None, '')}
 
 
-def label(dataset) -> str:
+def label(dataset: config_dict.ConfigDict) -> str:
   """The name of a config's `dataset` in names of runs: of your own the file's."""
   if dataset.name in OWN:
     name = os.path.basename(dataset.path.rstrip('/')).removesuffix('.npz')
@@ -206,7 +208,7 @@ def label(dataset) -> str:
   return f'own-{name}' if is_own(dataset) and name in INFO else name
 
 
-def of(dataset) -> DatasetInfo:
+def of(dataset: config_dict.ConfigDict) -> DatasetInfo:
   """What is known of the data set of a config.
 
   Args:
@@ -227,7 +229,7 @@ def of(dataset) -> DatasetInfo:
   return DatasetInfo(label(dataset), *values)
 
 
-def has_others_normalisation(config) -> bool:
+def has_others_normalisation(config: config_dict.ConfigDict) -> bool:
   """Whether a classifier's config normalises own images as those of a known data set.
 
   So it does where nothing was set; mean and deviation of the images take their place.

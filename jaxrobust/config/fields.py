@@ -71,7 +71,7 @@ def make(fields: dict) -> config_dict.ConfigDict:
   )
 
 
-def flatten(tree, prefix: str = '') -> dict[str, Any]:
+def flatten(tree: dict | config_dict.ConfigDict, prefix: str = '') -> dict[str, Any]:
   """Dotted paths → what stands there, of nested dicts or a config."""
   flat = {}
   for name, value in tree.items():
@@ -152,7 +152,7 @@ _KINDS = {
 }
 
 
-def check(config, fields: dict, prefix: str = ''):
+def check(config: config_dict.ConfigDict, fields: dict, prefix: str = '') -> None:
   """Raises UserError for the first field with a value that cannot be meant.
 
   Args:
@@ -167,7 +167,7 @@ def check(config, fields: dict, prefix: str = ''):
       check_value(config[name], known, f'config.{prefix}{name}')
 
 
-def check_value(value, known: Field, given: str):
+def check_value(value: Any, known: Field, given: str) -> None:
   """Raises UserError for a value that a field cannot have; `given` names the field."""
   if value is None and known.default is None:
     return
@@ -229,7 +229,7 @@ def _shown(value) -> str:
   return f'"{value}"' if isinstance(value, tuple) else repr(value)
 
 
-def nearest(config, path: str) -> str:
+def nearest(config: config_dict.ConfigDict, path: str) -> str:
   """'; did you mean config.…?' for a path that is no field of a config, or ''.
 
   Args:
@@ -244,7 +244,9 @@ def nearest(config, path: str) -> str:
   return registries.did_you_mean(path, paths).replace('mean ', 'mean config.')
 
 
-def override(config, values: dict[str, Any], given: str):
+def override(
+  config: config_dict.ConfigDict, values: dict[str, Any], given: str
+) -> config_dict.ConfigDict:
   """A locked copy of a config with other values.
 
   Args:
@@ -269,7 +271,9 @@ def override(config, values: dict[str, Any], given: str):
     raise UserError(f'{given} {said}: {" ".join(str(e).split())}') from e
 
 
-def replace(config, values: dict[str, Any]):
+def replace(
+  config: config_dict.ConfigDict, values: dict[str, Any]
+) -> config_dict.ConfigDict:
   """A locked copy of a config with other values at dotted paths that it has."""
   same = config.copy_and_resolve_references().lock()
   same.update_from_flattened_dict(values)

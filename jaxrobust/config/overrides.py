@@ -15,7 +15,7 @@ _FRACTION = re.compile(rf'\s*({_NUMBER})\s*/\s*({_NUMBER})\s*')
 _TRUE, _FALSE = ('true', 'yes', 't', '1', 'on'), ('false', 'no', 'f', '0', 'off')
 
 
-def apply(config, overrides: dict[str, str]):
+def apply(config: config_dict.ConfigDict, overrides: dict[str, str]) -> None:
   """Sets fields of a config from text.
 
   Args:

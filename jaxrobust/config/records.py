@@ -1,12 +1,15 @@
 """Configs on disk: as JSON, read again, and compared."""
 
 import json
+from collections.abc import Collection
+
+from ml_collections import config_dict
 
 from jaxrobust.config import analysis, classifier, dataset_info, fields, generator
 from jaxrobust.files import json_files
 
 
-def fields_of(tree) -> dict:
+def fields_of(tree: dict | config_dict.ConfigDict) -> dict:
   """The declared fields of a config, by the parts that it has; {} for no whole one."""
   if 'loss' in tree:  # A generator's own settings have a part 'training', too.
     return classifier.FIELDS
@@ -47,12 +50,12 @@ def describe() -> str:
   )
 
 
-def to_json(config) -> str:
+def to_json(config: config_dict.ConfigDict) -> str:
   """The config as JSON, in a stable order."""
   return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
 
 
-def from_json(text: str | bytes, name: str = 'the config'):
+def from_json(text: str | bytes, name: str = 'the config') -> config_dict.ConfigDict:
   """The locked config that `to_json` wrote, of this version or an earlier one.
 
   Args:
@@ -66,7 +69,11 @@ def from_json(text: str | bytes, name: str = 'the config'):
   return fields.restore(tree, fields_of(tree)).lock()
 
 
-def differences(old, new, ignore=_FREE) -> list[str]:
+def differences(
+  old: config_dict.ConfigDict,
+  new: config_dict.ConfigDict,
+  ignore: Collection[str] = _FREE,
+) -> list[str]:
   """Fields whose values differ, each as `field: old → new`.
 
   Args:
@@ -85,7 +92,9 @@ def differences(old, new, ignore=_FREE) -> list[str]:
   ]
 
 
-def continued(config, begun):
+def continued(
+  config: config_dict.ConfigDict, begun: config_dict.ConfigDict
+) -> config_dict.ConfigDict:
   """A config, locked, with what a run that has begun keeps where it says nothing else.
 
   That is a field whose default has changed since, and what was read of own images.

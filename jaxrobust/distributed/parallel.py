@@ -12,15 +12,20 @@ import itertools
 import os
 import re
 import signal
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.extend.core import ClosedJaxpr
 
 from jaxrobust.errors import UserError
 
 AXIS = 'devices'
+
+Tree = TypeVar('Tree')  # of arrays, which keeps its structure
 
 # That ask a program to save and stop; SIGHUP comes from a terminal that is closed.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -52,7 +57,7 @@ def kind_of_device() -> str:
   return jax.devices()[0].device_kind
 
 
-def require_agreement(step: int):
+def require_agreement(step: int) -> None:
   """Raises UserError if the processes would start from different steps.
 
   Until all have asked, none goes on.
@@ -66,7 +71,7 @@ def require_agreement(step: int):
       )
 
 
-def require_equal_processes():
+def require_equal_processes() -> None:
   """Raises UserError if processes have unequal numbers of devices."""
   found = jax.device_count(), jax.process_count(), jax.local_device_count()
   if found[0] != found[1] * found[2]:
@@ -95,7 +100,9 @@ def share(items: list) -> list:
   return [items[i] if i < len(items) else None for i in turns]
 
 
-def pmap(fn, donate_argnums=(), local: bool = False):
+def pmap(
+  fn: Callable, donate_argnums: int | tuple[int, ...] = (), local: bool = False
+) -> Callable:
   """Maps `fn` over all devices; inside, the collectives below may be used.
 
   Args:
@@ -125,7 +132,12 @@ def _keep_memory():
       library.mallopt(option, size)
 
 
-def lower_for(devices: list, fn, arguments, donate_argnums=()):
+def lower_for(
+  devices: list,
+  fn: Callable,
+  arguments: Sequence,
+  donate_argnums: int | tuple[int, ...] = (),
+) -> jax.stages.Lowered:
   """`pmap(fn)` for devices that need not be here, lowered to be compiled.
 
   Args:
@@ -144,12 +156,12 @@ def lower_for(devices: list, fn, arguments, donate_argnums=()):
   return mapped.lower(*copies)
 
 
-def trace(fn, arguments, num_devices: int):
+def trace(fn: Callable, arguments: Sequence, num_devices: int) -> ClosedJaxpr:
   """The jaxpr of `fn`, for one of so many devices; arguments as in `lower_for`."""
   return jax.make_jaxpr(fn, axis_env=[(AXIS, num_devices)])(*arguments)
 
 
-def mean_over_devices(tree):
+def mean_over_devices(tree: Tree) -> Tree:
   """Mean of every leaf over all devices (inside `pmap`).
 
   Leaves of integers, such as step counts, agree on all devices and stay as they are.
@@ -175,7 +187,7 @@ def mean_in_group(x: jax.Array, devices_per_group: int) -> jax.Array:
   return jax.lax.pmean(x, AXIS, axis_index_groups=groups)
 
 
-def all_gather(tree):
+def all_gather(tree: Tree) -> Tree:
   """Concatenates every leaf [b, ...] over all devices, as [B, ...] (inside `pmap`)."""
   return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), tree)
 
@@ -186,7 +198,7 @@ def _local_sharding():
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
 
 
-def replicate(tree):
+def replicate(tree: Tree) -> Tree:
   """Copies a tree to every local device, with a leading device axis."""
   sharding, count = _local_sharding(), jax.local_device_count()
   place = lambda x: jax.device_put(
@@ -195,13 +207,13 @@ def replicate(tree):
   return jax.tree.map(place, tree)
 
 
-def unreplicate(tree):
+def unreplicate(tree: Tree) -> Tree:
   """The first local device's copy of a replicated tree, as numpy."""
   first = lambda x: x.addressable_shards[0].data
   return jax.tree.map(lambda x: np.asarray(x)[0], jax.tree.map(first, tree))
 
 
-def shard(tree):
+def shard(tree: Tree) -> Tree:
   """Spreads numpy arrays [b, ...] of this process over its devices, [d, b / d, ...]."""
   count, sharding = jax.local_device_count(), _local_sharding()
   place = lambda x: jax.device_put(
@@ -210,7 +222,7 @@ def shard(tree):
   return jax.tree.map(place, tree)
 
 
-def gather(tree):
+def gather(tree: Tree) -> Tree:
   """Concatenates sharded arrays [d, b, ...] of all processes, as numpy [B, ...]."""
   if jax.process_count() > 1:
     tree = multihost_utils.process_allgather(jax.tree.map(jax.device_get, tree))
@@ -220,7 +232,7 @@ def gather(tree):
   return jax.tree.map(lambda x: merge(np.asarray(x)), tree)
 
 
-def map_in_batches(mapped, variables, rows, batch_size: int):
+def map_in_batches(mapped: Callable, variables: Any, rows: Any, batch_size: int) -> Any:
   """Applies a function of `pmap` to any number of rows, on the devices of a process.
 
   Every device always gets batch_size rows, the last of them padding, so that the
@@ -302,7 +314,7 @@ class Preemption:
     self._answered = self._asked
     return self._asked
 
-  def close(self):
+  def close(self) -> None:
     """Gives the signals back."""
     Preemption._unanswered = self._asked and not self._answered
     for number, handler in self._previous.items():
@@ -324,7 +336,7 @@ def memory_error(e: Exception) -> UserError | None:
   )
 
 
-def barrier(name: str):
+def barrier(name: str) -> None:
   """Waits until every process is here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)

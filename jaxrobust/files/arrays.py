@@ -266,7 +266,9 @@ def read_npz(
     return archive.read(keys)
 
 
-def read_npy(path: str | os.PathLike, kinds: str, ndim: int | None = None):
+def read_npy(
+  path: str | os.PathLike, kinds: str, ndim: int | None = None
+) -> np.ndarray:
   """Reads a `.npy` file; kinds, ndim and what it raises are as of `read_npz`."""
   with open_npy(path) as stream:
     check_kind(stream, kinds, ndim)

@@ -23,7 +23,7 @@ _KINDS = {
 }
 
 
-def parse(content: bytes | str, name: str, expected: type = dict):
+def parse(content: bytes | str, name: str, expected: type = dict) -> Any:
   """The value that JSON holds.
 
   Args:
@@ -71,7 +71,7 @@ def _is_deep(value) -> bool:
   return bool(level)
 
 
-def read(path: epath.Path, expected: type = dict):
+def read(path: epath.Path, expected: type = dict) -> Any:
   """The value that a file of JSON holds; raises as `parse`.
 
   Args:
@@ -84,14 +84,14 @@ def read(path: epath.Path, expected: type = dict):
   return parse(path.read_bytes(), str(path), expected)
 
 
-def require_file(path: epath.Path):
+def require_file(path: epath.Path) -> None:
   """Raises UserError for a folder, or a pipe, which would wait for its writer."""
   remote = '://' in str(path)
   if not (path.is_file() if remote else os.path.isfile(path)):
     raise UserError(f'{path} is not a file')
 
 
-def check(value, name: str, shape):
+def check(value: Any, name: str, shape: Any) -> None:
   """Checks that a value of `parse` has the fields and types that are read of it.
 
   Args:

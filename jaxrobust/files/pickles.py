@@ -351,7 +351,7 @@ class ArrayUnpickler:
     return mapping
 
 
-def check_shape(shape) -> None:
+def check_shape(shape: Any) -> None:
   """Refuses what is no tuple of lengths of axes."""
   if (
     type(shape) is not tuple

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
-from jaxrobust.config import registries
+from jaxrobust.config import dataset_info, registries
 from jaxrobust.errors import UserError
 from jaxrobust.models.preact_resnet import PreActResNet18
 from jaxrobust.models.wide_resnet import WideResNet
@@ -131,7 +132,9 @@ def build(
   return Model(init, apply, features)
 
 
-def from_config(config, info) -> Model:
+def from_config(
+  config: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+) -> Model:
   """`build` for the `model` part of a config and a data set's DatasetInfo."""
   return build(
     config.name,

@@ -1,7 +1,7 @@
 """Which network parameters belong to, read from their names and shapes."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -82,7 +82,7 @@ def infer(params: Mapping, source: str) -> Architecture:
   return Architecture(f'wrn-{6 * len(blocks) + 4}-{width}', num_classes, channels)
 
 
-def template(architecture: Architecture):
+def template(architecture: Architecture) -> tuple[Any, Any]:
   """Shapes of (params, net_state) of a network, as jax.ShapeDtypeStruct.
 
   Raises:
@@ -102,7 +102,7 @@ def template(architecture: Architecture):
   return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def mismatch(found, wanted) -> Mismatch | None:
+def mismatch(found: Any, wanted: Any) -> Mismatch | None:
   """The first leaf, by name, that two Haiku trees do not share with its shape.
 
   What is absent comes first: a renamed layer is told by the name that it should have.

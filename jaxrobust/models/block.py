@@ -1,11 +1,18 @@
 """What the networks share around their residual blocks: memory and number types."""
 
+from collections.abc import Callable
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
 
 
-def apply_block(block, x: jax.Array, batch_stats: bool, remat: bool) -> jax.Array:
+def apply_block(
+  block: Callable[[jax.Array, bool], jax.Array],
+  x: jax.Array,
+  batch_stats: bool,
+  remat: bool,
+) -> jax.Array:
   """`block(x, batch_stats)`.
 
   Args:

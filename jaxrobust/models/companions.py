@@ -4,17 +4,24 @@ Companions lie in the trees of the network, under modules whose names start with
 `beside/`, so that checkpoints, averages and resuming know nothing of them.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
 from jaxrobust import models
+from jaxrobust.config import dataset_info
 
 _PREFIX = 'beside/'
 _NATURAL = f'{_PREFIX}natural/'
 _CLASSES = f'{_PREFIX}classes'
 
 
-def for_training(config, info) -> models.Model:
+def for_training(
+  config: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+) -> models.Model:
   """The network of a config, with what its loss learns beside it.
 
   Args:
@@ -36,23 +43,29 @@ def for_training(config, info) -> models.Model:
   return model
 
 
-def without(tree):
+def without(tree: Mapping[str, Any]) -> dict[str, Any]:
   """The network's own part of its parameters or its state."""
   return {k: v for k, v in tree.items() if not k.startswith(_PREFIX)}
 
 
-def has_classes(net_state) -> bool:
+def has_classes(net_state: Mapping[str, Any]) -> bool:
   """Whether mean predictions of the classes are kept in a state."""
   return _CLASSES in net_state
 
 
-def class_weights(net_state, labels: jax.Array) -> jax.Array:
+def class_weights(net_state: Mapping[str, Any], labels: jax.Array) -> jax.Array:
   """The mean prediction for images of the same class, [B, K]; rows sum to 1."""
   sums = net_state[_CLASSES]['sums'][labels]
   return sums / jnp.sum(sums, axis=-1, keepdims=True)
 
 
-def with_predictions(net_state, labels, logits, temperature: float, decay: float):
+def with_predictions(
+  net_state: Mapping[str, Any],
+  labels: jax.Array,
+  logits: jax.Array,
+  temperature: float,
+  decay: float,
+) -> dict[str, Any]:
   """The state after a batch's predictions have joined the means of their classes.
 
   Linear in the batch, so that means over devices and parts of a batch are exact.

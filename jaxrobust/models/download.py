@@ -53,7 +53,7 @@ def download(url: str, path: str | epath.Path) -> epath.Path:
   return path
 
 
-def compare_checksum(path: epath.Path):
+def compare_checksum(path: epath.Path) -> None:
   """Notes the sha256 of a file beside it, or compares it with the one noted there.
 
   Args:

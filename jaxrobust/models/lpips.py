@@ -83,7 +83,9 @@ def read(path: epath.Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
   return layers
 
 
-def features(layers, images: jax.Array) -> jax.Array:
+def features(
+  layers: list[tuple[np.ndarray, np.ndarray, np.ndarray]], images: jax.Array
+) -> jax.Array:
   """The features.
 
   Args:

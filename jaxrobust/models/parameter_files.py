@@ -2,7 +2,7 @@
 
 import io
 import re
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from etils import epath
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays, pickles
 from jaxrobust.models import (
+  Model,
   architecture,
   companions,
   download,
@@ -32,7 +33,7 @@ _HEADER = re.compile(
 )
 
 
-def export_npy(path: epath.Path, params, net_state):
+def export_npy(path: epath.Path, params: Any, net_state: Any) -> None:
   """Writes parameters and BatchNorm state in the authors' released format.
 
   Args:
@@ -47,7 +48,7 @@ def export_npy(path: epath.Path, params, net_state):
   workdirs.write(path, buffer.getvalue())
 
 
-def import_npy(path: str):
+def import_npy(path: str) -> tuple[Any, Any]:
   """Reads parameters and BatchNorm state from a file in the authors' format.
 
   A pickle can name any function for the reader to call, so this one builds arrays and
@@ -119,7 +120,9 @@ def _check_tree(tree, file):
     )
 
 
-def export(path: epath.Path, params, net_state, metadata: dict[str, str]):
+def export(
+  path: epath.Path, params: Any, net_state: Any, metadata: dict[str, str]
+) -> None:
   """Writes parameters and BatchNorm state in the format that the path's ending names.
 
   Args:
@@ -141,7 +144,7 @@ def export(path: epath.Path, params, net_state, metadata: dict[str, str]):
     raise UserError(f'{path}: the name must end in one of {", ".join(SUFFIXES)}')
 
 
-def read(path: str):
+def read(path: str) -> tuple[Any, Any]:
   """Reads parameters and BatchNorm state from a file of any format, or a workdir.
 
   The first time that a released checkpoint is read its checksum is noted beside it,
@@ -190,7 +193,7 @@ def read(path: str):
     raise UserError(f'{file} needs more memory than there is') from e
 
 
-def load(path: str, model):
+def load(path: str, model: Model) -> tuple[Any, Any]:
   """Reads a checkpoint and checks that it is of this network.
 
   Args:
@@ -208,7 +211,7 @@ def load(path: str, model):
   return found
 
 
-def check_fits(path: str, found, wanted):
+def check_fits(path: str, found: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
   """Refuses parameters and state of another network than the one wanted.
 
   Args:

@@ -26,6 +26,7 @@ have, and one without it cannot be read: no projection gives the raw input back.
 import io
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -49,7 +50,7 @@ _MAX_NAME, _MAX_COUNT = 200, 2**31
 _INSTALL = "install PyTorch 2.6 or newer (from a clone: pip install -e '.[torch]')"
 
 
-def to_state_dict(params, net_state) -> dict[str, np.ndarray]:
+def to_state_dict(params: Any, net_state: Any) -> dict[str, np.ndarray]:
   """Haiku parameters and state as a PyTorch state dict of numpy arrays.
 
   Args:
@@ -79,7 +80,7 @@ def to_state_dict(params, net_state) -> dict[str, np.ndarray]:
   return state
 
 
-def from_state_dict(state: Mapping[str, np.ndarray], source: str):
+def from_state_dict(state: Mapping[str, np.ndarray], source: str) -> tuple[Any, Any]:
   """The inverse of `to_state_dict`; every name and shape is checked.
 
   Args:
@@ -112,7 +113,7 @@ def from_state_dict(state: Mapping[str, np.ndarray], source: str):
   return params, net_state
 
 
-def read(raw: bytes, source: str):
+def read(raw: bytes, source: str) -> tuple[Any, Any]:
   """Reads a `.pt` file; it cannot run code, and PyTorch is not needed.
 
   Args:
@@ -147,7 +148,7 @@ def read(raw: bytes, source: str):
   return from_state_dict(tensors, source)
 
 
-def write(params, net_state) -> bytes:
+def write(params: Any, net_state: Any) -> bytes:
   """The content of a `.pt` file: a state dict of tensors, see `to_state_dict`.
 
   Raises:
@@ -232,7 +233,7 @@ def _network_alone(state, source) -> tuple[str, dict[str, np.ndarray]]:
   return family, network
 
 
-def to_numpy(tensor) -> np.ndarray:
+def to_numpy(tensor: Any) -> np.ndarray:
   """A tensor of PyTorch, or what numpy takes, as an array; half precision as single."""
   if hasattr(tensor, 'detach'):
     tensor = tensor.detach().cpu()
@@ -240,7 +241,7 @@ def to_numpy(tensor) -> np.ndarray:
   return np.asarray(tensor)
 
 
-def logits(module, images: np.ndarray) -> np.ndarray:
+def logits(module: Any, images: np.ndarray) -> np.ndarray:
   """What a module makes of images, as it infers.
 
   Args:

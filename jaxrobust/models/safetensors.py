@@ -5,6 +5,7 @@ The names and layouts inside are PyTorch's (see `jaxrobust.models.pytorch`), so 
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -23,7 +24,7 @@ _TYPES = {
 _MAX_AXES = 32
 
 
-def read(raw: bytes, source: str):
+def read(raw: bytes, source: str) -> tuple[Any, Any]:
   """Reads a file.
 
   Args:
@@ -93,7 +94,7 @@ def tensors(raw: bytes, source: str) -> dict[str, np.ndarray]:
   return found
 
 
-def write(params, net_state, metadata: dict[str, str]) -> bytes:
+def write(params: Any, net_state: Any, metadata: dict[str, str]) -> bytes:
   """The content of a file with these parameters and this text."""
   state = pytorch.to_state_dict(params, net_state)
   contiguous = {key: np.asarray(x, order='C') for key, x in state.items()}

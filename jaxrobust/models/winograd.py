@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 
-def suits(images_shape, kernel_shape) -> bool:
+def suits(images_shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
   """Whether `convolve` takes these shapes, and is worth it.
 
   Measured on one core of an x86 machine against XLA's convolution, in float32: 1.2 to

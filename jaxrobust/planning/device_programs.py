@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust import models
@@ -44,14 +45,14 @@ class Program(NamedTuple):
   name: str = ''
 
 
-def name(config) -> str:
+def name(config: config_dict.ConfigDict) -> str:
   """The run's name: the experiment's, or that of a generator."""
   if 'generator' in config:
     return f'{config.dataset.name}_{config.generator.name}'
   return configs.experiment_name(config)
 
 
-def batch(config, what: str) -> tuple[str, int]:
+def batch(config: config_dict.ConfigDict, what: str) -> tuple[str, int]:
   """The field with the batch size of a program, and its value.
 
   Of samples it is a device's, else that of the whole run.
@@ -86,7 +87,7 @@ def batch(config, what: str) -> tuple[str, int]:
   return fields[what], value
 
 
-def of(config, what: str, num_devices: int) -> list[Program]:
+def of(config: config_dict.ConfigDict, what: str, num_devices: int) -> list[Program]:
   """The programs of a config on so many devices.
 
   Args:
@@ -189,7 +190,7 @@ def _sampling(config, info, images, num_devices):
   )
 
 
-def judging(config, num_devices: int) -> list[Program]:
+def judging(config: config_dict.ConfigDict, num_devices: int) -> list[Program]:
   """An attempt of each attack of config.evaluation.suite, as `evaluate` runs them.
 
   Args:

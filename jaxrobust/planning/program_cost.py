@@ -4,8 +4,14 @@ import math
 import re
 from collections.abc import Iterator
 
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
-def flops(jaxpr, used=None, rounds: int = 1) -> float:
+
+def flops(
+  jaxpr: Jaxpr | ClosedJaxpr,
+  used: list[bool] | None = None,
+  rounds: int = 1,
+) -> float:
   """Multiplications and additions of convolutions and matrix products on a TPU.
 
   A loop counts as often as it runs, the longest branch of a condition once. What no

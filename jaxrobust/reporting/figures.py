@@ -3,14 +3,19 @@
 import contextlib
 import io
 import itertools
+import types
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
+from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust.config import dataset_info
+from jaxrobust.config.tables import Table
 from jaxrobust.data import datasets
 from jaxrobust.files import arrays
 from jaxrobust.runs import metrics
@@ -44,7 +49,7 @@ _PUBLISHED = {'marker': 'D', 'mfc': 'white', 'ls': 'none', 'zorder': 4}
 
 
 @contextlib.contextmanager
-def style():
+def style() -> Iterator[types.ModuleType]:
   """matplotlib.pyplot in the style of all figures, without a screen."""
   matplotlib.use('Agg')
   from matplotlib import pyplot as plt
@@ -54,7 +59,7 @@ def style():
     plt.close('all')
 
 
-def render(figure, kind: str = 'png') -> bytes:
+def render(figure: Figure, kind: str = 'png') -> bytes:
   """A figure as a file of its kind."""
   buffer = io.BytesIO()
   metadata = {'Date': None} if kind == 'svg' else None
@@ -62,13 +67,13 @@ def render(figure, kind: str = 'png') -> bytes:
   return buffer.getvalue()
 
 
-def write(figure, path: epath.Path):
+def write(figure: Figure, path: epath.Path) -> None:
   """Writes a figure as path.png and path.svg."""
   for kind in ('png', 'svg'):
     workdirs.write(path.with_name(f'{path.name}.{kind}'), render(figure, kind))
 
 
-def draw_table(plt, table, lines: list):
+def draw_table(plt: types.ModuleType, table: Table, lines: list) -> Figure | None:
   """The figure of a table; None for a kind that has none.
 
   Args:
@@ -84,7 +89,7 @@ def draw_table(plt, table, lines: list):
   return draw and draw(plt, table, lines)
 
 
-def draw_fractions(plt, table, lines: list):
+def draw_fractions(plt: types.ModuleType, table: Table, lines: list) -> Figure:
   """Robust accuracy against the share of real images, a curve a generator."""
   figure, axis = plt.subplots(figsize=(6.4, 4.2))
   common = [x for x in lines if not x.row.curve]
@@ -136,7 +141,7 @@ def _name(line) -> str:
   return line.row.name
 
 
-def draw_bars(plt, table, lines: list):
+def draw_bars(plt: types.ModuleType, table: Table, lines: list) -> Figure:
   """Clean and robust accuracy, a bar a row, with the published as diamonds."""
   figure, axes = plt.subplots(
     1, 2, sharey=True, figsize=(9, 1.2 + 0.36 * max(len(lines), 3))
@@ -181,7 +186,7 @@ def _zoom(axis, values: list[float]):
     axis.set_xlim(max(np.floor(low - room), 0), min(np.ceil(high + room / 4), 100))
 
 
-def draw_shares(plt, table, lines: list):
+def draw_shares(plt: types.ModuleType, table: Table, lines: list) -> Figure:
   """Where nearest neighbours are, as stacked shares; beside them the coverage."""
   figure, (shares, coverage) = plt.subplots(
     1, 2, sharey=True, width_ratios=(2, 1), figsize=(9, 1.6 + 0.6 * max(len(lines), 3))
@@ -230,7 +235,7 @@ def draw_shares(plt, table, lines: list):
   return figure
 
 
-def draw_overview(plt, groups: dict):
+def draw_overview(plt: types.ModuleType, groups: dict) -> Figure:
   """Accuracies against step, above rows of images.
 
   Args:
@@ -247,14 +252,14 @@ def draw_overview(plt, groups: dict):
   return figure
 
 
-def draw_training(plt, groups: dict):
+def draw_training(plt: types.ModuleType, groups: dict) -> Figure:
   """Accuracies against step; `groups` as in `draw_overview`."""
   figure = plt.figure(figsize=(11, max(4.2, 1 + 0.18 * len(groups))))
   _curves(figure, groups)
   return figure
 
 
-def draw_examples(plt, groups: dict):
+def draw_examples(plt: types.ModuleType, groups: dict) -> Figure | None:
   """Images that the runs saw and met; None without any."""
   rows = image_rows(groups)
   if not rows:
@@ -387,7 +392,7 @@ def image_rows(groups: dict) -> list[Strip]:
   return [strip for strip in rows if len(strip.images) == _SHOWN]
 
 
-def groups_by_experiment(runs) -> dict:
+def groups_by_experiment(runs: list[tuple[epath.Path, config_dict.ConfigDict]]) -> dict:
   """Adversarially trained runs by experiment, its seeds together.
 
   Args:

@@ -213,7 +213,7 @@ def _items(found, where: str, kind: type):
     yield name, value
 
 
-def find_table(name: str, tables: dict):
+def find_table(name: str, tables: dict) -> Table:
   """The table of a name; UserError with the names if there is none."""
   if name not in tables:
     raise UserError(
@@ -231,7 +231,7 @@ class Maker:
     self._workdir, self._preparations = workdir, preparations
     self._common, self._configs = list(common), {}
 
-  def of_table(self, table) -> list[Point]:
+  def of_table(self, table: Table) -> list[Point]:
     """What the rows need, then the rows, each run once."""
     found = {}
     for row in table.rows:
@@ -240,7 +240,7 @@ class Maker:
     is_row = lambda point: point.name not in self._preparations
     return sorted(found.values(), key=is_row)
 
-  def of_row(self, table, row) -> list[Point]:
+  def of_row(self, table: Table, row: Row) -> list[Point]:
     """A point for each seed of a row; none if it is published only."""
     if not row.config:
       return []

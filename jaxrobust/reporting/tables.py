@@ -5,8 +5,9 @@ import csv
 import io
 import math
 import statistics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from jaxrobust.config.tables import Table
 from jaxrobust.files import json_files
 
 _ACCURACIES = {
@@ -111,7 +112,7 @@ class Line(NamedTuple):
     return f'{done} of {len(self.points)}: {others}'
 
 
-def read(table, maker) -> list[Line]:
+def read(table: Table, maker: Any) -> list[Line]:
   """The lines of a table, from the workdirs of its rows.
 
   Args:
@@ -156,7 +157,7 @@ def _figure(result: dict, field: str) -> float | None:
   return result.get(field)
 
 
-def caption(table, lines: list[Line]) -> str:
+def caption(table: Table, lines: list[Line]) -> str:
   """What the figures are."""
   if table.kind not in _ANALYSES:
     judged = f', robust under {table.suite}' if table.suite else ''
@@ -172,7 +173,7 @@ def caption(table, lines: list[Line]) -> str:
   return f'Shares in percent{other}{of}.'
 
 
-def grid(table, lines: list[Line]) -> tuple[list[list[str]], list[str]]:
+def grid(table: Table, lines: list[Line]) -> tuple[list[list[str]], list[str]]:
   """The cells as text, header first, and footnotes by number.
 
   Of a figure there are three columns if any row has published it, else one; the
@@ -219,7 +220,7 @@ def _ours(cell: Cell, num_images: int | None) -> str:
   return f'{cell.mean:.{decimals}f}{deviation}' if cell.values else ''
 
 
-def markdown(table, lines: list[Line]) -> str:
+def markdown(table: Table, lines: list[Line]) -> str:
   """The table as a section of Markdown, with its notes."""
   (header, *rows), notes = grid(table, lines)
   text = [f'### {table.title}', '', caption(table, lines), '']
@@ -229,7 +230,7 @@ def markdown(table, lines: list[Line]) -> str:
   return '\n'.join(text) + '\n'
 
 
-def comma_separated(table, lines: list[Line]) -> str:
+def comma_separated(table: Table, lines: list[Line]) -> str:
   """The table as CSV: a line a row; a number that is not there is left out."""
   columns = COLUMNS[table.kind]
   parts = ('published', 'mean', 'deviation', 'difference')
@@ -256,7 +257,7 @@ def comma_separated(table, lines: list[Line]) -> str:
   return file.getvalue()
 
 
-def latex(name: str, table, lines: list[Line]) -> str:
+def latex(name: str, table: Table, lines: list[Line]) -> str:
   """The table as LaTeX, to be \\input; needs booktabs."""
   (header, *rows), notes = grid(table, lines)
   row = lambda cells: f'    {" & ".join(map(_escape, cells))} \\\\'

@@ -92,7 +92,7 @@ class Checkpoints:
       ),
     )
 
-  def save(self, step: int, state, score: float | None = None):
+  def save(self, step: int, state: Any, score: float | None = None) -> None:
     """Saves the state after `step` updates (a tree of numpy arrays).
 
     Args:
@@ -111,7 +111,9 @@ class Checkpoints:
       metrics=None if score is None else {'score': score},
     )
 
-  def restore(self, like, step: int | None = None, older: Layout | None = None):
+  def restore(
+    self, like: Any, step: int | None = None, older: Layout | None = None
+  ) -> Any:
     """The state at `step`, or at the last checkpoint that can be read.
 
     Args:
@@ -197,11 +199,11 @@ class Checkpoints:
     """Completed updates at the checkpoint of the highest score, None without one."""
     return self._manager.best_step()
 
-  def wait(self):
+  def wait(self) -> None:
     """Waits until what was saved is on disk."""
     self._manager.wait_until_finished()
 
-  def close(self):
+  def close(self) -> None:
     """Waits and releases the folder."""
     self._manager.close()
 
@@ -237,7 +239,7 @@ def read_step(workdir: epath.Path, step: int) -> dict:
     raise UserError(f'{saved} cannot be read: {(one_line(e) or repr(e))[:200]}') from e
 
 
-def digest(tree) -> str:
+def digest(tree: Any) -> str:
   """Of all arrays: tensorstore gives a flipped bit of a number back as it is."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(tree):

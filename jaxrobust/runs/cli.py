@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from absl import logging
 
@@ -18,7 +19,7 @@ from jaxrobust.runs.flags import PATH, Flag, Program
 __all__ = ['PATH', 'Flag', 'Program', 'run']
 
 
-def run(program: Program, arguments: Sequence[str] | None = None):
+def run(program: Program, arguments: Sequence[str] | None = None) -> NoReturn:
   """Parses the command line, runs the program and exits with its code.
 
   Args:

@@ -5,12 +5,13 @@ import os
 import select
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 DONE, ERROR, PREEMPTED, INTERRUPTED, CRASHED = 0, 1, 42, 130, 134
 UNREAD = 141  # what a shell calls a program that SIGPIPE ended: `… | head -1`
 
 
-def exit_with(program: Callable[[], int]):
+def exit_with(program: Callable[[], int]) -> NoReturn:
   """Runs a program and ends this process with the code that it returns.
 
   Args:
@@ -27,7 +28,7 @@ def exit_with(program: Callable[[], int]):
   leave(code)
 
 
-def leave(code: int):
+def leave(code: int) -> NoReturn:
   """Ends this process at once, its streams flushed.
 
   Threads of libraries are not waited for: those of orbax wait for minutes for a disk
@@ -39,7 +40,7 @@ def leave(code: int):
   os._exit(code)
 
 
-def say(line: str):
+def say(line: str) -> None:
   """Prints to stderr, if anybody reads it."""
   with contextlib.suppress(OSError, ValueError):
     print(line, file=sys.stderr, flush=True)
@@ -52,7 +53,7 @@ def is_unread() -> bool:
   return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def open_closed_streams():
+def open_closed_streams() -> None:
   """Leads streams that were closed, as by `>&-`, to the null device.
 
   Else the next file that is opened would be taken for them, and written into.

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 
+import PIL.Image
 from absl import logging
 from etils import epath
 from tensorboard.compat.proto.event_pb2 import Event
@@ -56,7 +57,7 @@ class Writer:
       self._flush()
       self._events = EventFileWriter(str(folder))
 
-  def write(self, step: int, metrics: dict[str, float]):
+  def write(self, step: int, metrics: dict[str, float]) -> None:
     """Adds a line; figures that are not finite are written as null."""
     if not self._events:
       return
@@ -77,7 +78,7 @@ class Writer:
       Event(step=step, wall_time=time.time(), summary=Summary(value=values))
     )
 
-  def picture(self, step: int, image):
+  def picture(self, step: int, image: PIL.Image.Image) -> None:
     """Adds a picture of samples to the events, and as a PNG file to `figures/`.
 
     Args:
@@ -102,7 +103,7 @@ class Writer:
   def _flush(self):
     workdirs.write(self._path, ''.join(json.dumps(x) + '\n' for x in self._lines))
 
-  def close(self):
+  def close(self) -> None:
     """Flushes and closes the files."""
     if self._events:
       self._events.close()
@@ -149,7 +150,7 @@ def _set_aside(path: epath.Path):
   logging.warning('%s has damaged lines: it is kept as %s', path, aside)
 
 
-def say(line: str):
+def say(line: str) -> None:
   """Logs a line; to a caller from Python who has not turned logs on, on stderr."""
   if logging.level_info():
     logging.info('%s', line)
@@ -189,7 +190,7 @@ class Progress:
         total=total, initial=done, desc=what, unit=f' {unit}', dynamic_ncols=True
       )
 
-  def advance(self, count: int = 1, note: str = ''):
+  def advance(self, count: int = 1, note: str = '') -> None:
     """Reports that `count` more units are done, with a note such as an accuracy."""
     self._done += count
     if self._bar:
@@ -214,7 +215,7 @@ class Progress:
         f'{f", {note}" if note else ""}'
       )
 
-  def close(self):
+  def close(self) -> None:
     """Ends the bar's line."""
     if self._bar:
       self._bar.close()

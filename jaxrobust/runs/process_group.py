@@ -49,7 +49,7 @@ def join(
   num_processes: int | None = None,
   process_id: int | None = None,
   alone: bool = False,
-):
+) -> None:
   """Joins this process to a run of several; call before any other use of jax.
 
   Args:
@@ -178,7 +178,7 @@ def membership() -> Membership | None:
   return Membership(state.process_id, state.num_processes, state.client)
 
 
-def start(command: dict, config):
+def start(command: dict, config: config_dict.ConfigDict | None) -> None:
   """Checks that all processes run the same; from then on they end together.
 
   Args:
@@ -207,7 +207,7 @@ def start(command: dict, config):
   parallel.require_equal_processes()
 
 
-def require_alike(facts: dict, remedy: str = 'give every host the same files'):
+def require_alike(facts: dict, remedy: str = 'give every host the same files') -> None:
   """Checks that something is the same in all processes, which all ask.
 
   It waits as long as they live: one disk is read in minutes, another in an hour.
@@ -290,7 +290,7 @@ def lost(e: Exception) -> str:
   return found and f'another process is lost ({text}): run the same command again' or ''
 
 
-def finish():
+def finish() -> None:
   """To be called by a process that is done, as the others are: stops listening."""
   for listener in _listeners:
     with contextlib.suppress(Exception):  # Another was first.
@@ -301,13 +301,13 @@ def finish():
     jax.distributed.shutdown()
 
 
-def take_last_word():
+def take_last_word() -> None:
   """To be called before a process says why it fails: no other process will, then."""
   if membership():
     _last_word.acquire()
 
 
-def end(code: int, state: str, line: str):
+def end(code: int, state: str, line: str) -> None:
   """Ends all processes of the run, this one too; returns if there is but one.
 
   Args:

@@ -24,7 +24,7 @@ class StopRequests:
   def __exit__(self, *exception):
     self.close()
 
-  def close(self):
+  def close(self) -> None:
     """Gives the signals back."""
     self._preemption.close()
 
@@ -39,7 +39,7 @@ class StopRequests:
       raise error
     return self._preemption.reached()
 
-  def check(self, during: str = ''):
+  def check(self, during: str = '') -> None:
     """Raises PreemptedError if the program was asked to stop.
 
     Args:

@@ -15,6 +15,7 @@ import re
 
 from absl import logging
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust.distributed import parallel
@@ -59,7 +60,9 @@ _BUCKET_ERRORS = (
 )
 
 
-def claim(workdir: str, config, free: tuple[str, ...] = ()) -> epath.Path:
+def claim(
+  workdir: str, config: config_dict.ConfigDict, free: tuple[str, ...] = ()
+) -> epath.Path:
   """Makes `workdir` the home of `config`, or checks that it is already.
 
   Args:
@@ -100,7 +103,9 @@ def claim(workdir: str, config, free: tuple[str, ...] = ()) -> epath.Path:
   return folder
 
 
-def continued(workdir: str | epath.Path, config):
+def continued(
+  workdir: str | epath.Path, config: config_dict.ConfigDict
+) -> config_dict.ConfigDict:
   """A command's config, with what the run in `workdir` keeps: see `configs.continued`.
 
   Args:
@@ -131,7 +136,7 @@ def _refuse_second(folder: epath.Path):
     )
 
 
-def begin(command: list[str]):
+def begin(command: list[str]) -> None:
   """Says that this process is a program: what it claims gets a status.json.
 
   Args:
@@ -159,7 +164,7 @@ def removed(error: Exception | None = None) -> UserError | None:
   )
 
 
-def clear_remains():
+def clear_remains() -> None:
   """Removes what a save that was under way wrote where the workdir had been."""
   folder = _program['folder']
   with contextlib.suppress(OSError):
@@ -176,7 +181,7 @@ def _is_at(opened: int, folder: epath.Path) -> bool:
     return False
 
 
-def write_status(state: str, message: str = ''):
+def write_status(state: str, message: str = '') -> None:
   """Writes status.json, if this process is a program that has claimed a workdir.
 
   Args:
@@ -227,7 +232,7 @@ def read_status(folder: epath.Path) -> dict:
   return status
 
 
-def read_config(folder: str | epath.Path):
+def read_config(folder: str | epath.Path) -> config_dict.ConfigDict:
   """The config of the run in `folder`; UserError if there is none, or a broken one."""
   path = epath.Path(folder) / 'config.json'
   if not path.exists():
@@ -255,7 +260,7 @@ def _damaged(path: epath.Path, error: Exception) -> str:
   return text if text.startswith(str(path)) else f'{path} is damaged ({text})'
 
 
-def write(path: epath.Path, content: str | bytes):
+def write(path: epath.Path, content: str | bytes) -> None:
   """Writes a whole file, or nothing."""
   temporary = path.with_name(f'{path.name}.tmp')
   try:

@@ -84,7 +84,9 @@ class Draws:
     """Whether a file is labelled."""
     return any((self._folder / _LABELLED).glob('*.npz'))
 
-  def draw(self, num_files: int, sample_fn: Callable, at_once: int, stop: Callable):
+  def draw(
+    self, num_files: int, sample_fn: Callable, at_once: int, stop: Callable
+  ) -> None:
     """Draws the files that are missing, this process its share of them.
 
     Args:
@@ -103,7 +105,9 @@ class Draws:
 
     self._fill(_DRAWN, num_files, open_file, at_once, stop)
 
-  def label(self, num_files: int, label_fn: Callable, at_once: int, stop: Callable):
+  def label(
+    self, num_files: int, label_fn: Callable, at_once: int, stop: Callable
+  ) -> None:
     """Labels the files that are not labelled, this process its share of them.
 
     Args:
@@ -162,7 +166,7 @@ class Draws:
 
     return batches(), described
 
-  def remove(self):
+  def remove(self) -> None:
     """Removes all files."""
     for kind in (_DRAWN, _LABELLED):
       if (self._folder / kind).exists():

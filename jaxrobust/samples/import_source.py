@@ -1,6 +1,7 @@
 """What samples made elsewhere look like to the code that imports them."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class Source(NamedTuple):
   batches: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 
-def find_keys(path, keys: Iterable[str]) -> tuple[str, str]:
+def find_keys(path: str | os.PathLike, keys: Iterable[str]) -> tuple[str, str]:
   """The names of the images and of the labels among those of arrays in a file."""
   keys = list(map(str, keys))  # Those of a pickle may be anything.
   for row in _KEYS:
@@ -50,7 +51,11 @@ def find_keys(path, keys: Iterable[str]) -> tuple[str, str]:
   raise UserError(f'{path} holds {arrays.listed(keys)}; it needs {NEEDED}')
 
 
-def check_arrays(path, images, labels) -> None:
+def check_arrays(
+  path: str | os.PathLike,
+  images: arrays.Stream | np.ndarray,
+  labels: arrays.Stream | np.ndarray,
+) -> None:
   """Refuses arrays, by their shapes and dtypes, that are no images with labels."""
   if (
     images.dtype != np.uint8
@@ -67,7 +72,7 @@ def check_arrays(path, images, labels) -> None:
     )
 
 
-def check_labels(path, least: int, most: int) -> int:
+def check_labels(path: str | os.PathLike, least: int, most: int) -> int:
   """The number of classes of labels from `least` to `most`, which may be a file's."""
   if not 0 <= least <= most < shards.MAX_CLASSES:
     raise UserError(

@@ -58,7 +58,14 @@ class SampleSet:
     num_classes: number of classes K; labels lie in [0, K).
   """
 
-  def __init__(self, path, metadata, files, offsets, labels):
+  def __init__(
+    self,
+    path: pathlib.Path,
+    metadata: dict,
+    files: list[io.FileIO],
+    offsets: list[int],
+    labels: np.ndarray,
+  ):
     self.path = path
     self.metadata = metadata
     self.image_shape = tuple(metadata['image_shape'])

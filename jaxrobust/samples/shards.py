@@ -4,8 +4,11 @@ import hashlib
 import math
 import os
 import pathlib
+from collections.abc import Iterable
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 from etils import epath
 
 from jaxrobust.errors import UserError
@@ -45,31 +48,33 @@ def partial(path: pathlib.Path) -> pathlib.Path:
   return path.with_name(f'.{path.name}.partial')
 
 
-def shard_names(n, kinds=('images', 'labels')):
+def shard_names(
+  n: int, kinds: Iterable[str] = ('images', 'labels')
+) -> list[tuple[str, ...]]:
   """Returns the file names of n shards, one of each kind."""
   suffixes = [f'{k:05d}-of-{n:05d}.npy' for k in range(n)]
   return [tuple(f'{kind}-{suffix}' for kind in kinds) for suffix in suffixes]
 
 
-def kinds(metadata):
+def kinds(metadata: dict) -> tuple[str, ...]:
   """Returns the kinds of files of a set."""
   confidence = ('confidence',) if metadata.get('confidence') else ()
   return ('images', 'labels', *confidence)
 
 
-def sha256(path):
+def sha256(path: pathlib.Path) -> str:
   """Returns the sha256 of a file in hex."""
   with open(path, 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def write_header(file, shape):
+def write_header(file: BinaryIO, shape: Iterable[int]) -> None:
   """Writes the .npy header of images uint8 of `shape` to an open file."""
   header = {'descr': '|u1', 'fortran_order': False, 'shape': tuple(shape)}
   np.lib.format.write_array_header_1_0(file, header)
 
 
-def check_array(path, shape, dtype):
+def check_array(path: pathlib.Path, shape: Iterable[int], dtype: npt.DTypeLike) -> int:
   """Checks header and size of a .npy file; returns the offset of its data."""
   if not path.is_file():
     raise UserError(f'{path} is missing; fetch or make the sample set again')
@@ -84,7 +89,7 @@ def check_array(path, shape, dtype):
     return stream.offset
 
 
-def read_metadata(path) -> dict:
+def read_metadata(path: pathlib.Path | epath.Path) -> dict:
   """Reads and checks the metadata of a set, on local disk or in a bucket.
 
   Args:
@@ -100,7 +105,7 @@ def read_metadata(path) -> dict:
   return parse_metadata(metadata_bytes(path), f'{path / METADATA}')
 
 
-def metadata_bytes(path) -> bytes:
+def metadata_bytes(path: pathlib.Path | epath.Path) -> bytes:
   """The content of a set's metadata.json; UserError if there is no whole set."""
   file = path / METADATA
   if not path.exists() and partial(path).exists():
@@ -157,7 +162,7 @@ def check_num_classes(num_classes: int) -> None:
     )
 
 
-def is_image_shape(shape) -> bool:
+def is_image_shape(shape: Any) -> bool:
   """Whether images may be [H, W, C]."""
   sides = list(shape)
   return (

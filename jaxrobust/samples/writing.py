@@ -5,6 +5,7 @@ import fcntl
 import os
 import pathlib
 import shutil
+from collections.abc import Iterable
 
 import numpy as np
 from absl import logging
@@ -106,7 +107,9 @@ def _check_confidence(confidence, labels, dtype):
     raise UserError('confidences outside [0, 1]; they are probabilities')
 
 
-def write_shards(folder, batches, num_classes, shard_size):
+def write_shards(
+  folder: pathlib.Path, batches: Iterable, num_classes: int, shard_size: int
+) -> tuple[list[int], list[int], list[int], np.dtype | None, dict[str, str]]:
   """Writes images-0, labels-0 and, where given, confidence-0, …
 
   Returns:

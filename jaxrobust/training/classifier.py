@@ -16,8 +16,10 @@ import numpy as np
 import tqdm
 from absl import logging
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust import config as configs
+from jaxrobust import models
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator
 from jaxrobust.config import dataset_info, fields
@@ -36,7 +38,7 @@ _HINT_FOR_TPUS = '3 to 12 minutes for the networks of the paper'
 
 
 def train(
-  config,
+  config: config_dict.ConfigDict,
   workdir: str | os.PathLike,
   *,
   train: tuple[np.ndarray, np.ndarray] | None = None,
@@ -129,7 +131,11 @@ class Data(NamedTuple):
     return found
 
 
-def load_data(config, train=None, validation=None) -> Data:
+def load_data(
+  config: config_dict.ConfigDict,
+  train: tuple[np.ndarray, np.ndarray] | None = None,
+  validation: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Data:
   """Loads the images that are not given, and opens the sample set.
 
   The set is compared with its checksums once.
@@ -239,7 +245,7 @@ def _check_validation(split: datasets.Split | None, info: dataset_info.DatasetIn
     )
 
 
-def evaluation_attacks(config) -> list:
+def evaluation_attacks(config: config_dict.ConfigDict) -> list:
   """The attacks of evaluations while training, a name and an attack each.
 
   Raises:
@@ -260,7 +266,9 @@ def mix(derived: configs.Derived) -> list[pipeline.Share]:
   return shares
 
 
-def check_batch(config, derived: configs.Derived) -> list[tuple[int, int]]:
+def check_batch(
+  config: config_dict.ConfigDict, derived: configs.Derived
+) -> list[tuple[int, int]]:
   """The numbers of real and generated images in a batch, of each share in turn.
 
   Raises:
@@ -290,10 +298,10 @@ class Run:
 
   def __init__(
     self,
-    config,
+    config: config_dict.ConfigDict,
     derived: configs.Derived,
     folder: epath.Path,
-    model,
+    model: models.Model,
     num_classes: int,
     data: Data,
   ):

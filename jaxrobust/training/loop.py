@@ -51,7 +51,7 @@ class Loop:
   def __init__(
     self,
     folder: epath.Path,
-    fresh,
+    fresh: Any,
     *,
     keep: int,
     older: checkpoints.Layout | None = None,
@@ -89,7 +89,7 @@ class Loop:
     evaluate_fn: Callable | None = None,
     picture_fn: Callable | None = None,
     name: str = 'train',
-  ):
+  ) -> None:
     """Trains from `start` to the last step.
 
     Args:

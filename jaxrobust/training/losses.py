@@ -20,6 +20,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import config_dict
 
 from jaxrobust.attacks.objectives import cross_entropy, log_probabilities
 from jaxrobust.config import registries
@@ -83,26 +84,26 @@ def squared_distance(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
 
 
 @register('standard')
-def standard(passes: Passes, settings) -> jax.Array:
+def standard(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   """Cross-entropy of the images as they are."""
   del settings
   return jnp.mean(cross_entropy(passes.clean_logits, passes.targets))
 
 
 @register('adversarial')
-def adversarial(passes: Passes, settings) -> jax.Array:
+def adversarial(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   """Cross-entropy of adversarial images. Source: Madry et al. 2018."""
   del settings
   return jnp.mean(cross_entropy(passes.adv_logits, passes.targets))
 
 
 @register('trades')
-def trades(passes: Passes, settings) -> jax.Array:
+def trades(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   """Accuracy on clean images plus the effect of the attack, by one of DIVERGENCES."""
   return DIVERGENCES[settings.divergence](passes, settings)
 
 
-def kl(passes: Passes, settings) -> jax.Array:
+def kl(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   """TRADES: cross-entropy of clean images + beta * KL(clean || adversarial).
 
   Source: Zhang et al. 2019; the released recipe has beta = 6.
@@ -112,7 +113,7 @@ def kl(passes: Passes, settings) -> jax.Array:
   return clean + settings.beta * jnp.mean(effect)
 
 
-def squared(passes: Passes, settings) -> jax.Array:
+def squared(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   """TRADES with squared distances of probabilities in both terms.
 
   Source: Pang et al. 2022 (SCORE); their clipping is left out, which their command for
@@ -125,7 +126,7 @@ def squared(passes: Passes, settings) -> jax.Array:
   )
 
 
-def improved_kl(passes: Passes, settings) -> jax.Array:
+def improved_kl(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   """TRADES with the improved Kullback-Leibler divergence.
 
   The divergence is beta * cross-entropy to the clean prediction, held fixed, +
@@ -157,7 +158,7 @@ DIVERGENCES = {'kl': kl, 'improved_kl': improved_kl, 'squared': squared}
 
 
 @register('lbgat')
-def lbgat(passes: Passes, settings) -> jax.Array:
+def lbgat(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   """Adversarial logits follow those of a network that learns beside, without attacks.
 
   Mean square of (adversarial - natural logits) + cross-entropy of the natural network
@@ -175,7 +176,7 @@ def lbgat(passes: Passes, settings) -> jax.Array:
 
 
 @register('uat')
-def uat(passes: Passes, settings) -> jax.Array:
+def uat(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   """Unsupervised adversarial training with fixed and online targets (UAT++).
 
   Cross-entropy of adversarial images to their labels, fixed pseudo-labels where these
@@ -191,7 +192,7 @@ def uat(passes: Passes, settings) -> jax.Array:
   )
 
 
-def weight_decay(params) -> jax.Array:
+def weight_decay(params: hk.Params) -> jax.Array:
   """Half the sum of squares of weights and biases.
 
   BatchNorm's scale and offset are left out (released recipe).

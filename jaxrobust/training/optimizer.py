@@ -1,7 +1,11 @@
 """The learning rate's schedule, and SGD with momentum."""
 
+import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import config_dict
+
+from jaxrobust import config as configs
 
 
 def schedule(
@@ -11,7 +15,7 @@ def schedule(
   num_steps: int,
   warmup_steps: int,
   drop_fractions: tuple[float, ...] = (2 / 3,),
-):
+) -> optax.Schedule:
   """Learning rate as a function of the number of completed updates.
 
   A linear warm-up from 0, then: `cosine`, half a cosine to 0 at the last step;
@@ -46,7 +50,9 @@ def schedule(
   return optax.join_schedules([warmup, main], [warmup_steps])
 
 
-def make(config, derived) -> optax.GradientTransformation:
+def make(
+  config: config_dict.ConfigDict, derived: configs.Derived
+) -> optax.GradientTransformation:
   """SGD with momentum; weight decay is part of the loss (the released recipe)."""
   learning_rate = schedule(
     config.schedule,
@@ -58,6 +64,6 @@ def make(config, derived) -> optax.GradientTransformation:
   return optax.sgd(learning_rate, config.momentum, nesterov=config.nesterov)
 
 
-def ema_decay(decay: float, step):
+def ema_decay(decay: float, step: jax.Array) -> jax.Array:
   """Decay of the averaged parameters at `step`, small at first so that they warm up."""
   return jnp.minimum(decay, (1.0 + step) / (10.0 + step))

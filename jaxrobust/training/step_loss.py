@@ -1,10 +1,13 @@
 """The loss of a step: clean pass → attack → adversarial pass → loss of the passes."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
+from jaxrobust import models
 from jaxrobust.attacks import norms, objectives, pgd
 from jaxrobust.config import registries
 from jaxrobust.errors import UserError
@@ -31,7 +34,11 @@ class Inputs(NamedTuple):
   adv_images: jax.Array | None = None
 
 
-def make(config, model):
+# (params, net_state, inputs) → (loss [], (net_state, adv_images, metrics)).
+LossFn = Callable[[Any, Any, Inputs], tuple[jax.Array, tuple[Any, jax.Array, dict]]]
+
+
+def make(config: config_dict.ConfigDict, model: models.Model) -> LossFn:
   """Builds the loss of a config, without weight decay.
 
   Args:
@@ -97,7 +104,7 @@ def make(config, model):
   return loss_fn
 
 
-def with_weight_decay(config, loss_fn):
+def with_weight_decay(config: config_dict.ConfigDict, loss_fn: LossFn) -> LossFn:
   """The loss of `make` with the weight decay that is part of it, in the metrics too."""
 
   def decayed(params, *args):

@@ -6,12 +6,15 @@ a run does not depend on how its batch is spread over devices, and a resumed run
 repeats nothing and misses nothing.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import config_dict
 
+from jaxrobust import models
 from jaxrobust.data import augment, policies
 from jaxrobust.data.pipeline import Batch
 from jaxrobust.distributed import parallel
@@ -40,7 +43,11 @@ class TrainState(NamedTuple):
   step: jax.Array
 
 
-def init_state(config, model, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+  config: config_dict.ConfigDict,
+  model: models.Model,
+  optimizer: optax.GradientTransformation,
+) -> TrainState:
   """The state before the first update; a function of `config.seed`."""
   params, net_state = model.init(_stream(config.seed, 'init'))
   return TrainState(
@@ -53,7 +60,12 @@ def init_state(config, model, optimizer: optax.GradientTransformation) -> TrainS
   )
 
 
-def make_step(config, model, optimizer: optax.GradientTransformation, num_classes: int):
+def make_step(
+  config: config_dict.ConfigDict,
+  model: models.Model,
+  optimizer: optax.GradientTransformation,
+  num_classes: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Builds the training step of the released recipe, or a variant of it.
 
   BatchNorm: the clean pass and every pass of the attack use the statistics of their
@@ -113,8 +125,8 @@ def make_step(config, model, optimizer: optax.GradientTransformation, num_classe
 
 
 def descend(
-  state: TrainState, grads, optimizer: optax.GradientTransformation, decay: float
-):
+  state: TrainState, grads: Any, optimizer: optax.GradientTransformation, decay: float
+) -> tuple[Any, Any, Any]:
   """One update of the parameters and of their average.
 
   Args:
@@ -133,7 +145,7 @@ def descend(
   return params, opt_state, ema_params
 
 
-def check_parts(batch_size: int, parts: int, group_size: int):
+def check_parts(batch_size: int, parts: int, group_size: int) -> None:
   """Raises UserError if a device's batch has no `parts` of whole BatchNorm groups.
 
   Args:

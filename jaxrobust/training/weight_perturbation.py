@@ -1,12 +1,15 @@
 """Adversarial weight perturbation: the weights too are moved against the network."""
 
 import haiku as hk
+import jax
 import jax.numpy as jnp
 
 _TINY = 1e-20  # of the published code: a gradient of 0 moves nothing.
 
 
-def perturb(params, gradient, gamma):
+def perturb(
+  params: hk.Params, gradient: hk.Params, gamma: float | jax.Array
+) -> hk.Params:
   """Moves the weights of each layer along a gradient, as far as their size allows.
 
   A layer's weights w move by gamma * |w| / |g| * g; biases, and BatchNorm's scale and
