@@ -53,7 +53,7 @@ def _map() -> str:
   package = pathlib.Path(__file__).parent
   for verb, module in _VERBS.items():
     file = package.joinpath(*module.split('.')[1:]).with_suffix('.py')
-    first = ast.get_docstring(ast.parse(file.read_text())).partition('\n')[0]
+    first = (ast.get_docstring(ast.parse(file.read_text())) or '').partition('\n')[0]
     lines.append(f'  {verb:<10}{first.partition(": `python")[0].rstrip(".")}')
   lines += [
     '',

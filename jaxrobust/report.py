@@ -152,7 +152,7 @@ def draw_table(
   print(f'files: {home}*')
 
 
-def trained(line: texts.Line) -> list[tuple[epath.Path, object]]:
+def trained(line: texts.Line) -> list[tuple[epath.Path, config_dict.ConfigDict]]:
   """(workdir, config) of a row's runs that have begun to train."""
   return [
     (point.workdir, point.config)
@@ -227,7 +227,7 @@ class Line(NamedTuple):
     entries: of results.json, by seed; the last one of a workdir counts.
   """
 
-  config: object
+  config: config_dict.ConfigDict
   folder: epath.Path
   protocol: dict | None
   entries: dict[int, dict]

@@ -34,6 +34,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from absl import logging
 from etils import epath
@@ -93,7 +94,7 @@ def main(
 
 
 def points(
-  config: config_dict.ConfigDict, path: str, workdir: str, common: list[str] = ()
+  config: config_dict.ConfigDict, path: str, workdir: str, common: Sequence[str] = ()
 ) -> list[Point]:
   """The points that the sweep() of an experiment's file yields.
 

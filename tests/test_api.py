@@ -1,6 +1,5 @@
 """What `import jaxrobust` offers: lazily, and what it loads."""
 
-import ast
 import importlib.util
 import json
 import pathlib
@@ -8,7 +7,6 @@ import pkgutil
 import runpy
 import subprocess
 import sys
-import tomllib
 
 import jax
 import jax.numpy as jnp
@@ -260,39 +258,6 @@ def test_a_module_must_answer_as_the_network_here(classifier, variables, images)
     other.load_state_dict(state)
     with pytest.raises(UserError, match='other logits.*model.activation = swish'):
       jaxrobust.from_torch(other, DIGITS)
-
-
-def test_what_is_public_is_annotated():
-  """The modules that the type checker reads: it does not ask for annotations."""
-  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())
-  modules = project['tool']['mypy']['modules']
-  assert set(jaxrobust._PUBLIC.values()) <= set(modules)
-  bare = [
-    f'{module}: {function.name}'
-    for module in modules
-    for function in public_functions(module)
-    if any(x.annotation is None for x in arguments(function))
-    or (function.returns is None and function.name != '__init__')
-  ]
-  assert bare == []
-
-
-def public_functions(module):
-  """Those of a module and of its public classes."""
-  tree = ast.parse(pathlib.Path(importlib.util.find_spec(module).origin).read_text())
-  classes = [x for x in tree.body if isinstance(x, ast.ClassDef) and x.name[0] != '_']
-  for scope in (tree, *classes):
-    for node in scope.body:
-      named = getattr(node, 'name', '_')
-      if isinstance(node, ast.FunctionDef) and (
-        named[0] != '_' or named in ('__init__', '__call__')
-      ):
-        yield node
-
-
-def arguments(function):
-  every = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
-  return [x for x in every if x.arg not in ('self', 'cls')]
 
 
 @needs_torch

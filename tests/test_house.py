@@ -92,6 +92,26 @@ def name_of(path: pathlib.Path) -> str:
   return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
 
 
+def public_functions(path: pathlib.Path) -> list[ast.FunctionDef]:
+  """Those of a module and of its public classes, whose calls are public, too."""
+  tree = ast.parse(path.read_text())
+  classes = [x for x in tree.body if isinstance(x, ast.ClassDef) and x.name[0] != '_']
+  return [
+    node
+    for scope in (tree, *classes)
+    for node in scope.body
+    if isinstance(node, ast.FunctionDef)
+    and (node.name[0] != '_' or node.name in ('__init__', '__call__'))
+  ]
+
+
+def arguments(function: ast.FunctionDef) -> list[ast.arg]:
+  """What callers give it."""
+  own = function.args
+  found = [*own.posonlyargs, *own.args, *own.kwonlyargs, own.vararg, own.kwarg]
+  return [x for x in found if x and x.arg not in ('self', 'cls')]
+
+
 def test_every_module_is_in_a_room():
   assert [p for p in MODULES if not room_of(name_of(p)) and p.parent != PACKAGE] == []
   at_the_top = {name_of(p) for p in PACKAGE.glob('*.py')}
@@ -163,6 +183,18 @@ class TestHouse:
 
   def test_has_a_docstring(self, path):
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+  def test_what_is_public_is_annotated(self, path):
+    """The type checker does not ask for it."""
+    if path.parent.name == 'generators' or name_of(path) == 'config.generator':
+      return
+    bare = [
+      f'{function.name}, line {function.lineno}'
+      for function in public_functions(path)
+      if any(x.annotation is None for x in arguments(function))
+      or (function.returns is None and function.name != '__init__')
+    ]
+    assert bare == []
 
 
 def reached(*names: str) -> dict[str, set[str]]:

@@ -20,8 +20,10 @@ class Attack:
   any size, an attack finds a traced number in `ball.epsilon`.
   """
 
-  # Whether `logits_fn` takes a key beside the images.
-  randomized = False
+  @property
+  def randomized(self) -> bool:
+    """Whether `logits_fn` takes a key beside the images."""
+    return False
 
   def num_attempts(self, num_classes: int) -> int:
     """How many attempts there are for a network of so many classes."""

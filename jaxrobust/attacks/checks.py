@@ -102,7 +102,7 @@ def equations(program: Jaxpr) -> Iterator[JaxprEqn]:
   for equation in program.eqns:
     yield equation
     for parameter in jax.tree.leaves(list(equation.params.values())):
-      inside = getattr(parameter, 'jaxpr', parameter)
+      inside: Any = getattr(parameter, 'jaxpr', parameter)
       if hasattr(inside, 'eqns'):
         yield from equations(inside)
 

@@ -44,6 +44,7 @@ True
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -223,7 +224,7 @@ class FAB(attack.Attack):
       return images
     draw = jax.random.normal
     if isinstance(self.ball, norms.Linf):
-      draw = lambda *args: jax.random.uniform(*args, minval=-1)
+      draw = functools.partial(jax.random.uniform, minval=-1)
     offset = jax.vmap(lambda rng: draw(rng, images.shape[1:], images.dtype))(rngs)
     scale = self.ball.epsilon / 2 / self._length(offset)
     start = jnp.clip(images + _per_image(scale) * offset, 0, 1)

@@ -260,7 +260,7 @@ class L1:
 
 Ball = Linf | L2 | L1
 
-_BALLS = {'linf': Linf, 'l2': L2, 'l1': L1}
+_BALLS: dict[str, type[Ball]] = {'linf': Linf, 'l2': L2, 'l1': L1}
 
 
 def get(name: str, epsilon: float) -> Ball:

@@ -6,6 +6,7 @@ written after the batch is all that an uninterrupted evaluation would know.
 
 import contextlib
 import json
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -47,7 +48,7 @@ class Record:
     self.attempt = self.done = self._batches = 0
     self.warnings, self.adversarial, self.predictions = [], {}, {}
     self._files = []  # Batches of which there is a file.
-    self._folder = epath.Path(folder) if folder else None
+    self._folder: Any = epath.Path(folder) if folder else None
     self._identity = json.dumps(identity, sort_keys=True)
     if self._folder and (self._folder / _STATE).exists():
       self._read()
@@ -107,7 +108,7 @@ class Record:
     except UserError as e:
       raise UserError(f'{e} (remove {self._folder} to start anew)') from e
 
-  def _require(self, condition: bool, path: epath.Path, what: str):
+  def _require(self, condition: bool | np.bool, path: epath.Path, what: str):
     """Raises UserError for an array that this evaluation cannot have written."""
     if not condition:
       raise UserError(
@@ -152,7 +153,7 @@ class Record:
     self.fallen[index[fell]] = self.attempt
     self.done += len(index)
     keep = fell & (index < keep)
-    if images is not None and keep.any():
+    if images is not None and predictions is not None and keep.any():
       kept = index[keep], images[keep], predictions[keep]
       self._keep(*kept)
       self._files.append(self._batches)

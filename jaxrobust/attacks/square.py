@@ -292,7 +292,7 @@ def _eta(exponents, rows, columns, size, turned):
   return sign * height * weight ** (1 / q)
 
 
-def _places(draws, size, shape):
+def _places(draws, size, shape) -> tuple[jax.Array, jax.Array]:
   """Rows [H] and columns [W] relative to the corner of a window at random.
 
   Windows never reach the last row and column, as published, unless they fill them.

@@ -35,6 +35,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 from ml_collections import config_dict
 
@@ -213,7 +214,7 @@ def _attack(suite: str, item: str, ball: norms.Ball) -> Attack:
   return dataclasses.replace(attack, **dict(_option(attack, name, o) for o in options))
 
 
-def _option(attack: Attack, name: str, option: str) -> tuple[str, int | float]:
+def _option(attack: Any, name: str, option: str) -> tuple[str, int | float]:
   """An option `field=value` of an attack."""
   field, _, value = option.partition('=')
   fields = {
@@ -253,8 +254,13 @@ def attack_from_config(config: config_dict.ConfigDict, ball: norms.Ball) -> pgd.
   return attack
 
 
-def describe(name: str, attack: Attack) -> dict:
-  """An attack's parameters as JSON values, for the protocol of a result."""
+def describe(name: str, attack: Any) -> dict:
+  """An attack's parameters as JSON values, for the protocol of a result.
+
+  Args:
+    name: in the suite.
+    attack: a dataclass that extends Attack.
+  """
   # By type: an optax transformation is a tuple too, of functions.
   plain = lambda value: type(value) in (int, float, str, bool, tuple)
   fields = {f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)}

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import re
+from typing import Any
 
 from ml_collections import config_dict
 
@@ -53,7 +54,7 @@ def threat_fields() -> dict:
   }
 
 
-FIELDS = {
+FIELDS: dict[str, Any] = {
   'seed': field(0, 'of initialisation, data order, augmentation and attacks', least=0),
   'variant': field('', "last part of the experiment's name"),
   'dataset': dataset_info.FIELDS,

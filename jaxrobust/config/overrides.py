@@ -4,6 +4,8 @@ import ast
 import math
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 from ml_collections import config_dict
 
@@ -83,7 +85,7 @@ def _parse(text: str, kind: type, flag: str):
   """The value that text stands for in a field of a type."""
   if text.lower() == 'none' and kind is not str:
     return None  # The checks of the config refuse it where a value is needed.
-  parsers = {
+  parsers: dict[type, Callable[[str], Any]] = {
     bool: parse_boolean,
     int: _parse_integer,
     float: parse_float,

@@ -7,7 +7,7 @@ devices and processes, and wherever the run was resumed: nothing is stored.
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,10 +30,10 @@ class Batch(NamedTuple):
     slots: int32 [n], positions in the global batch.
   """
 
-  images: np.ndarray
-  labels: np.ndarray
-  is_generated: np.ndarray
-  slots: np.ndarray
+  images: Any
+  labels: Any
+  is_generated: Any
+  slots: Any
 
 
 class Share(NamedTuple):

@@ -20,6 +20,8 @@ Every operation is computed for every image and one is kept, since images of a b
 draw different ones: so they share one gather, one blend and one histogram.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -182,7 +184,8 @@ def _chain(images, draws, fill):
   fill = jnp.round(255 * jnp.array(fill)).astype(jnp.int32)
 
   def step(images, drawn):
-    return jax.vmap(transform, (0, 0, 0, 0, None))(images, *drawn, fill), None
+    transformed: Callable = jax.vmap(transform, (0, 0, 0, 0, None))
+    return transformed(images, *drawn, fill), None
 
   return jax.lax.scan(step, images, jax.tree.map(jnp.transpose, draws))[0]
 

@@ -15,7 +15,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 from etils import epath
@@ -47,7 +47,7 @@ class Stream:
     offset: bytes before its data.
   """
 
-  def __init__(self, file: BinaryIO, size: int, name: str):
+  def __init__(self, file: IO[bytes], size: int, name: str):
     """Reads the header of the array that fills `file`, which has `size` bytes."""
     self.name, self._file = name, file
     with naming(name):
@@ -84,7 +84,7 @@ class Stream:
   def _read(self, shape) -> np.ndarray:
     """The next values, of this machine's byte order, as an array of `shape`."""
     found = np.empty(shape, self.dtype)
-    content = memoryview(found.reshape(-1).view(np.uint8))
+    content = found.reshape(-1).view(np.uint8).data
     self._left -= len(content)
     with naming(self.name):
       while content:
@@ -278,7 +278,7 @@ def read_npy(
 def npz_bytes(**arrays: np.ndarray) -> bytes:
   """The content of an `.npz` file with these arrays, to be written as a whole."""
   buffer = io.BytesIO()
-  np.savez(buffer, **arrays)
+  np.savez(buffer, **arrays)  # type: ignore[arg-type]
   return buffer.getvalue()
 
 
@@ -306,7 +306,7 @@ def listed(keys: Iterable[str]) -> str:
   return ', '.join(shown) or 'no arrays'
 
 
-def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool, int]:
   """(shape, dtype, whether it is in Fortran order, bytes) of the header of a file."""
   start = file.read(8)
   version = {b'\1\0': 2, b'\2\0': 4, b'\3\0': 4}.get(start[6:])

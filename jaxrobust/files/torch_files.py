@@ -52,7 +52,7 @@ class _Storage(NamedTuple):
 
   key: str
   type: str
-  count: int
+  count: int  # type: ignore[assignment]
 
 
 class Tensor(NamedTuple):

@@ -118,7 +118,8 @@ def build(
     return network_of().features(normalise(images), batch_stats=False)
 
   transform = lambda fn: hk.without_apply_rng(hk.transform_with_state(fn))
-  network, trunk = transform(forward), transform(penultimate)
+  network: Any = transform(forward)
+  trunk: Any = transform(penultimate)
 
   def init(rng):
     return network.init(rng, jnp.zeros((1, *image_shape)), batch_stats=True)

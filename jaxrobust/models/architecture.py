@@ -127,7 +127,7 @@ def _shape(params, module, source):
   return shape
 
 
-def _leaves(tree):
+def _leaves(tree) -> dict[tuple[str, str], tuple[int, ...]]:
   """(module, leaf) → shape; a module may be an array, in a file of somebody else."""
   return {
     (module, leaf): np.shape(value)

@@ -114,7 +114,7 @@ def features(
       )
     x = jax.lax.conv_general_dilated(
       x,
-      kernel,
+      jnp.asarray(kernel),
       (stride, stride),
       [(pad, pad)] * 2,
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),

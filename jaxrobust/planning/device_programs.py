@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ class Program(NamedTuple):
     name: which of several it is.
   """
 
-  fn: object
+  fn: Callable
   arguments: tuple
   donated: tuple[int, ...]
   images: int

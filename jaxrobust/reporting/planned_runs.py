@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import shlex
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust.attacks import norms, suites
@@ -33,7 +35,7 @@ class Point(NamedTuple):
   """
 
   name: str
-  config: object
+  config: config_dict.ConfigDict
   workdir: epath.Path
   flags: list[str]
   programs: tuple[str, ...] = ('train', 'evaluate')
@@ -226,7 +228,7 @@ def find_table(name: str, tables: dict) -> Table:
 class Maker:
   """Makes the points of tables' rows below a folder."""
 
-  def __init__(self, workdir: str, preparations: dict, common: list[str] = ()):
+  def __init__(self, workdir: str, preparations: dict, common: Sequence[str] = ()):
     """Every run's `workdir` is below this one and gets the `common` flags."""
     self._workdir, self._preparations = workdir, preparations
     self._common, self._configs = list(common), {}

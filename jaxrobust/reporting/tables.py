@@ -7,7 +7,7 @@ import math
 import statistics
 from typing import Any, NamedTuple
 
-from jaxrobust.config.tables import Table
+from jaxrobust.config.tables import Row, Table
 from jaxrobust.files import json_files
 
 _ACCURACIES = {
@@ -66,8 +66,8 @@ class Cell(NamedTuple):
   @property
   def difference(self) -> float | None:
     """Ours less the published."""
-    known = self.values and self.published is not None
-    return self.mean - self.published if known else None
+    ours, published = self.mean, self.published
+    return None if ours is None or published is None else ours - published
 
 
 class Line(NamedTuple):
@@ -82,7 +82,7 @@ class Line(NamedTuple):
     num_images: that an analysis compared of each set; None without one.
   """
 
-  row: object
+  row: Row
   points: list
   states: list[tuple[str, str]]
   cells: dict[str, Cell]

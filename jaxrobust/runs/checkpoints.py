@@ -243,7 +243,7 @@ def digest(tree: Any) -> str:
   """Of all arrays: tensorstore gives a flipped bit of a number back as it is."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(tree):
-    digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
 

@@ -126,15 +126,16 @@ def parse(program: Program, arguments: Sequence[str]) -> Given:
     f'--{name}', f'-{name}', dest=f'{name}', **options
   )
   for flag in program.flags:
-    options = {'default': argparse.SUPPRESS}
+    options: dict[str, Any] = {'default': argparse.SUPPRESS}
     if flag.kind is bool:
       options |= {'nargs': '?', 'const': True, 'type': _boolean}
-      no = {'dest': flag.name, 'action': 'store_false'}
+      no: dict[str, Any] = {'dest': flag.name, 'action': 'store_false'}
       parser.add_argument(f'--no{flag.name}', default=argparse.SUPPRESS, **no)
     elif isinstance(flag.kind, tuple):
-      options |= {'type': _choice(flag)}
+      options |= {'type': _choice(flag.kind)}
     else:
-      options |= {'type': {float: _number, int: _integer}.get(flag.kind, flag.kind)}
+      kinds: dict[Any, Any] = {float: _number, int: _integer}
+      options |= {'type': kinds.get(flag.kind, flag.kind)}
     add(flag.name, **options)
   for name in ('workdir', 'config', 'coordinator'):
     add(name, default='')
@@ -215,12 +216,12 @@ def _integer(text: str) -> int:
     raise argparse.ArgumentTypeError(f'{text!r}: use an integer') from e
 
 
-def _choice(flag: Flag):
+def _choice(words: tuple[str, ...]):
   """The type of a flag with words to choose from."""
 
   def parse_choice(text: str) -> str:
-    if text not in flag.kind:
-      raise argparse.ArgumentTypeError(f'{text!r}: use one of {", ".join(flag.kind)}')
+    if text not in words:
+      raise argparse.ArgumentTypeError(f'{text!r}: use one of {", ".join(words)}')
     return text
 
   return parse_choice
@@ -228,7 +229,7 @@ def _choice(flag: Flag):
 
 def page(program: Program) -> str:
   """The page that --help prints: what the program's module says, then its flags."""
-  text = inspect.getdoc(sys.modules[program.main.__module__]).strip()
+  text = (inspect.getdoc(sys.modules[program.main.__module__]) or '').strip()
   flags = [(_synopsis(flag), flag.help) for flag in program.flags]
   if program.workdir == 'needed':
     flags.append(('--workdir=DIR', _WORKDIR_HELP))

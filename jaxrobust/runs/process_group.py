@@ -166,7 +166,7 @@ class Membership(NamedTuple):
   """
 
   number: int
-  count: int
+  count: int  # type: ignore[assignment]
   store: Any
 
 

@@ -12,6 +12,7 @@ import os
 import pathlib
 import platform
 import re
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -39,7 +40,9 @@ _ENTRY = {
   'robust_accuracy?': float,
   'warnings?': [str],
 }
-_program = {}  # of this process: its command, and the folder that it has claimed
+_program: dict[
+  str, Any
+] = {}  # of this process: its command, and the folder that it has claimed
 
 # Errors of a disk that its user can mend; others may be gone at the next start.
 _DISK_ERRORS = (
@@ -61,7 +64,7 @@ _BUCKET_ERRORS = (
 
 
 def claim(
-  workdir: str, config: config_dict.ConfigDict, free: tuple[str, ...] = ()
+  workdir: str | os.PathLike, config: config_dict.ConfigDict, free: tuple[str, ...] = ()
 ) -> epath.Path:
   """Makes `workdir` the home of `config`, or checks that it is already.
 
@@ -151,7 +154,8 @@ def removed(error: Exception | None = None) -> UserError | None:
   Args:
     error: that the program met. If it misses a checkpoint's file, all may be going.
   """
-  folder, opened = _program.get('folder'), _program.get('opened')
+  folder: Any = _program.get('folder')
+  opened = _program.get('opened')
   if opened is None or not parallel.is_writer():
     return None
   text = str(error)

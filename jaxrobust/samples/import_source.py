@@ -34,7 +34,7 @@ class Source(NamedTuple):
     batches: starts reading: pairs of images uint8 [n, H, W, C] and labels int [n].
   """
 
-  count: int
+  count: int  # type: ignore[assignment]
   num_classes: int
   batches: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
 

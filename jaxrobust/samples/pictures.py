@@ -12,7 +12,7 @@ from jaxrobust.samples.sample_sets import SampleSet
 
 
 def grid(
-  images: Sequence[Sequence[np.ndarray]], least_size: int = 32
+  images: Sequence[np.ndarray | Sequence[np.ndarray]], least_size: int = 32
 ) -> PIL.Image.Image:
   """Arranges images in rows.
 

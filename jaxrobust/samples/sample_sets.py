@@ -201,7 +201,7 @@ class SampleSet:
         mapped.madvise(mmap.MADV_DONTNEED)
     return out
 
-  def gather_labels(self, indices: np.ndarray) -> np.ndarray:
+  def gather_labels(self, indices: np.ndarray | slice) -> np.ndarray:
     """Returns the labels int32 [n] of the images at `indices` int [n]."""
     return self._labels[indices].astype(np.int32)
 

@@ -35,7 +35,7 @@ class Rule(NamedTuple):
       the highest confidence. 1, the authors' way, needs no confidences.
   """
 
-  count: int
+  count: int  # type: ignore[assignment]
   balanced: bool
   top_fraction: float = 1.0
 

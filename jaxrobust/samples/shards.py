@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,7 @@ def sha256(path: pathlib.Path) -> str:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def write_header(file: BinaryIO, shape: Iterable[int]) -> None:
+def write_header(file: IO[bytes], shape: Iterable[int]) -> None:
   """Writes the .npy header of images uint8 of `shape` to an open file."""
   header = {'descr': '|u1', 'fortran_order': False, 'shape': tuple(shape)}
   np.lib.format.write_array_header_1_0(file, header)

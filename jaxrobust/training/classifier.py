@@ -9,7 +9,7 @@
 import functools
 import json
 import os
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -376,14 +376,14 @@ class Run:
 
   def _evaluate(self, state: update.TrainState) -> tuple[dict[str, float], float]:
     """Accuracies on the validation images, and the one that chooses a checkpoint."""
-    figures = {}
+    figures, validation = {}, cast(datasets.Split, self._data.validation)
     for name, variables in (
       (metrics.EVAL, (state.params, state.net_state)),
       (metrics.EVAL_EMA, (state.ema_params, state.ema_net_state)),
     ):
       with waiting.waiting(f'validation, {name}') as note:
         outcome = self._evaluator(
-          variables, *self._data.validation, progress=functools.partial(_Noted, note)
+          variables, *validation, progress=functools.partial(_Noted, note)
         )
       figures[metrics.eval_accuracy(name)] = float(outcome.clean.mean())
       robust = float(outcome.robust.mean())

@@ -14,7 +14,7 @@ own, in an experiment's file, is a choice like any other:
     c.loss.name = 'my-loss'
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import haiku as hk
 import jax
@@ -139,7 +139,7 @@ def improved_kl(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   clean_logits, adv_logits, weights = (
     passes.clean_logits,
     passes.adv_logits,
-    passes.class_weights,
+    cast(jax.Array, passes.class_weights),
   )
   clean = jax.lax.stop_gradient(jnp.exp(log_probabilities(clean_logits)))
   soft = cross_entropy(adv_logits, clean)
@@ -166,8 +166,9 @@ def lbgat(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   Source: Cui et al. 2021, "Learnable Boundary Guided Adversarial Training", whose alpha
   (0 or 6) is beta here.
   """
-  pull = jnp.mean(jnp.square(passes.adv_logits - passes.natural_logits))
-  natural = jnp.mean(cross_entropy(passes.natural_logits, passes.targets))
+  natural_logits = cast(jax.Array, passes.natural_logits)
+  pull = jnp.mean(jnp.square(passes.adv_logits - natural_logits))
+  natural = jnp.mean(cross_entropy(natural_logits, passes.targets))
   return (
     pull
     + natural
@@ -203,8 +204,9 @@ def weight_decay(params: hk.Params) -> jax.Array:
   Returns:
     [].
   """
-  return 0.5 * sum(
+  squares: Any = (
     jnp.sum(jnp.square(value))
     for _, name, value in hk.data_structures.traverse(params)
     if name in ('w', 'b')
   )
+  return 0.5 * sum(squares)
