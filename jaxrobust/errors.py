@@ -11,6 +11,10 @@ class UserError(ValueError):
   """
 
 
+class UnknownNameError(UserError):
+  """A name that nothing has registered; a file of the user's may be there to do it."""
+
+
 class PreemptedError(Exception):
   """A checkpoint was written because somebody asked the program to stop."""
 

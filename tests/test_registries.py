@@ -1,12 +1,16 @@
 """Registries: names without imports, things on demand, refusals."""
 
+import json
 import sys
 import types
 
 import pytest
 
-from jaxrobust.config import registries
+from jaxrobust import config as configs
+from jaxrobust import train
+from jaxrobust.config import experiments, registries
 from jaxrobust.errors import UserError
+from jaxrobust.runs import cli, workdir
 
 
 @pytest.fixture
@@ -70,3 +74,59 @@ def test_the_names_of_the_package_are_those_that_its_modules_know():
   assert registries.ATTACKS.names() == tuple(suites.ATTACKS)
   for name in ('gaussian', 'ddpm', 'mixup'):
     assert registries.GENERATORS.get(name).__module__ == f'jaxrobust.generators.{name}'
+
+
+@pytest.fixture
+def own_loss(tmp_path, monkeypatch):
+  """An experiment's file that registers its loss, and the workdir of its run."""
+  for name in ('_items', '_homes'):
+    monkeypatch.setattr(registries.LOSSES, name, dict(getattr(registries.LOSSES, name)))
+  file = tmp_path / 'mine.py'
+  file.write_text(
+    'from jaxrobust.config import experiments, registries\n'
+    "registries.LOSSES.register('mine', print)\n"
+    'def get_config(arg=""):\n'
+    "  c = experiments.load('digits').unlock()\n"
+    "  c.loss.name = 'mine'\n"
+    '  return c.lock()\n'
+  )
+
+  def main(config, folder):
+    configs.check(config)
+    workdir.claim(folder, config)
+
+  command = [f'--workdir={tmp_path}/run', f'--config={file}', '--config.seed=3']
+  program = cli.Program('train', main)
+  assert cli._run(program, command) == 0
+  forgotten = {k: x for k, x in registries.LOSSES._items.items() if k != 'mine'}
+  monkeypatch.setattr(registries.LOSSES, '_items', forgotten)
+  return program, file, tmp_path / 'run'
+
+
+def test_what_was_trained_by_a_loss_of_ones_own_is_judged_without_its_file(own_loss):
+  program, _, run = own_loss
+  assert cli._run(program, [f'--workdir={run}']) == 0
+  assert 'mine' not in registries.LOSSES
+
+
+def test_a_name_that_the_file_of_a_run_registers_is_told_with_that_file(
+  own_loss, capsys
+):
+  """Also after other commands; the file is not loaded unasked."""
+  program, file, run = own_loss
+  cli._run(program, [f'--workdir={run}'])
+  file.write_text(f'open({str(run)!r} + "/loaded", "w")\n{file.read_text()}')
+  capsys.readouterr()
+  assert cli._run(train.PROGRAM, [f'--workdir={run}']) == cli.ERROR
+  [line] = capsys.readouterr().err.splitlines()
+  assert "config.loss.name = 'mine': use one of standard" in line
+  assert line.endswith(f'add --config={file} --config.seed=3')
+  assert not (run / 'loaded').exists()
+  # Of the package's own experiments a file has nothing to add.
+  status = json.loads((run / 'status.json').read_text())
+  digits = experiments.folder() / 'digits.py'
+  for flags in ([f'--config={digits}'], [f'--config={file}\n'], []):
+    (run / 'status.json').write_text(json.dumps(status | {'config': flags}))
+    assert cli._run(train.PROGRAM, [f'--workdir={run}']) == cli.ERROR
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith('uat')

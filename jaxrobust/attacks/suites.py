@@ -42,7 +42,7 @@ from ml_collections import config_dict
 from jaxrobust.attacks import apgd, fab, multitargeted, norms, objectives, pgd, square
 from jaxrobust.attacks.attack import Attack
 from jaxrobust.config import registries
-from jaxrobust.errors import UserError
+from jaxrobust.errors import UnknownNameError, UserError
 
 _AUTOATTACK = 'apgd-ce,apgd-t,fab-t,square'
 SUITES = {
@@ -200,7 +200,7 @@ def _attack(suite: str, item: str, ball: norms.Ball) -> Attack:
   attacks = registries.ATTACKS
   if name not in attacks:
     near = registries.did_you_mean(name, [*SUITES, *attacks.names()])
-    raise UserError(
+    raise UnknownNameError(
       f'suite {suite!r}: there is no attack or suite {name!r}; use one of the suites '
       f'{", ".join(SUITES)}, or attacks, separated by commas: '
       f'{", ".join(attacks.names())}{near}'

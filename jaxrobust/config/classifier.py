@@ -365,6 +365,8 @@ def resolve(config: config_dict.ConfigDict) -> Derived:
     UserError: for a value out of its range, or fields that contradict each other.
   """
   check(config)
+  fields.check(config.loss, FIELDS['loss'], 'loss.')
+  _check_loss(config.loss)
   batch_size = config.data.batch_size
   steps = lambda epochs: max(
     int(epochs * config.training.epoch_examples / batch_size), 1
@@ -392,21 +394,24 @@ def resolve(config: config_dict.ConfigDict) -> Derived:
 
 
 def check(config: config_dict.ConfigDict) -> None:
-  """Raises UserError for the first field with a value that cannot be meant."""
+  """Raises UserError for the first field with a value that cannot be meant.
+
+  The loss is left to `resolve`: whoever judges what was trained by a loss of his own
+  need not know it.
+  """
   if 'threat' not in config or 'training' not in config:
     raise UserError(
       "this is not a classifier's config: give an experiment such as "
       'experiments/digits.py, or the workdir of such a run'
     )
   dataset_info.check(config.dataset)
-  fields.check(config, FIELDS)
+  fields.check(config, {k: x for k, x in FIELDS.items() if k != 'loss'})
   check_epsilon(config.threat.norm, config.threat.epsilon)
   if config.checkpoint.export == 'best' and not config.dataset.validation_images:
     raise UserError(
       "config.checkpoint.export = 'best' with no validation images to choose by: "
       "set config.dataset.validation_images, or config.checkpoint.export='last'"
     )
-  _check_loss(config.loss)
   drops = config.optimizer.drop_fractions
   if not all(0 < a < b for a, b in zip(drops, (*drops, 1)[1:], strict=True)):
     raise UserError(

@@ -21,7 +21,7 @@ from ml_collections import config_dict
 
 from jaxrobust.config import registries
 from jaxrobust.config.fields import field
-from jaxrobust.errors import UserError
+from jaxrobust.errors import UnknownNameError, UserError
 
 OWN = ('folder', 'npz')  # on disk; and tfds:NAME
 ARRAYS = 'arrays'  # given to a function in Python
@@ -175,7 +175,7 @@ def check(dataset: config_dict.ConfigDict) -> None:
   """Raises UserError unless a config's `dataset` names one."""
   if not is_own(dataset):
     if dataset.name not in INFO:
-      raise UserError(
+      raise UnknownNameError(
         f'config.dataset.name = {dataset.name!r}: use one of {", ".join(INFO)}, '
         f'folder, npz or tfds:NAME{registries.did_you_mean(dataset.name, INFO)}'
       )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import config_dict
 
 from jaxrobust.config import registries
-from jaxrobust.errors import UserError
+from jaxrobust.errors import UnknownNameError, UserError
 
 _DEFAULT = object()
 
@@ -173,7 +173,7 @@ def check_value(value: Any, known: Field, given: str) -> None:
     return
   if known.choices and value not in known.choices:
     names = ', '.join(x or "''" for x in known.choices)
-    raise UserError(
+    raise UnknownNameError(
       f'{given} = {value!r}: use one of {names}'
       f'{registries.did_you_mean(value, known.choices)}'
     )

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jaxrobust.errors import UserError
+from jaxrobust.errors import UnknownNameError, UserError
 
 
 class Registry:
@@ -96,7 +96,7 @@ class Registry:
   def check(self, name: str, given: str = '') -> None:
     """Raises UserError for a name that does not exist; see `get`."""
     if name not in self:
-      raise UserError(
+      raise UnknownNameError(
         f'{given or self.kind} = {name!r}: use one of {", ".join(self.names())}'
         f'{did_you_mean(name, self.names())}'
       )

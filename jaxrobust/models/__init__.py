@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, registries
-from jaxrobust.errors import UserError
+from jaxrobust.errors import UnknownNameError, UserError
 from jaxrobust.models.preact_resnet import PreActResNet18
 from jaxrobust.models.wide_resnet import WideResNet
 
@@ -169,7 +169,7 @@ def _network(name, num_classes, activation, group_size, remat):
   match = re.fullmatch(r'wrn-([0-9]{1,4})-([0-9]{1,4})', name)
   depth, width = (int(n) for n in match.groups()) if match else (0, 0)
   if not 10 <= depth <= MAX_DEPTH or (depth - 4) % 6 or width < 1:
-    raise UserError(
+    raise UnknownNameError(
       f'model.name = {name!r}: use preact-resnet-18, or wrn-DEPTH-WIDTH with a '
       f'DEPTH of 10, 16, 22, 28, …, {MAX_DEPTH} (6 n + 4), such as wrn-28-10'
     )

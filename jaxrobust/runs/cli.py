@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from absl import logging
 
 from jaxrobust import config as configs
 from jaxrobust.config import experiments, overrides
-from jaxrobust.errors import PreemptedError, UserError
+from jaxrobust.errors import PreemptedError, UnknownNameError, UserError
 from jaxrobust.runs import exits, flags
 from jaxrobust.runs.exits import CRASHED, DONE, ERROR, INTERRUPTED, PREEMPTED, UNREAD
 from jaxrobust.runs.flags import PATH, Flag, Program
@@ -61,7 +62,7 @@ def _run(program: Program, arguments: list[str]) -> int:
       )
     command = {'program': program.name, 'workdir': given.workdir, **given.flags}
     process_group.start(command, config)
-    workdirs.begin([program.name, *arguments])
+    workdirs.begin([program.name, *arguments], given.config_flags())
     if not (program.alone and process_group.leave_to_first()):
       code = program.main(config, given.workdir, **given.flags, **more) or DONE
   except PreemptedError as e:
@@ -72,7 +73,7 @@ def _run(program: Program, arguments: list[str]) -> int:
     code, state, line = INTERRUPTED, 'preempted', 'interrupted from the keyboard'
   except Exception as e:
     process_group.take_last_word()
-    code, line = _report(e, given.workdir)
+    code, line = _report(e, given)
     state = 'failed'
   workdirs.write_status(state, line)
   if code in (DONE, PREEMPTED):
@@ -82,7 +83,7 @@ def _run(program: Program, arguments: list[str]) -> int:
   return code
 
 
-def _report(e: Exception, workdir: str) -> tuple[int, str]:
+def _report(e: Exception, given: flags.Given) -> tuple[int, str]:
   """Reports what ends a program: its exit code, and the line for its status."""
   from jaxrobust.distributed import parallel
   from jaxrobust.runs import process_group
@@ -94,8 +95,8 @@ def _report(e: Exception, workdir: str) -> tuple[int, str]:
     workdirs.clear_remains()
   for code, known in (
     (ERROR, gone),
-    (ERROR, e if isinstance(e, UserError) else None),
-    (ERROR, workdirs.disk_error(e, workdir)),
+    (ERROR, f'{e}{_hint(e, given)}' if isinstance(e, UserError) else None),
+    (ERROR, workdirs.disk_error(e, given.workdir)),
     (ERROR, parallel.memory_error(e)),
     (CRASHED, process_group.lost(e)),
   ):
@@ -105,6 +106,25 @@ def _report(e: Exception, workdir: str) -> tuple[int, str]:
   # A fault of the machine or of this code: start it again.
   exits.say(traceback.format_exc().rstrip())
   return CRASHED, f'{type(e).__name__}: {e}'
+
+
+def _hint(e: UserError, given: flags.Given) -> str:
+  """What to add where a name is unknown, which the run's own file had registered.
+
+  That file is not loaded unasked: a workdir may come from somebody else.
+  """
+  from jaxrobust.runs import workdir as workdirs
+
+  if not isinstance(e, UnknownNameError) or given.config or not given.workdir:
+    return ''
+  flags_of_run = workdirs.config_flags(given.workdir)
+  file = next((x for x in flags_of_run if x.startswith('--config=')), '')
+  file = file.removeprefix('--config=').split(':')[0]
+  own = file.endswith('.py') and not file.startswith(str(experiments.folder()))
+  return own * (
+    f'; {given.workdir} was made with a file that may register that name, which is not '
+    f'loaded unasked: add {shlex.join(flags_of_run)}'
+  )
 
 
 def _refuse_other_encodings(arguments: list[str]):

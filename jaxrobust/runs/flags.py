@@ -89,6 +89,16 @@ class Given(NamedTuple):
   process_id: int | None
   flags: dict[str, Any]
 
+  def config_flags(self) -> list[str]:
+    """What gave the config, as flags, its file by the whole path; none without one."""
+    file, colon, arg = self.config.partition(':')
+    path = os.path.abspath(os.path.expanduser(file))
+    file = path if os.path.isfile(path) else file
+    return [f'--config={file}{colon}{arg}', *self._overrides()] if file else []
+
+  def _overrides(self) -> list[str]:
+    return [f'--config.{path}={text}' for path, text in self.overrides.items()]
+
   def to_pass_on(self) -> list[str]:
     """The overrides and the flags of processes, as flags."""
     processes = {
@@ -97,7 +107,7 @@ class Given(NamedTuple):
       if (value := getattr(self, name)) not in (None, '')
     }
     return [
-      *(f'--config.{path}={text}' for path, text in self.overrides.items()),
+      *self._overrides(),
       *(f'--{name}={value}' for name, value in processes.items()),
     ]
 

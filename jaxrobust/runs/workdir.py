@@ -12,6 +12,7 @@ import os
 import pathlib
 import platform
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
@@ -25,7 +26,14 @@ from jaxrobust.files import json_files
 from jaxrobust.version import __version__
 
 _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'numpy')
-_STATUS = {'state': str, 'message': str, 'command': [str], 'host': str, 'pid': int}
+_STATUS = {
+  'state': str,
+  'message': str,
+  'command': [str],
+  'host': str,
+  'pid': int,
+  'config?': [str],
+}
 _MAX_PID = 2**31 - 1  # of the type that the system gives processes' numbers
 # What is read of entries of results.json, whatever made them.
 _ENTRY = {
@@ -40,9 +48,8 @@ _ENTRY = {
   'robust_accuracy?': float,
   'warnings?': [str],
 }
-_program: dict[
-  str, Any
-] = {}  # of this process: its command, and the folder that it has claimed
+# Of this process: its command, and the folder that it has claimed.
+_program: dict[str, Any] = {}
 
 # Errors of a disk that its user can mend; others may be gone at the next start.
 _DISK_ERRORS = (
@@ -99,6 +106,7 @@ def claim(
   if _program:
     _refuse_second(folder)
     _program['folder'] = folder
+    _program['config'] = _program['config'] or config_flags(folder)
     if parallel.is_writer() and '://' not in str(folder):
       # Open, so that no other gets its number.
       _program['opened'] = os.open(folder, os.O_RDONLY)
@@ -139,13 +147,14 @@ def _refuse_second(folder: epath.Path):
     )
 
 
-def begin(command: list[str]) -> None:
+def begin(command: list[str], config: Sequence[str] = ()) -> None:
   """Says that this process is a program: what it claims gets a status.json.
 
   Args:
     command: the program's name and its flags.
+    config: the flags that gave its config; () leaves what the workdir says.
   """
-  _program.update(command=command, folder=None)
+  _program.update(command=command, config=list(config), folder=None)
 
 
 def removed(error: Exception | None = None) -> UserError | None:
@@ -185,6 +194,12 @@ def _is_at(opened: int, folder: epath.Path) -> bool:
     return False
 
 
+def config_flags(folder: str | epath.Path) -> list[str]:
+  """The flags that gave the config of the run in `folder`; none where it is unknown."""
+  found = read_status(epath.Path(folder)).get('config', [])
+  return found if all(map(str.isprintable, found)) else []
+
+
 def write_status(state: str, message: str = '') -> None:
   """Writes status.json, if this process is a program that has claimed a workdir.
 
@@ -193,6 +208,7 @@ def write_status(state: str, message: str = '') -> None:
     message: what else there is to say; kept in one line.
   """
   folder, command = _program.get('folder'), _program.get('command')
+  config = _program.get('config', [])
   gone = removed()
   if state != 'running':
     _program.clear()
@@ -202,6 +218,7 @@ def write_status(state: str, message: str = '') -> None:
     'state': state,
     'message': ' '.join(message.split()),
     'command': command,
+    'config': config,
     'host': platform.node(),
     'pid': os.getpid(),
   }
