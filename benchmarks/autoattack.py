@@ -24,7 +24,6 @@ import time
 import numpy as np
 
 EPSILON = {'linf': 8 / 255, 'l2': 128 / 255}
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
 def pictures():
@@ -45,14 +44,13 @@ def train(name, steps):
   """A network after so many TRADES steps on the first 1,000 pictures."""
   import jax
 
-  from experiments import cifar10_linf
   from jaxrobust import config as configs
   from jaxrobust import models
-  from jaxrobust.config import dataset_info
+  from jaxrobust.config import dataset_info, experiments
   from jaxrobust.distributed import parallel
   from jaxrobust.training import optimizer, update
 
-  config = cifar10_linf.get_config(f'{name},real').unlock()
+  config = experiments.load(f'cifar10_linf:{name},real').unlock()
   batch = config.data.batch_size = config.model.batch_norm_group = 64
   config.training.num_steps, config.optimizer.warmup_epochs = steps, 0.0
   config.augment.flip, config.augment.pad, config.data.real_repeats = False, 2, 1
@@ -80,6 +78,7 @@ def ours(path, images, labels, norm, batch_size):
 
   from jaxrobust import models
   from jaxrobust.attacks.robustness import evaluate_robustness
+  from jaxrobust.config import dataset_info
   from jaxrobust.models import architecture, parameter_files
 
   compiling = []
@@ -89,11 +88,12 @@ def ours(path, images, labels, norm, batch_size):
       compiling.append(seconds) if 'backend_compile' in event else None
     )
   )
+  info = dataset_info.INFO['cifar10']
   params, net_state = parameter_files.read(path)
   found = architecture.infer(params, path)
   model = models.build(
     found.name, num_classes=found.num_classes, image_shape=images.shape[1:],
-    activation='swish', mean=MEAN, std=STD, padding=0, group_size=None,
+    activation='swish', mean=info.mean, std=info.std, padding=0, group_size=None,
   )  # fmt: skip
   start = time.perf_counter()
   outcome = evaluate_robustness(
@@ -113,13 +113,15 @@ def published(path, images, labels, norm, batch_size):
   import torch
   from autoattack import AutoAttack
 
+  from jaxrobust.config import dataset_info
   from jaxrobust.models import architecture, parameter_files, pytorch
   from tests.helpers import torch_networks
 
+  info = dataset_info.INFO['cifar10']
   params, net_state = parameter_files.read(path)
   _, depth, width = architecture.infer(params, path).name.split('-')
   network = torch_networks.WideResNet(
-    int(depth), int(width), 10, 3, MEAN, STD, 0, torch.nn.functional.silu
+    int(depth), int(width), 10, 3, info.mean, info.std, 0, torch.nn.functional.silu
   )
   state = pytorch.to_state_dict(params, net_state)
   network.load_state_dict({k: torch.tensor(v) for k, v in state.items()})

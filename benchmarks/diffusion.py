@@ -38,11 +38,9 @@ TASKS = ('training', 'sampling')
 
 def make_settings(dataset, channels):
   """(`config.generator`, the data set's info)."""
-  from experiments import cifar10_ddpm, digits_ddpm
-  from jaxrobust.config import dataset_info
+  from jaxrobust.config import dataset_info, experiments
 
-  experiment = {'digits': digits_ddpm, 'cifar10': cifar10_ddpm}[dataset]
-  settings = experiment.get_config().unlock().generator
+  settings = experiments.load(f'{dataset}_ddpm').unlock().generator
   if channels:
     settings.network.channels = channels
   return settings, dataset_info.INFO[dataset]

@@ -34,10 +34,9 @@ def jax_step(name, batch_size, plain=False):
   import jax
   import numpy as np
 
-  from experiments import cifar10_linf
   from jaxrobust import config as configs
   from jaxrobust import models
-  from jaxrobust.config import dataset_info
+  from jaxrobust.config import dataset_info, experiments
   from jaxrobust.distributed import parallel
   from jaxrobust.models import convolution
   from jaxrobust.training import optimizer, update
@@ -50,7 +49,7 @@ def jax_step(name, batch_size, plain=False):
       'SAME',
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
-  config = cifar10_linf.get_config(name).unlock()
+  config = experiments.load(f'cifar10_linf:{name}').unlock()
   config.data.batch_size = config.model.batch_norm_group = batch_size
   model = models.from_config(config.model, dataset_info.INFO['cifar10'])
   sgd = optimizer.make(config.optimizer, configs.resolve(config))
@@ -82,6 +81,9 @@ def torch_step(name, batch_size, threads, channels_last=False):
   from torch import nn
   from torch.nn import functional
 
+  from jaxrobust.config import dataset_info
+
+  info = dataset_info.INFO['cifar10']
   torch.set_num_threads(threads)
   torch.manual_seed(0)
   depth, width = map(int, name.split('-')[1:])
@@ -130,12 +132,8 @@ def torch_step(name, batch_size, threads, channels_last=False):
       self.logits = nn.Linear(before, 10)
       nn.init.zeros_(self.logits.weight)
       nn.init.zeros_(self.logits.bias)
-      self.register_buffer(
-        'mean', torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
-      )
-      self.register_buffer(
-        'std', torch.tensor([0.2471, 0.2435, 0.2616]).view(1, 3, 1, 1)
-      )
+      self.register_buffer('mean', torch.tensor(info.mean).view(1, 3, 1, 1))
+      self.register_buffer('std', torch.tensor(info.std).view(1, 3, 1, 1))
 
     def forward(self, images):
       return self.logits(self.layers((images - self.mean) / self.std).mean((2, 3)))

@@ -17,7 +17,7 @@ What a notebook needs is here, imported when it is first asked for:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxrobust.version import __version__ as __version__
+from jaxrobust.runs.version import __version__ as __version__
 
 # Public name → the module that has it. No module of the package has such a name, which
 # would take its place when it is imported.

@@ -6,7 +6,7 @@ import importlib
 import pathlib
 import sys
 
-from jaxrobust.version import __version__
+from jaxrobust.runs.version import __version__
 
 # In the order in which they are met.
 _VERBS = {

@@ -307,9 +307,8 @@ def read_features(
   """The same of a file; where it is absent, UserError after writing what it is of."""
   if not epath.Path(config.features).exists():
     if parallel.is_writer():
-      buffer = io.BytesIO()
-      np.savez(buffer, **{name: split.images for name, split in sets.items()})
-      workdirs.write(folder / 'images.npz', buffer.getvalue())
+      images = {name: split.images for name, split in sets.items()}
+      workdirs.write_npz(folder / 'images.npz', **images)
     parallel.barrier('images')
     raise UserError(
       f'config.features = {config.features} is absent: compute features '

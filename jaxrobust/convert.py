@@ -42,7 +42,6 @@ from etils import epath
 from ml_collections import config_dict
 
 from jaxrobust.errors import UserError
-from jaxrobust.files import arrays
 from jaxrobust.models import architecture, hub, leaderboard, parameter_files, zoo
 from jaxrobust.models import card as cards
 from jaxrobust.runs import cli
@@ -176,17 +175,14 @@ def _check_target(target, card):
   beside = cards.path_of(target)
   if not beside.exists():
     return
-  text = card.to_json().encode()
-  with arrays.open_file(beside) as file:
-    is_same = file.read(len(text) + 1) == text
-  if not is_same:
+  if not card.is_in(beside):
     raise UserError(
       f'{beside} exists, and is the card of another checkpoint: give another --to'
     )
 
 
 def _warn(card: cards.Card):
-  """Tells where the PyTorch classes of others would not take the file as it is."""
+  """Warns where the PyTorch classes of others would not take the file as it is."""
   if card.model['name'].endswith('-1'):
     logging.warning(
       'of width 1: this file has layer.0.block.0.shortcut.weight, which the classes of '

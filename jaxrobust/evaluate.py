@@ -63,7 +63,6 @@ from jaxrobust.config import classifier, dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.files import arrays
 from jaxrobust.models import parameter_files, zoo
 from jaxrobust.runs import checkpoints, cli, process_group, stop_requests
 from jaxrobust.runs import workdir as workdirs
@@ -205,15 +204,15 @@ def _save_images(path: epath.Path, images, labels, outcome: Outcome, suite: str)
   count = len(outcome.adversarial)
   if path.name == 'examples.npz':
     count = min(count, _NUM_EXAMPLES)
-  content = arrays.npz_bytes(
+  path.parent.mkdir(parents=True, exist_ok=True)
+  workdirs.write_npz(
+    path,
     images=images[:count],
     adversarial=outcome.adversarial[:count],
     labels=labels[:count],
     predictions=outcome.predictions[:count],
     suite=suite,
   )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  workdirs.write(path, content)
 
 
 def _sha256(path: epath.Path, variables) -> str:

@@ -38,19 +38,15 @@ that share of the chip's published peak in bfloat16 (Google Cloud's pages on TPU
 versions), in place of the schedule.
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterator
 
 from ml_collections import config_dict
 
-from jaxrobust import config as configs
-from jaxrobust.config import experiments
 from jaxrobust.data import datasets
-from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.planning import compiler, device_programs, hardware, program_cost
+from jaxrobust.planning import compiler, device_programs, hardware
 from jaxrobust.planning import schedule as schedules
 from jaxrobust.reporting import planned_runs
 from jaxrobust.runs import cli
@@ -111,7 +107,7 @@ def main(
   for program, result in zip(found, results, strict=True):
     if len(found) > 1:
       print(f'{program.name}:')
-    operations = operations_of(program, len(devices))
+    operations = compiler.operations(program, len(devices))
     for line in report(result, operations, program, len(devices), chip):
       print(line)
     seconds = seconds_of(result, operations, len(devices), chip, utilization)
@@ -137,7 +133,7 @@ def print_total(
 
   def hours(program) -> float:
     result = None if utilization else compiler.compile_for(devices, topology, program)
-    operations = operations_of(program, num_devices) if utilization else 0.0
+    operations = compiler.operations(program, num_devices) if utilization else 0.0
     seconds = seconds_of(result, operations, num_devices, chip, utilization)
     if seconds is None:
       raise UserError(
@@ -147,7 +143,7 @@ def print_total(
     return seconds * program.calls / 3600
 
   def cost(config, part: str, make) -> float:
-    kind = _kind(config, part)
+    kind = device_programs.cost_key(config, part)
     if kind not in known:
       known[kind] = chips * sum(hours(program) for program in make())
     return known[kind]
@@ -166,12 +162,6 @@ def print_total(
     f'{what} {training:,.4g} chip-hours of training, at most {judging:,.4g} of judging '
     '(if no image fell)'
   )
-
-
-def operations_of(program: device_programs.Program, num_devices: int) -> float:
-  """FLOPs of a call on one of so many devices."""
-  jaxpr = parallel.trace(program.fn, program.arguments, num_devices)
-  return program_cost.flops(jaxpr, rounds=program.rounds)
 
 
 def seconds_of(
@@ -351,20 +341,8 @@ def _points_of_sweep(config) -> list:
   given = [x for x in sys.orig_argv if x.startswith('--config=')]
   if not given:
     raise UserError('--sweep needs --config= of an experiment that has a sweep()')
-  file = given[-1].removeprefix('--config=').split(':')[0]
-  found = experiments.sweep_points(config, file)
-  return [(name, point, True) for name, _, point in found]
-
-
-def _kind(config, part: str) -> str:
-  """What the cost of a part follows from: points of a sweep often share it."""
-  tree = json.loads(configs.to_json(config))
-  fields = {
-    'training': ('augment', 'loss', 'attack', 'ema', 'training'),
-    'evaluation': ('evaluation', 'threat'),
-  }[part]
-  kept = [tree[field] for field in ('model', *fields)]
-  return json.dumps([part, tree['dataset']['name'], tree['data']['batch_size'], *kept])
+  found = planned_runs.of_sweep(config, given[-1].removeprefix('--config='), 'runs')
+  return [(point.name, point.config, True) for point in found]
 
 
 PROGRAM = cli.Program(

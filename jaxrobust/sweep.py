@@ -34,25 +34,21 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 
 from absl import logging
-from etils import epath
 from ml_collections import config_dict
 
-from jaxrobust import config as configs
-from jaxrobust.config import experiments
-from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.reporting.planned_runs import (
   Maker,
   Point,
   command_line,
   find_table,
+  of_sweep,
   read_tables,
   with_needs,
 )
-from jaxrobust.runs import cli
+from jaxrobust.runs import cli, stop_requests
 from jaxrobust.runs.flags import Given
 
 
@@ -78,12 +74,12 @@ def main(
     maker = Maker(workdir, preparations, given.to_pass_on())
     found = maker.of_table(find_table(table, known))
   elif given.config:
-    found = points(config, given.config, workdir, given.to_pass_on())
+    found = of_sweep(config, given.config, workdir, given.to_pass_on())
   else:
     raise UserError('give --config= of an experiment that has a sweep(), or --table=')
   if not found:
     raise UserError(f'--table={table} has no row to run: its rows are published only')
-  chosen = select(found, only, shard)
+  chosen = choose(found, only, shard)
   refuse_others(chosen)
   if not list_:
     return run(chosen)
@@ -93,38 +89,7 @@ def main(
   return cli.DONE
 
 
-def points(
-  config: config_dict.ConfigDict, path: str, workdir: str, common: Sequence[str] = ()
-) -> list[Point]:
-  """The points that the sweep() of an experiment's file yields.
-
-  Args:
-    config: the experiment's, with the overrides common to all points.
-    path: the experiment's file, with its argument after a colon if it has one.
-    workdir: the folder of all runs.
-    common: flags to pass on to every run.
-
-  Returns:
-    The points, in order.
-
-  Raises:
-    UserError: without a sweep(), for an override that is no field or has another type,
-      or if two points have the same experiment's name.
-  """
-  found = []
-  for name, overrides, point in experiments.sweep_points(config, path.split(':')[0]):
-    folder = configs.experiment_name(point)
-    home = epath.Path(workdir) / folder
-    own = [f'--config.{field}={value}' for field, value in overrides.items()]
-    for flag in common:
-      if flag.partition('=')[0].removeprefix('--config.') in overrides:
-        logging.warning('%s does not hold for %s, which sets that field', flag, name)
-    flags = [f'--workdir={home}', f'--config={path}', *common, *own]
-    found.append(Point(name, point, home, flags))
-  return found
-
-
-def select(found: list[Point], only: str = '', shard: str = '') -> list[Point]:
+def choose(found: list[Point], only: str = '', shard: str = '') -> list[Point]:
   """Points by name, those of a shard 'I/N', and what they need.
 
   Args:
@@ -207,7 +172,7 @@ class _Runner:
 
   def __init__(self):
     self.asked, self._process = False, None
-    for number in parallel.STOP_SIGNALS:
+    for number in stop_requests.SIGNALS:
       if signal.getsignal(number) != signal.SIG_IGN:  # As nohup leaves SIGHUP.
         signal.signal(number, self._forward)
 

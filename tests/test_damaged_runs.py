@@ -12,8 +12,8 @@ from etils import epath
 
 from experiments import digits
 from jaxrobust import config as configs
-from jaxrobust import report
 from jaxrobust.errors import UserError
+from jaxrobust.reporting import runs_table
 from jaxrobust.runs import checkpoints, metrics, workdir
 from tests.helpers.mutations import json_mutations, mutations
 
@@ -101,7 +101,7 @@ def test_any_results(run):
   for content in damages([entry, entry], seed=3):
     path.write_bytes(content)
     in_one_line(lambda: workdir.find_result(run, PROTOCOL), path)
-    in_one_line(lambda: report.table_of_runs(report.find_runs(run.parent)), path)
+    in_one_line(lambda: runs_table.markdown(runs_table.find(run.parent)), path)
 
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run):

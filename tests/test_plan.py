@@ -137,7 +137,7 @@ def program_of(config, what):
 
 
 def operations_of(what='train', **overrides):
-  return plan.operations_of(program_of(small(**overrides), what), 8)
+  return compiler.operations(program_of(small(**overrides), what), 8)
 
 
 def test_the_attack_is_in_the_step():
@@ -251,7 +251,7 @@ def test_what_would_save_memory_of_a_generator():
 
 def test_the_programs_of_a_generator():
   config = digits_ddpm.get_config().unlock()
-  operations = lambda what: plan.operations_of(program_of(config, what), 8)
+  operations = lambda what: compiler.operations(program_of(config, what), 8)
   step, samples = operations('train'), operations('sample')
   # An update is a forward pass and two of gradients of 64 / 8 images, less the first
   # layer's gradient of its input; a sample 20 forward passes, of 250.
@@ -327,7 +327,7 @@ def test_refuses_in_one_line(flags, words):
 
 def test_the_total_of_a_table(capsys, monkeypatch):
   """Every classifier counts once, runs of one kind are counted once."""
-  monkeypatch.setattr(plan, 'operations_of', lambda program, n: 4e12)
+  monkeypatch.setattr(compiler, 'operations', lambda program, n: 4e12)
   traced = []
   for made in ('of', 'judging'):
     make = getattr(device_programs, made)

@@ -14,7 +14,13 @@ from experiments import digits, paper
 from experiments.base_table import Row, Table
 from jaxrobust import report
 from jaxrobust.errors import UserError
-from jaxrobust.reporting import figures, planned_runs, tables
+from jaxrobust.reporting import (
+  figures,
+  planned_runs,
+  runs_table,
+  table_status,
+  tables,
+)
 from jaxrobust.runs import workdir
 from tests.helpers.results import protocol as protocol_of
 
@@ -52,7 +58,7 @@ def folder(tmp_path):
 
 
 def test_rows(folder):
-  lines = report.table_of_runs(report.find_runs(folder)).splitlines()[2:]
+  lines = runs_table.markdown(runs_table.find(folder)).splitlines()[2:]
   ours = '| digits_linf_wrn-10-1_real (loss.beta={}) | real |'
   tail = '| pgd-40, linf 0.2 | 797 test |'
   # 55 ± sqrt(2 * 5^2 / 1): the sample standard deviation of 60 and 50 is 7.07.
@@ -66,7 +72,7 @@ def test_rows(folder):
 
 def test_a_figure_of_runs_that_have_not_trained_yet(folder):
   with figures.style() as plt:
-    groups = figures.groups_by_experiment(report.find_runs(folder))
+    groups = figures.groups_by_experiment(runs_table.find(folder))
     drawn = figures.draw_overview(plt, groups)
     assert figures.render(drawn).startswith(b'\x89PNG')
 
@@ -75,8 +81,8 @@ def test_runs_that_differ_in_much_are_told_apart_by_their_folders(tmp_path):
   many = {f'augment.{x}': 3 for x in ('pad', 'cutout', 'randaugment_operations')}
   add_run(tmp_path, 'a', [0.6])
   add_run(tmp_path, 'b', [0.6], **many, **{'loss.beta': 5.0, 'ema.decay': 0.5})
-  lines = report.lines_of_runs(report.find_runs(epath.Path(tmp_path)))
-  assert report.names_of(lines) == [
+  lines = runs_table.lines(runs_table.find(epath.Path(tmp_path)))
+  assert runs_table.names_of(lines) == [
     f'digits_linf_wrn-10-1_real ({folder})' for folder in ('a', 'b')
   ]
 
@@ -272,7 +278,7 @@ def test_latex_escapes_what_it_must(maker):
 def test_status_tells_what_to_do(maker, tmp_path):
   rows = [*TABLE.rows, Row('set', DIGITS + ':absent-set')]
   rows += [Row('made', DIGITS, {'data.samples': '{workdir}/digits_ddpm/samples'})]
-  text = list(report.status_lines(TABLE._replace(rows=rows), maker))
+  text = list(table_status.lines(TABLE._replace(rows=rows), maker))
   folder = f'{tmp_path}/digits_linf_wrn-10-1_real'
   assert (
     '  failed       digits_linf_wrn-10-1_real_failed_seed-0 (train: no data)' in text

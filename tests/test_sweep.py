@@ -15,6 +15,7 @@ from jaxrobust import config as configs
 from jaxrobust import sweep
 from jaxrobust.data import pipeline
 from jaxrobust.errors import UserError
+from jaxrobust.reporting import planned_runs
 from jaxrobust.runs import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -59,7 +60,9 @@ def digits(tmp_path):
     '  for seed in range(3):\n'
     "    yield f'seed-{seed}', {'seed': seed, 'variant': f'seed-{seed}'}\n"
   )
-  return sweep.points(config_of('digits'), str(file), str(tmp_path / 'my runs'))
+  return planned_runs.of_sweep(
+    config_of('digits'), str(file), str(tmp_path / 'my runs')
+  )
 
 
 @pytest.fixture
@@ -107,7 +110,7 @@ def play(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', WITH_SWEEP)
 def test_every_point_resolves_and_has_its_own_name(name):
   path = str(ROOT / 'experiments' / f'{name}.py')
-  found = sweep.points(config_of(name), path, 'runs')
+  found = planned_runs.of_sweep(config_of(name), path, 'runs')
   folders = [p.workdir.name for p in found]
   assert len(set(folders)) == len({p.name for p in found}) == len(found) > 1
   for point in found:
@@ -152,13 +155,13 @@ def test_a_point_wins_over_a_common_flag(tmp_path):
   config.seed = 7
   file = tmp_path / 'x.py'
   file.write_text("def sweep():\n  yield 'a', {'seed': 1}\n")
-  (point,) = sweep.points(config, str(file), 'runs', ['--config.seed=7'])
+  (point,) = planned_runs.of_sweep(config, str(file), 'runs', ['--config.seed=7'])
   assert point.config.seed == 1
   assert point.flags[-2:] == ['--config.seed=7', '--config.seed=1']
 
 
 def test_selection(digits):
-  names = lambda **how: [p.name for p in sweep.select(digits, **how)]
+  names = lambda **how: [p.name for p in sweep.choose(digits, **how)]
   assert names() == ['seed-0', 'seed-1', 'seed-2']
   assert names(only='seed-[12]') == ['seed-1', 'seed-2']
   assert names(shard='0/2') == ['seed-0', 'seed-2']
@@ -192,7 +195,7 @@ def test_a_wrong_sweep_is_refused_in_one_line(tmp_path, content, message):
   file = tmp_path / 'x.py'
   file.write_text(content)
   with pytest.raises(UserError) as e:
-    sweep.points(config_of('digits'), str(file), 'runs')
+    planned_runs.of_sweep(config_of('digits'), str(file), 'runs')
   assert message in str(e.value)
   assert '\n' not in str(e.value)
 

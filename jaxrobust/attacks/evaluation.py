@@ -26,7 +26,6 @@ from jaxrobust.attacks import checks, objectives
 from jaxrobust.attacks.record import STANDING, Record
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.files import arrays
 from jaxrobust.runs import workdir as workdirs
 
 # Images may be further than epsilon by the rounding of float32: a share of it in sums,
@@ -105,16 +104,16 @@ class Outcome(NamedTuple):
       UserError: for another ending.
     """
     file, text = epath.Path(path).expanduser(), json.dumps(self.to_dict(), indent=2)
-    content: str | bytes = f'{text}\n'
-    if file.suffix == '.npz':
-      found = {k: v for k, v in self._asdict().items() if isinstance(v, np.ndarray)}
-      content = arrays.npz_bytes(figures=np.array(text), **found)
-    elif file.suffix != '.json':
+    if file.suffix not in ('.json', '.npz'):
       raise UserError(
         f'{file}: an outcome is saved as .json, its figures, or .npz, with the arrays'
       )
     file.parent.mkdir(parents=True, exist_ok=True)
-    workdirs.write(file, content)
+    if file.suffix == '.json':
+      workdirs.write(file, f'{text}\n')
+      return
+    found = {k: v for k, v in self._asdict().items() if isinstance(v, np.ndarray)}
+    workdirs.write_npz(file, figures=text, **found)
 
   def _rows(self) -> list[tuple[str, str]]:
     """What `repr` shows beside the warnings: words and a share."""

@@ -189,4 +189,4 @@ class Record:
   def _write(self, path: epath.Path, **content):
     """Writes a whole file, or nothing."""
     self._folder.mkdir(parents=True, exist_ok=True)
-    workdirs.write(path, arrays.npz_bytes(**content))
+    workdirs.write_npz(path, **content)

@@ -275,7 +275,7 @@ def read_npy(
     return stream.whole()
 
 
-def npz_bytes(**arrays: np.ndarray) -> bytes:
+def npz_bytes(**arrays: np.ndarray | str) -> bytes:
   """The content of an `.npz` file with these arrays, to be written as a whole."""
   buffer = io.BytesIO()
   np.savez(buffer, **arrays)  # type: ignore[arg-type]

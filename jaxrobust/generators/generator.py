@@ -189,7 +189,7 @@ class Generator:
     """Writes variables and settings to a `.npz` file."""
     flat = {name: np.asarray(x) for name, x in _named(self.variables)}
     flat[_SETTINGS] = np.array(configs.to_json(self.settings))
-    workdir.write(path, arrays.npz_bytes(**flat))
+    workdir.write_npz(path, **flat)
 
   @classmethod
   def restore(

@@ -88,6 +88,12 @@ class Card:
     sizes = {'num_classes': info.num_classes, 'image_shape': info.image_shape}
     return json.dumps(dataclasses.asdict(self) | sizes, indent=2) + '\n'
 
+  def is_in(self, path: epath.Path) -> bool:
+    """Whether a file is this very card."""
+    text = self.to_json().encode()
+    with arrays.open_file(path) as file:
+      return file.read(len(text) + 1) == text
+
 
 def from_json(text: bytes | str, source: str) -> Card:
   """Reads a card.

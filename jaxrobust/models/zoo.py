@@ -65,12 +65,7 @@ _PUBLISHED = {
     'cifar100_linf_wrn70-16_ddpm': (60.46, 33.49),
   },
 }
-# Mean and standard deviation of the channels, pixels of padding.
-_NORMALISATION = {
-  'cifar10': ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), 0),
-  'cifar100': ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 0),
-  'mnist': ((0.5,), (0.5,), 2),
-}
+_PADDING = {'cifar10': 0, 'cifar100': 0, 'mnist': 2}  # pixels
 _EPSILON = {
   ('cifar10', 'linf'): 8 / 255,
   # One of the authors' tables says 8 / 255; the papers and RobustBench say this.
@@ -90,12 +85,12 @@ class Found(NamedTuple):
 def _entry(name: str, paper: str, clean: float, robust: float) -> cards.Card:
   """The card of a released checkpoint, from its name."""
   dataset, norm, model = name.split('_')[:3]
-  mean, std, padding = _NORMALISATION[dataset]
+  info = dataset_info.INFO[dataset]
   protocol = {
     'suite': 'autoattack',
     'dataset': dataset,
     'split': 'test',
-    'num_images': dataset_info.INFO[dataset].test_size,
+    'num_images': info.test_size,
     'norm': norm,
     'epsilon': _EPSILON[dataset, norm],
   }
@@ -109,9 +104,9 @@ def _entry(name: str, paper: str, clean: float, robust: float) -> cards.Card:
       if model == 'resnet18'
       else model.replace('wrn', 'wrn-'),
       'activation': 'swish',
-      'mean': mean,
-      'std': std,
-      'padding': padding,
+      'mean': info.mean,
+      'std': info.std,
+      'padding': _PADDING[dataset],
     },
     accuracies=(
       {

@@ -12,12 +12,18 @@ import jax
 from absl import logging
 
 from jaxrobust.distributed import parallel
-from jaxrobust.planning import device_programs, schedule
+from jaxrobust.planning import device_programs, program_cost, schedule
 from jaxrobust.runs import workdir as workdirs
 
 _GIB = 2**30
 _PARTS = ('arguments', 'outputs', 'aliased', 'temporaries')  # of a program's memory
 _FORMAT = '2'  # of the results that are kept
+
+
+def operations(program: device_programs.Program, num_devices: int) -> float:
+  """FLOPs of a call on one of so many devices."""
+  jaxpr = parallel.trace(program.fn, program.arguments, num_devices)
+  return program_cost.flops(jaxpr, rounds=program.rounds)
 
 
 def compile_for(devices: list, topology: str, program: device_programs.Program) -> dict:

@@ -1,6 +1,7 @@
 """The programs that devices run, with the shapes of what they are given."""
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +15,6 @@ from jaxrobust import models
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator
 from jaxrobust.config import dataset_info, generator, registries
-from jaxrobust.data import pipeline
 from jaxrobust.errors import UserError
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.trained import Trained
@@ -135,17 +135,6 @@ def _generator_of(config):
   return registries.GENERATORS.get(config.generator.name, 'config.generator.name')
 
 
-def _batch_of(info, images):
-  """Shapes of a device's batch."""
-  array = lambda kind, *shape: jax.ShapeDtypeStruct((images, *shape), kind)
-  return pipeline.Batch(
-    array(jnp.uint8, *info.image_shape),
-    array(jnp.int32),
-    array(bool),
-    array(jnp.int32),
-  )
-
-
 def _training(config, info, images):
   """The step of a classifier."""
   derived = configs.resolve(config)
@@ -153,7 +142,7 @@ def _training(config, info, images):
   sgd = optimizer.make(config.optimizer, derived)
   state = jax.eval_shape(lambda: update.init_state(config, model, sgd))
   step = update.make_step(config, model, sgd, info.num_classes)
-  arguments = state, _batch_of(info, images)
+  arguments = state, update.batch_like(info, images)
   return Program(step, arguments, (0,), images, derived.num_steps)
 
 
@@ -167,7 +156,7 @@ def _training_of_generator(config, info, images):
   return [
     Program(
       program.fn,
-      (state, _batch_of(info, images), part),
+      (state, update.batch_like(info, images), part),
       (0,),
       images // program.num_parts,
       math.ceil(num_steps / program.interval) * len(program.parts),
@@ -215,7 +204,7 @@ def judging(config: config_dict.ConfigDict, num_devices: int) -> list[Program]:
     seed=config.seed,
   )
   images = -(-size // num_devices)
-  pixels, labels, *_ = _batch_of(info, images)
+  pixels, labels, *_ = update.batch_like(info, images)
   variables = jax.eval_shape(model.init, jax.random.key(0))
   index = jax.ShapeDtypeStruct((), jnp.int32)
   return [
@@ -230,3 +219,17 @@ def judging(config: config_dict.ConfigDict, num_devices: int) -> list[Program]:
     )
     for name, attack in attacks
   ]
+
+
+def cost_key(config: config_dict.ConfigDict, part: str) -> str:
+  """What the cost of a run's 'training' or 'evaluation' follows from.
+
+  Points of a sweep often share it.
+  """
+  tree = json.loads(configs.to_json(config))
+  fields = {
+    'training': ('augment', 'loss', 'attack', 'ema', 'training'),
+    'evaluation': ('evaluation', 'threat'),
+  }[part]
+  kept = [tree[field] for field in ('model', *fields)]
+  return json.dumps([part, tree['dataset']['name'], tree['data']['batch_size'], *kept])

@@ -110,12 +110,20 @@ def _convolution(equation) -> float:
   return 2 * product * examples * features * kernel[numbers.rhs_spec[1]]
 
 
-def taps(pixels, taps, outputs, stride, low, dilation, kernel_dilation) -> int:
+def taps(
+  pixels: int,
+  size: int,
+  outputs: int,
+  stride: int,
+  low: int,
+  dilation: int,
+  kernel_dilation: int,
+) -> int:
   """Pairs of an output and a tap along an axis that meet a pixel."""
   positions = (
     output * stride + tap * kernel_dilation - low
     for output in range(outputs)
-    for tap in range(taps)
+    for tap in range(size)
   )
   last = (pixels - 1) * dilation
   return sum(0 <= p <= last and p % dilation == 0 for p in positions)

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from absl import logging
 from etils import epath
 from ml_collections import config_dict
 
@@ -163,6 +164,37 @@ def with_needs(names: set[str], found: list[Point]) -> list[Point]:
     if point.name in wanted:
       wanted |= set(point.needs)
   return [point for point in found if point.name in wanted]
+
+
+def of_sweep(
+  config: config_dict.ConfigDict, path: str, workdir: str, common: Sequence[str] = ()
+) -> list[Point]:
+  """The points that the sweep() of an experiment's file yields.
+
+  Args:
+    config: the experiment's, with the overrides common to all points.
+    path: the experiment's file, with its argument after a colon if it has one.
+    workdir: the folder of all runs.
+    common: flags to pass on to every run.
+
+  Returns:
+    The points, in order.
+
+  Raises:
+    UserError: without a sweep(), for an override that is no field or has another type,
+      or if two points have the same experiment's name.
+  """
+  found = []
+  for name, overrides, point in experiments.sweep_points(config, path.split(':')[0]):
+    folder = configs.experiment_name(point)
+    home = epath.Path(workdir) / folder
+    own = [f'--config.{field}={value}' for field, value in overrides.items()]
+    for flag in common:
+      if flag.partition('=')[0].removeprefix('--config.') in overrides:
+        logging.warning('%s does not hold for %s, which sets that field', flag, name)
+    flags = [f'--workdir={home}', f'--config={path}', *common, *own]
+    found.append(Point(name, point, home, flags))
+  return found
 
 
 def read_tables(file: str = '') -> tuple[dict, dict]:

@@ -5,6 +5,8 @@ from jaxrobust.errors import PreemptedError
 from jaxrobust.runs import metrics
 from jaxrobust.runs import workdir as workdirs
 
+SIGNALS = parallel.STOP_SIGNALS  # by which a program is asked
+
 
 class StopRequests:
   """Notices that a program was asked to stop, or cannot go on in its workdir.

@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import config_dict
@@ -22,8 +23,8 @@ from ml_collections import config_dict
 from jaxrobust import config as configs
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError, one_line
-from jaxrobust.files import json_files
-from jaxrobust.version import __version__
+from jaxrobust.files import arrays, json_files
+from jaxrobust.runs.version import __version__
 
 _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'numpy')
 _STATUS = {
@@ -34,6 +35,7 @@ _STATUS = {
   'pid': int,
   'config?': [str],
 }
+_CHECKSUMS = 'images.json'  # of arrays, where a run was given some
 _MAX_PID = 2**31 - 1  # of the type that the system gives processes' numbers
 # What is read of entries of results.json, whatever made them.
 _ENTRY = {
@@ -294,6 +296,26 @@ def write(path: epath.Path, content: str | bytes) -> None:
     with contextlib.suppress(Exception):  # The first error says more.
       temporary.unlink(missing_ok=True)
     raise
+
+
+def write_npz(path: epath.Path, **content: np.ndarray | str) -> None:
+  """Writes arrays to a whole `.npz` file, or nothing."""
+  write(path, arrays.npz_bytes(**content))
+
+
+def read_checksums(folder: epath.Path) -> dict | None:
+  """What `write_checksums` wrote into a workdir; None if it did not.
+
+  Raises:
+    UserError: for a damaged file.
+  """
+  path = folder / _CHECKSUMS
+  return json_files.parse(path.read_bytes(), str(path)) if path.exists() else None
+
+
+def write_checksums(folder: epath.Path, found: dict) -> None:
+  """Records which arrays a run in Python began with."""
+  write(folder / _CHECKSUMS, json.dumps(found) + '\n')
 
 
 def cache_folder(kind: str) -> epath.Path:

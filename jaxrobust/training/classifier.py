@@ -7,7 +7,6 @@
 """
 
 import functools
-import json
 import os
 from typing import NamedTuple, cast
 
@@ -26,7 +25,6 @@ from jaxrobust.config import dataset_info, fields
 from jaxrobust.data import datasets, pipeline
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.files import json_files
 from jaxrobust.models import batch_norm, companions, parameter_files
 from jaxrobust.runs import metrics, process_group, waiting
 from jaxrobust.runs import workdir as workdirs
@@ -91,15 +89,15 @@ def train(
     pipeline.check_sources(data.real, data.generated, *counts, info.num_classes)
   model = companions.for_training(config, info)
   process_group.require_alike(data.checksums())
-  images = epath.Path(workdir) / 'images.json'
-  if images.exists() and _recorded(images) != data.checksums():
+  recorded = workdirs.read_checksums(epath.Path(workdir))
+  if recorded is not None and recorded != data.checksums():
     raise UserError(
       f'{workdir} holds a run with other images: give the same arrays, or another '
       'workdir'
     )
   folder = workdirs.claim(workdir, config)
   if parallel.is_writer() and (train is not None or validation is not None):
-    workdirs.write(images, json.dumps(data.checksums()) + '\n')
+    workdirs.write_checksums(folder, data.checksums())
   logging.info(
     '%s: %d steps of %d images, %s, on %d devices; learning rate %g',
     configs.experiment_name(config),
@@ -198,11 +196,6 @@ def _recorded_of(config, real: datasets.Split, validation: datasets.Split | None
     mean, std = datasets.normalisation(real.images)
     config = fields.replace(config, {'model.mean': mean, 'model.std': std})
   return config
-
-
-def _recorded(path: epath.Path) -> dict:
-  """The checksums of the arrays that a run began with."""
-  return json_files.parse(path.read_bytes(), str(path))
 
 
 def _split(arrays, name: str) -> datasets.Split:

@@ -15,6 +15,7 @@ import optax
 from ml_collections import config_dict
 
 from jaxrobust import models
+from jaxrobust.config import dataset_info
 from jaxrobust.data import augment, policies
 from jaxrobust.data.pipeline import Batch
 from jaxrobust.distributed import parallel
@@ -57,6 +58,17 @@ def init_state(
     ema_params=params,
     ema_net_state=net_state,
     step=jnp.zeros([], jnp.int32),
+  )
+
+
+def batch_like(info: dataset_info.DatasetInfo, images: int) -> Batch:
+  """Shapes of a device's batch of so many images, as jax.ShapeDtypeStruct."""
+  array = lambda kind, *shape: jax.ShapeDtypeStruct((images, *shape), kind)
+  return Batch(
+    array(jnp.uint8, *info.image_shape),
+    array(jnp.int32),
+    array(bool),
+    array(jnp.int32),
   )
 
 
