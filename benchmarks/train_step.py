@@ -89,7 +89,7 @@ def torch_step(name, batch_size, threads, channels_last=False):
   depth, width = map(int, name.split('-')[1:])
 
   class Norm(nn.BatchNorm2d):
-    """Batch statistics; the running ones move only when told to."""
+    """Batch statistics; the running ones move only when they should."""
 
     moves = False
 

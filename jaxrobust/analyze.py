@@ -22,15 +22,15 @@ ones. Measured are
   (a) the labeller's accuracy on test images, its agreement with the labels of the set,
       and its confidence;
   (b) the share of generated images, and of test images, whose predicted class an attack
-      changes; the FID of the features; how well a classifier of the features tells
-      generated from test images (50 % if they are alike);
+      changes; the FID of the features; how well a classifier of the features
+      distinguishes generated from test images (50 % if they are alike);
   (c) whether the nearest neighbour of a generated image is a training, test or other
       generated image (a third each if they are alike); the share of train and of test
       images whose nearest neighbour is generated (50 % if they are alike; the paper
       prints coverage without a definition, and this one fits the ideal of its values).
 config.rules says when a condition counts as met: these rules are not the paper's. (b)
-is undecided where labels are easy to flip and too few images are compared to tell.
-Samples that lie nearer to training than to test images are told as memorisation.
+is undecided where labels are easy to flip and too few images are compared to decide.
+Samples that lie nearer to training than to test images are reported as memorisation.
 
 Features decide what is near, so compare figures by the same features only. The paper's
 are of LPIPS; experiments/base_analysis.py says what config.features may be.
@@ -62,7 +62,7 @@ from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.models import classifiers, zoo
-from jaxrobust.runs import cli, process_group
+from jaxrobust.runs import checksums, cli, process_group
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.runs.stop_requests import StopRequests
 from jaxrobust.samples import sample_sets, stratified
@@ -139,13 +139,13 @@ def make_protocol(
   """What is compared and how, with checksums of all that is read (JSON values)."""
   protocol = {
     'dataset': dataset_info.identity(config.dataset),
-    'samples_sha256': sha256(epath.Path(sample_set.path) / 'metadata.json'),
-    'labeller_sha256': sha256(find_classifier(config, 'labeller').path),
+    'samples_sha256': checksums.sha256(epath.Path(sample_set.path) / 'metadata.json'),
+    'labeller_sha256': checksums.sha256(find_classifier(config, 'labeller').path),
   }
   if config.features:
     path = features_path(config)
     # An .npz may be made when it is known of which images.
-    protocol['features_sha256'] = sha256(path) if path.exists() else ''
+    protocol['features_sha256'] = checksums.sha256(path) if path.exists() else ''
   for field in ('samples', 'labeller', 'features', 'seed', *_SIZES[:2]):
     protocol[field] = config[field]
   for field in ('threat', 'attack', 'rules'):
@@ -175,11 +175,6 @@ def find_classifier(config: config_dict.ConfigDict, field: str) -> zoo.Found:
   return found
 
 
-def sha256(path: epath.Path) -> str:
-  """Checksum of a file."""
-  return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def analyze(
   config: config_dict.ConfigDict,
   folder: epath.Path,
@@ -192,8 +187,8 @@ def analyze(
   for path in (folder / 'figures', parts):
     path.mkdir(parents=True, exist_ok=True)
   sources = open_sources(config, sample_set)
-  compared = {name: choose(config, sources, name, 'num_images') for name in SETS}
-  judged = {name: choose(config, sources, name, 'num_attacked') for name in SETS[1:]}
+  compared = {name: images_of(config, sources, name, 'num_images') for name in SETS}
+  judged = {name: images_of(config, sources, name, 'num_attacked') for name in SETS[1:]}
   with StopRequests('the state is saved') as stops:
     network, features = find_features(config, folder, compared, parts, stops)
     figures, confidences = judge(config, judged, protocol, parts, stops)
@@ -255,7 +250,7 @@ def open_sources(
   return sources
 
 
-def choose(
+def images_of(
   config: config_dict.ConfigDict, sources: dict, name: str, field: str
 ) -> datasets.Split:
   """`config[field]` images of a set; UserError if it has fewer."""
@@ -382,7 +377,7 @@ def compare(
   """(figures of the features of SETS, neighbours of the generated images)."""
   logging.info('comparing %d features of each image', features['train'].shape[1])
   fid = lambda name: quality.fid(features['train'], features[name])
-  told_apart = complementarity.two_sample_test(
+  distinguished = complementarity.two_sample_test(
     features['test'], features['generated'], config.seed
   )
   neighbours = complementarity.neighbours(features, 'generated')
@@ -390,8 +385,8 @@ def compare(
   return {
     'fid': fid('generated'),
     'fid_test': fid('test'),
-    'two_sample_accuracy': told_apart.accuracy,
-    'two_sample_standard_error': told_apart.standard_error,
+    'two_sample_accuracy': distinguished.accuracy,
+    'two_sample_standard_error': distinguished.standard_error,
     'nearest_train': float(shares[0]),
     'nearest_test': float(shares[1]),
     'nearest_itself': float(shares[2]),

@@ -64,7 +64,7 @@ from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.models import parameter_files, zoo
-from jaxrobust.runs import checkpoints, cli, process_group, stop_requests
+from jaxrobust.runs import checkpoints, checksums, cli, process_group, stop_requests
 from jaxrobust.runs import workdir as workdirs
 
 _NUM_EXAMPLES = 16
@@ -220,7 +220,7 @@ def _sha256(path: epath.Path, variables) -> str:
   if zoo.split_step(path)[1] is not None:
     return checkpoints.digest(variables)
   file = path / 'checkpoint.npy' if path.is_dir() else path
-  return hashlib.sha256(file.read_bytes()).hexdigest()
+  return checksums.sha256(file)
 
 
 PROGRAM = cli.Program(

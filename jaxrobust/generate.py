@@ -42,34 +42,33 @@ sets are read at random, so the workdir is a local folder; it may be gs:// for
 
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 from absl import logging
 from etils import epath
 from ml_collections import config_dict
 
-from jaxrobust import config as configs
-from jaxrobust.config import dataset_info, registries
-from jaxrobust.config import generator as generator_configs
+from jaxrobust.config import dataset_info
+from jaxrobust.config.generator import CONDITION
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
+from jaxrobust.generators import checks
 from jaxrobust.generators.generator import Generator
 from jaxrobust.models import classifiers
+from jaxrobust.models.labeller import Labeller, labeller_of
 from jaxrobust.runs import cli, metrics, process_group, stop_requests
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.samples import candidates, sample_sets, selection, shards
 
 STAGES = ('fit', 'sample', 'label', 'select')
 _WITHOUT_LABELLER = STAGES[:2]
-_CONDITION = 'condition'  # in the place of a labeller
 
 
 def main(config: config_dict.ConfigDict, workdir: str, stage: str = '') -> None:
   """Runs the stages that are not there yet, or one of them."""
   config = datasets.record(workdirs.continued(workdir, config))
-  check(config, stage)
+  checks.check(config, is_labelled=stage not in _WITHOUT_LABELLER)
   if is_finished(config, workdir):
     return
   run = open_run(config, workdir, stage)
@@ -123,7 +122,7 @@ class Run:
     """The fitted generator; what all processes read is the same to the last bit."""
     if self._generator is None:
       settings = self.config.generator
-      generator_class = generator_of(self.config)
+      generator_class = checks.generator_of(self.config)
       self._generator = generator_class.restore(
         self.generator_path, settings, self.info
       )
@@ -140,9 +139,9 @@ def open_run(config: config_dict.ConfigDict, workdir: str, stage: str) -> Run:
   info, folder = dataset_info.of(config.dataset), epath.Path(workdir)
   has_generator = (folder / 'generator.npz').exists()
   if config.fitted:
-    check_fitted(config)
+    checks.check_fitted(config)
   elif stage in ('', 'fit') and not has_generator:
-    generator_of(config).check_devices(config.generator, info)
+    checks.generator_of(config).check_devices(config.generator, info)
   elif stage == 'select' and not has_generator:
     raise UserError(
       f'{workdir} has no generator.npz, whose checksum the set names: restore it, or '
@@ -150,8 +149,8 @@ def open_run(config: config_dict.ConfigDict, workdir: str, stage: str) -> Run:
     )
   labeller = None
   if stage not in _WITHOUT_LABELLER:
-    labeller = load_labeller(config.labeller, info, config.samples.batch_size)
-  elif config.labeller not in ('', _CONDITION):  # A mistake should not wait for days.
+    labeller = labeller_of(config.labeller, info, config.samples.batch_size)
+  elif config.labeller not in ('', CONDITION):  # A mistake should not wait for days.
     classifiers.find(config.labeller, 'config.labeller', info)
   process_group.require_alike(
     {
@@ -174,7 +173,7 @@ def fit(run: Run) -> None:
   process_group.require_alike({'training images': real.checksum()})
   name = config.generator.name
   logging.info('fitting %s to %d training images', name, len(real.images))
-  generator = generator_of(config).fit(
+  generator = checks.generator_of(config).fit(
     real, run.info, config.generator, folder=run.folder, seed=config.seed
   )
   if parallel.is_writer():
@@ -233,11 +232,6 @@ def select(run: Run, stop: Callable) -> None:
     )
 
 
-def generator_of(config: config_dict.ConfigDict) -> type[Generator]:
-  """The class of a config's generator; UserError for an unknown name."""
-  return registries.GENERATORS.get(config.generator.name, 'config.generator.name')
-
-
 def is_finished(config: config_dict.ConfigDict, workdir: str) -> bool:
   """Whether the set is there; then what is left of its making is removed."""
   finished = shards.is_whole(epath.Path(workdir) / 'samples')
@@ -249,100 +243,6 @@ def is_finished(config: config_dict.ConfigDict, workdir: str) -> bool:
       _draws(config, folder).remove()  # A run killed before it did so.
     logging.info('%s is finished: %d samples', folder / 'samples', found)
   return finished
-
-
-def check(config: config_dict.ConfigDict, stage: str = '') -> None:
-  """Raises UserError for a value that cannot be meant, or one that the stage lacks."""
-  generator_configs.check(config)
-  generator_class = generator_of(config)
-  generator_class.check(config.generator, dataset_info.of(config.dataset))
-  if not config.labeller and stage not in _WITHOUT_LABELLER:
-    raise UserError(
-      'config.labeller is not set: give the workdir of a non-robust '
-      'classifier (train with config.loss.name=standard)'
-    )
-  if config.labeller == _CONDITION:
-    if config.samples.top_fraction < 1:
-      raise UserError(
-        "config.labeller = 'condition' is sure of every label, so that "
-        f'config.samples.top_fraction = {config.samples.top_fraction} has nothing to '
-        'rank by: use 1, or a classifier'
-      )
-    if not generator_class.conditional(config.generator):
-      raise UserError(
-        "config.labeller = 'condition' for a generator without classes: give a "
-        'classifier, or settings with which it knows them, such as '
-        'config.generator.network.conditional=True of ddpm'
-      )
-
-
-def check_fitted(config: config_dict.ConfigDict) -> None:
-  """Raises UserError unless config.fitted has a generator of the same fit."""
-  folder = epath.Path(config.fitted)
-  theirs = workdirs.read_config(folder)
-  same = lambda c: {
-    'dataset': c.dataset.to_dict() | {'data_dir': ''},
-    'generator': c.generator.to_dict() | {'sampling': None},
-  }
-  if 'generator' not in theirs:
-    raise UserError(
-      f"config.fitted = {folder} is no generator's run: give one that was fitted, or "
-      'leave it out'
-    )
-  changed = configs.differences(
-    *map(config_dict.ConfigDict, map(same, (theirs, config)))
-  )
-  if changed:
-    raise UserError(
-      f'config.fitted = {folder} was fitted by another config ({"; ".join(changed)}): '
-      'use the same dataset and generator, or fit anew'
-    )
-  if not (folder / 'generator.npz').exists():
-    raise UserError(f'config.fitted = {folder} has no generator.npz: finish its fit')
-
-
-class Labeller(NamedTuple):
-  """Gives samples their classes.
-
-  Attributes:
-    described: for metadata.json.
-    label_fn: see `Draws.label`.
-  """
-
-  described: dict | str
-  label_fn: Callable
-
-
-def load_labeller(
-  path: str, info: dataset_info.DatasetInfo, batch_size: int
-) -> Labeller:
-  """A classifier that labels samples, or none.
-
-  Args:
-    path: of a workdir or a file with a card, the name of a released checkpoint, or
-      'condition' for the classes that samples are drawn for.
-    info: of the data set that is generated.
-    batch_size: images on a device at a time.
-
-  Raises:
-    UserError: if nothing is there, nothing says what it is, or it is of another kind
-      of images.
-  """
-  if path == _CONDITION:
-    return Labeller(_CONDITION, lambda images, classes: {'labels': classes})
-  found, model, variables = classifiers.load(path, 'config.labeller', info)
-
-  def predict(variables, images):
-    logits, _ = model.apply(*variables, images / 255, batch_stats=False)
-    sure = jax.nn.softmax(logits).max(-1)
-    return {'labels': logits.argmax(-1), 'confidence': sure}
-
-  mapped = parallel.pmap(predict, local=True)
-  digest = hashlib.sha256(found.path.read_bytes()).hexdigest()
-  return Labeller(
-    {'experiment': found.card.name, 'checkpoint_sha256': digest},
-    lambda images, _: parallel.map_in_batches(mapped, variables, images, batch_size),
-  )
 
 
 def _write(run: Run, num_files: int, stop: Callable):

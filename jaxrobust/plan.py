@@ -108,7 +108,7 @@ def main(
     if len(found) > 1:
       print(f'{program.name}:')
     operations = compiler.operations(program, len(devices))
-    for line in report(result, operations, program, len(devices), chip):
+    for line in lines_of(result, operations, program, len(devices), chip):
       print(line)
     seconds = seconds_of(result, operations, len(devices), chip, utilization)
     if seconds:
@@ -187,7 +187,7 @@ def seconds_of(
   return result['schedule'].seconds(chip, num_devices)
 
 
-def report(
+def lines_of(
   result: dict,
   operations: float,
   program: device_programs.Program,

@@ -79,7 +79,7 @@ def main(
     raise UserError('give --config= of an experiment that has a sweep(), or --table=')
   if not found:
     raise UserError(f'--table={table} has no row to run: its rows are published only')
-  chosen = choose(found, only, shard)
+  chosen = points_to_run(found, only, shard)
   refuse_others(chosen)
   if not list_:
     return run(chosen)
@@ -89,7 +89,7 @@ def main(
   return cli.DONE
 
 
-def choose(found: list[Point], only: str = '', shard: str = '') -> list[Point]:
+def points_to_run(found: list[Point], only: str = '', shard: str = '') -> list[Point]:
   """Points by name, those of a shard 'I/N', and what they need.
 
   Args:

@@ -32,7 +32,7 @@ def _ls_files(*words):
 
 def uncommitted() -> list[str]:
   """Files whose content is in no commit, as `git status` shows them."""
-  # Staged ones are told by a comparison with the commit, which a new clone lacks.
+  # Staged ones are found by a comparison with the commit, which a new clone lacks.
   changed = set(_ls_files('--others', '--modified', '--exclude-standard'))
   try:
     changed |= set(_git('diff', '--name-only', '--relative', '--cached', 'HEAD'))

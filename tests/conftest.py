@@ -3,14 +3,9 @@
 The fixtures run programs as processes of their own.
 """
 
-import contextlib
 import os
-import pathlib
-import random
-import socket
 import subprocess
 import sys
-import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_NUM_CPU_DEVICES', '4')
@@ -19,13 +14,12 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
 import jax  # noqa: E402
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+from tests.helpers.programs import ROOT, TINY, free_port  # noqa: E402
 
 # [B] * [B, 1] would broadcast to [B, B] without a word.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -33,23 +27,6 @@ def float64():
   """Runs a test in double precision."""
   with jax.enable_x64(True):
     yield
-
-
-TINY = [
-  '--config=experiments/digits.py:wrn-10-1',
-  '--config.data.batch_size=32',
-  '--config.model.batch_norm_group=8',
-  '--config.training.num_steps=12',
-  '--config.training.epoch_examples=128',
-  '--config.evaluation.interval_epochs=1',
-  '--config.checkpoint.interval_epochs=0.5',
-  '--config.log.interval_epochs=0.25',
-  '--config.dataset.validation_images=32',
-  '--config.attack.num_steps=2',
-  '--config.evaluation.attack.num_steps=3',
-  '--config.evaluation.batch_size=256',
-  '--config.optimizer.warmup_epochs=0.5',
-]
 
 
 @pytest.fixture(scope='session')
@@ -140,41 +117,3 @@ def trained(call, tmp_path_factory):
   code, _, err = call('train', f'--workdir={workdir}', *TINY)
   assert code == 0, err
   return workdir
-
-
-def free_port():
-  """Of those that no other program is given by chance before it is used."""
-  while True:
-    port = random.randrange(20_000, 32_000)
-    with socket.socket() as s, contextlib.suppress(OSError):
-      s.bind(('localhost', port))
-      return port
-
-
-def ends(processes):
-  """Exit codes and stderr of processes that end by themselves."""
-  texts = [p.communicate(timeout=300)[1] for p in processes]
-  return [p.returncode for p in processes], texts
-
-
-def assert_same_file(a, b):
-  """Two files of parameters are equal, bit for bit."""
-  from jaxrobust.models import parameter_files  # Takes its time, which few tests need.
-
-  for x, y in zip(
-    parameter_files.import_npy(a), parameter_files.import_npy(b), strict=True
-  ):
-    for module in x:
-      for leaf in x[module]:
-        np.testing.assert_array_equal(x[module][leaf], y[module][leaf])
-
-
-def wait_for_step(process, workdir, step):
-  """Returns once the run has logged `step`."""
-  deadline = time.monotonic() + 300
-  path = workdir / 'metrics.jsonl'
-  while time.monotonic() < deadline and process.poll() is None:
-    if path.exists() and len(path.read_text().splitlines()) >= step:
-      return
-    time.sleep(0.01)
-  raise AssertionError(process.communicate()[1])

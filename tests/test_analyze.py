@@ -20,7 +20,7 @@ from jaxrobust.errors import UserError
 from jaxrobust.models import card, parameter_files
 from jaxrobust.runs import cli
 from jaxrobust.samples import sample_sets, stratified
-from tests.conftest import ends
+from tests.helpers.programs import ends
 
 
 def clouds(count, shift=0.0):

@@ -22,9 +22,10 @@ from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.generators import ddpm, trained
+from jaxrobust.generators import checks, ddpm, trained
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.models import card as cards
+from jaxrobust.models import labeller as labelling
 from jaxrobust.models import parameter_files
 from jaxrobust.runs import checkpoints
 from jaxrobust.samples import sample_sets, selection
@@ -288,7 +289,7 @@ def test_a_file_with_its_card_labels_alike(finished, labeller, tmp_path):
   cards.path_of(file).write_text(cards.from_workdir(labeller).to_json())
   found = sample_sets.SampleSet.open(finished / 'samples')
   images = found.gather(np.arange(20))
-  said = generate.load_labeller(str(file), INFO, 2)
+  said = labelling.labeller_of(str(file), INFO, 2)
   labels = said.label_fn(images, None)
   np.testing.assert_array_equal(labels['labels'], found.gather_labels(slice(None)))
   np.testing.assert_array_equal(labels['confidence'], found.confidence())
@@ -385,12 +386,12 @@ def test_the_optimizer_is_adam_with_warm_up_and_a_clipped_gradient():
 )
 def test_refusals(fields, words):
   with pytest.raises(UserError, match=words):
-    generate.check(make_config(labeller='condition', **fields))
+    checks.check(make_config(labeller='condition', **fields))
 
 
 def test_only_a_fit_needs_a_batch_that_devices_share(labeller, tmp_path):
   config = make_config(labeller=labeller, **{'generator.training.batch_size': 6})
-  generate.check(config)
+  checks.check(config)
   for stage in ('', 'fit'):
     with pytest.raises(UserError, match='batch of 6 does not divide over 4'):
       generate.main(config, tmp_path / 'x', stage=stage)
@@ -404,7 +405,7 @@ def test_the_fields_of_another_generator_are_refused(name, other):
   config.labeller, config.generator.name = 'condition', name
   if name != other:
     with pytest.raises(UserError, match=f"get_config\\('{name}'\\)"):
-      generate.check(config)
+      checks.check(config)
 
 
 def test_a_fit_of_another_config_is_refused(finished, labeller, tmp_path):

@@ -13,7 +13,7 @@ from jaxrobust import evaluate
 from jaxrobust.errors import UserError
 from jaxrobust.models import parameter_files
 from jaxrobust.runs import cli
-from tests.conftest import TINY, ends
+from tests.helpers.programs import TINY, ends
 
 SUITE = (
   'apgd-ce:num_steps=30:restarts=3,apgd-t:num_steps=30:num_targets=3,'

@@ -14,7 +14,7 @@ from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
 from jaxrobust.runs import cli, metrics, workdir
 from jaxrobust.runs.stop_requests import StopRequests
-from tests.conftest import ROOT
+from tests.helpers.programs import ROOT
 
 
 def ends(script, *, shell='exec "$0" "$@"', **kwargs):

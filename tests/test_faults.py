@@ -18,7 +18,14 @@ from jaxrobust.attacks.record import Record
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.runs import checkpoints, process_group, workdir
-from tests.conftest import ROOT, TINY, assert_same_file, ends, free_port, wait_for_step
+from tests.helpers.programs import (
+  ROOT,
+  TINY,
+  assert_same_file,
+  ends,
+  free_port,
+  wait_for_step,
+)
 
 # Updates that compile fast, each with a checkpoint; more than four faults can take.
 SHORT = [

@@ -10,6 +10,7 @@ from jaxrobust import config as configs
 from jaxrobust import generate
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
+from jaxrobust.generators import checks
 from jaxrobust.samples import candidates, selection
 from tests.helpers.mutations import mutations
 
@@ -134,7 +135,7 @@ def test_labels_need_the_draws(tmp_path):
 )
 def test_refuses_values(field, value):
   with pytest.raises(UserError, match=f'samples.{field}'):
-    generate.check(make_config(**{field: value}))
+    checks.check(make_config(**{field: value}))
 
 
 @pytest.mark.parametrize(
@@ -153,18 +154,18 @@ def test_refuses_settings_of_a_generator(file, field, value, words):
   config = file.get_config().unlock()
   config.generator[field] = value
   with pytest.raises(UserError, match=words):
-    generate.check(config, 'fit')
+    checks.check(config, is_labelled=False)
 
 
 def test_refuses_a_condition_that_says_nothing():
   config = make_config(top_fraction=0.2)
   config.labeller = 'condition'
   with pytest.raises(UserError, match='nothing to rank by'):
-    generate.check(config)
+    checks.check(config)
   config = digits_ddpm.get_config()
   config.labeller = 'condition'
   with pytest.raises(UserError, match='without classes'):
-    generate.check(config)
+    checks.check(config)
 
 
 def test_refuses_what_is_absent(tmp_path):

@@ -18,13 +18,13 @@ from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
 from jaxrobust.files import arrays
-from jaxrobust.generators import generator, trained
+from jaxrobust.generators import checks, generator, trained
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.planning import device_programs
 from jaxrobust.samples import sample_sets
-from tests.conftest import ROOT
 from tests.helpers import labellers, tiny_gan
 from tests.helpers.mutations import mutations
+from tests.helpers.programs import ROOT
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 INFO = dataset_info.INFO['digits']
@@ -204,7 +204,7 @@ def test_one_file_adds_a_generator(tmp_path):
   assert (np.abs(away).mean(-1).min(1) < 13).all() and away.any(-1).all()
   config.unlock().generator.scale = -1.0
   with pytest.raises(UserError, match='generator.scale = -1.0: use a number above 0'):
-    generate.check(config)
+    checks.check(config)
 
 
 def test_a_generator_from_outside_goes_all_the_way(fitted, tmp_path):
@@ -216,7 +216,7 @@ def test_a_generator_from_outside_goes_all_the_way(fitted, tmp_path):
   found = sample_sets.SampleSet.open(tmp_path / 'run/samples')
   assert len(found) == 20 and found.metadata['generator']['name'] == 'tiny-gan'
   with pytest.raises(UserError, match='generator without classes'):
-    generate.check(tiny_gan.make_config(labeller='condition'))
+    checks.check(tiny_gan.make_config(labeller='condition'))
 
 
 def test_a_plan_has_each_program_as_often_as_it_runs():

@@ -171,9 +171,9 @@ def test_collectives_and_their_bytes():
   }
 
 
-def test_report():
+def test_lines():
   program = device_programs.Program(None, (), (), images=8, calls=100)
-  lines = '\n'.join(plan.report(FITS, 4e12, program, 4, CHIP))
+  lines = '\n'.join(plan.lines_of(FITS, 4e12, program, 4, CHIP))
   # 3 + 1 - 0.5 + 2 GiB; 4e12 over 8 images, times 4 devices.
   assert 'fits: 5.50 GiB of 15.5 GiB usable on a device: 3.00 arguments' in lines
   assert '5.000e+11 FLOPs an image' in lines
@@ -186,7 +186,7 @@ def test_report():
   assert '80.0%  convolutions: 3x3 16→32 at 8x8, 11 times' in lines
   # 6.4e12 in 8 million cycles of 32,768 each.
   assert f'{6.4e12 / 8e6 / 32768:.0%} of the peak' in lines
-  refused = plan.report(
+  refused = plan.lines_of(
     {'refused': 'needs 20.5GiB of 15.48GiB'}, 4e12, program, 4, CHIP
   )
   assert 'does NOT fit: needs 20.5GiB of 15.48GiB' in refused[0] and len(refused) == 2

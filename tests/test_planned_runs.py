@@ -77,7 +77,7 @@ def test_preparations_then_rows_over_their_seeds(found, tmp_path):
 
 
 def test_what_is_chosen_brings_what_it_needs(found):
-  names = lambda **how: [p.name for p in sweep.choose(found, **how)]
+  names = lambda **how: [p.name for p in sweep.points_to_run(found, **how)]
   assert names(only='.*real_seed-1') == [found[3].name]
   assert names(only='.*half_seed-1') == ['judge', 'set', found[5].name]
   with pytest.raises(UserError, match=r"with --only='judge\|set'"):

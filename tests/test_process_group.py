@@ -12,7 +12,7 @@ import pytest
 from jaxrobust.errors import UserError
 from jaxrobust.runs import process_group
 from jaxrobust.samples import sample_sets
-from tests.conftest import ROOT, TINY, ends, free_port
+from tests.helpers.programs import ROOT, TINY, ends, free_port
 
 
 def only_line(codes, texts):

@@ -12,13 +12,13 @@ import pytest
 
 from jaxrobust.data import __main__ as command_line
 from jaxrobust.errors import UserError
+from jaxrobust.runs import checksums
 from jaxrobust.samples import (
   import_source,
   imports,
   npz,
   pictures,
   sample_sets,
-  shards,
 )
 from tests.helpers.mutations import mutations
 
@@ -237,8 +237,8 @@ def test_verify_names_every_corrupt_file(tmp_path):
 def test_verify_is_done_once(tmp_path, monkeypatch):
   found = write(tmp_path / 'set')
   calls = []
-  digest = shards.sha256
-  monkeypatch.setattr(shards, 'sha256', lambda f: calls.append(f) or digest(f))
+  digest = checksums.sha256
+  monkeypatch.setattr(checksums, 'sha256', lambda f: calls.append(f) or digest(f))
   seen = []
   found.verify(lambda files: seen.extend(files) or files)
   assert len(calls) == len(seen) == 6

@@ -14,7 +14,7 @@ from experiments import digits
 from jaxrobust.distributed import parallel
 from jaxrobust.planning import device_programs, program_cost
 from jaxrobust.runs import process_group
-from tests.conftest import ROOT, ends, free_port
+from tests.helpers.programs import ROOT, ends, free_port
 
 
 def measure(counts, coordinator='', processes=1, process=0):

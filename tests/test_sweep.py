@@ -161,7 +161,7 @@ def test_a_point_wins_over_a_common_flag(tmp_path):
 
 
 def test_selection(digits):
-  names = lambda **how: [p.name for p in sweep.choose(digits, **how)]
+  names = lambda **how: [p.name for p in sweep.points_to_run(digits, **how)]
   assert names() == ['seed-0', 'seed-1', 'seed-2']
   assert names(only='seed-[12]') == ['seed-1', 'seed-2']
   assert names(shard='0/2') == ['seed-0', 'seed-2']

@@ -74,10 +74,10 @@ def coverage(features: dict[str, np.ndarray], of: str) -> float:
 
 
 class TwoSampleTest(NamedTuple):
-  """How well a classifier tells two sets apart.
+  """How well a classifier distinguishes two sets.
 
   Attributes:
-    accuracy: on images it was not fitted to; 0.5 where they cannot be told apart.
+    accuracy: on images it was not fitted to; 0.5 where they cannot be distinguished.
     standard_error: of the accuracy, by the number of these images.
   """
 
@@ -110,7 +110,7 @@ def two_sample_test(
   classifier = pipeline.make_pipeline(
     preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=500)
   )
-  with warnings.catch_warnings():  # Nearly converged tells as much.
+  with warnings.catch_warnings():  # Nearly converged is good enough.
     warnings.simplefilter('ignore', exceptions.ConvergenceWarning)
     classifier.fit(split(slice(half)), labels(half))
   accuracy = classifier.score(split(slice(half, n)), labels(n - half))

@@ -29,7 +29,7 @@ def verdicts(figures: dict, rules: dict[str, float]) -> dict[str, bool | None]:
   Returns:
     'labels' (a), 'distribution' (b) and 'coverage' (c). None for (b) where labels are
     easy to flip, and the two-sample test within two standard errors of its rule: few
-    images cannot tell.
+    images cannot decide.
   """
   accuracies = [figures['labeller_test_accuracy'], figures['label_agreement']]
   if figures['agreement_with_condition'] is not None:
@@ -69,7 +69,7 @@ def page(entry: dict) -> str:
   met = {name: _WORDS[met] for name, met in entry['verdicts'].items()}
   percent = {k: f'{x:.2%}' for k, x in entry.items() if isinstance(x, float)}
   least, coverage = rules['least_accuracy'], rules['least_coverage']
-  told, flips = rules['most_two_sample_accuracy'], rules['most_flips']
+  apart, flips = rules['most_two_sample_accuracy'], rules['most_flips']
   agrees = percent['label_agreement']
   if entry['labelled_by_labeller']:
     agrees += ' (it gave them, so this says nothing)'
@@ -87,13 +87,13 @@ def page(entry: dict) -> str:
     f'  labels agree with the classes that samples were drawn for: {drawn_for}',
     f'  rule: each of these accuracies at least {least:.0%}',
     f'(b) distributed alike, or hard to flip: {met["distribution"]}',
-    f'  generated told from test images: {percent["two_sample_accuracy"]} ± '
+    f'  generated distinguished from test images: {percent["two_sample_accuracy"]} ± '
     f'{percent["two_sample_standard_error"]} (alike: 50 %)',
     f'  FID to train: generated {entry["fid"]:.4g}, test {entry["fid_test"]:.4g}',
     f'  flipped by the attack ({threat["norm"]} {threat["epsilon"]:.4g}): generated '
     f'{percent["flip_rate_generated"]}, test {percent["flip_rate_test"]}',
-    f'  rule: told apart at most {told:.0%}, or flipped at most {flips:.0%}; undecided '
-    'within two standard errors of the former',
+    f'  rule: distinguished at most {apart:.0%}, or flipped at most {flips:.0%}; '
+    'undecided within two standard errors of the former',
     f'(c) coverage of real images: {met["coverage"]}',
     f'  nearest to generated images: train {percent["nearest_train"]}, test '
     f'{percent["nearest_test"]}, itself {percent["nearest_itself"]} (alike: a third)',
@@ -158,7 +158,7 @@ def draw(figures: dict, protocol: dict, confidences: dict[str, np.ndarray]) -> b
   _bars(
     axes['distribution'],
     [
-      ('told\nfrom test', figures['two_sample_accuracy'], 'generated', 0.5),
+      ('distinguished\nfrom test', figures['two_sample_accuracy'], 'generated', 0.5),
       ('flipped:\ngenerated', figures['flip_rate_generated'], 'generated', None),
       ('flipped:\ntest', figures['flip_rate_test'], 'test', None),
     ],

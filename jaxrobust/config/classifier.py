@@ -31,7 +31,9 @@ def attack_fields(
       'mixup to the targets), margin, or cross_entropy (plain adversarial training: '
       'loss.name adversarial)',
     ),
-    'step_rule': field('adam', 'adam sign normalized sparse'),
+    'step_rule': field(
+      'adam', 'of the gradient', choices=('adam', 'sign', 'normalized', 'sparse')
+    ),
     'num_steps': field(num_steps, 'of the attack', above=0),
     'step_sizes': field(
       step_sizes, 'pixel values; one more than boundaries', type=tuple, above=0
@@ -39,7 +41,9 @@ def attack_fields(
     'step_boundaries': field(
       step_boundaries, 'attack steps at which the next size starts', least=0
     ),
-    'initialization': field('uniform', 'uniform zero'),
+    'initialization': field(
+      'uniform', 'where each restart begins', choices=('uniform', 'zero')
+    ),
     'restarts': field(1, 'of the attack', above=0),
   }
 

@@ -143,8 +143,8 @@ def sweep_points(
     run = configs.experiment_name(point)
     if run in known:
       raise UserError(
-        f'{file}, sweep(): {known[run]} and {name} are both named {run}; tell '
-        'them apart by the field variant'
+        f'{file}, sweep(): {known[run]} and {name} are both named {run}; '
+        'give each a name of its own by the field variant'
       )
     known[run] = name
     points.append((name, overrides, point))

@@ -9,6 +9,7 @@ from jaxrobust.config.fields import field
 from jaxrobust.errors import UserError
 
 GENERATORS = {x.FIELDS['name'].default: x.FIELDS for x in generator_fields.MODULES}
+CONDITION = 'condition'  # in the place of a labeller
 _BUILT_IN = tuple(GENERATORS)
 _BATCH_SIZE = 1_000
 _BATCH_SIZES = {

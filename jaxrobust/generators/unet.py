@@ -110,7 +110,7 @@ class UNet(hk.Module):
     return conv(images.shape[-1], zero=True, name='conv_out')(x)
 
   def _embed(self, times, classes):
-    """The vector [B, 4 * channels] that tells every block the time and the class."""
+    """The time and the class for every block, a vector [B, 4 * channels]."""
     width = 4 * self._channels
     x = sinusoids(times, self._channels)
     x = jax.nn.swish(_linear(width, 'time_0')(x))

@@ -9,13 +9,13 @@ import numpy as np
 from jaxrobust import models
 from jaxrobust.errors import UserError
 
-# Haiku's name of a network → its first layer, by which files are told apart.
+# Haiku's name of a network → its first layer, by which files are recognised.
 FIRST_LAYERS = {'wide_res_net': 'init_conv', 'preact_res_net': 'conv_2d'}
 _MAX_BLOCKS = (models.MAX_DEPTH - 4) // 6
 
 
 class Architecture(NamedTuple):
-  """What parameters tell of their network.
+  """What follows from the parameters of a network.
 
   The size of the images is not among it: the networks average over whatever map is
   left, so the same parameters take images of any size.
@@ -46,7 +46,7 @@ class Mismatch(NamedTuple):
 def infer(params: Mapping, source: str) -> Architecture:
   """The architecture that parameters were made for.
 
-  Only as much is looked at as tells networks apart; `mismatch` compares the rest.
+  Only what distinguishes networks is looked at; `mismatch` compares the rest.
 
   Args:
     params: Haiku parameters, or their shapes.
@@ -105,7 +105,7 @@ def template(architecture: Architecture) -> tuple[Any, Any]:
 def mismatch(found: Any, wanted: Any) -> Mismatch | None:
   """The first leaf, by name, that two Haiku trees do not share with its shape.
 
-  What is absent comes first: a renamed layer is told by the name that it should have.
+  What is absent comes first: of a renamed layer the name is given that it should have.
 
   Args:
     found, wanted: of parameters or state; arrays or shapes.

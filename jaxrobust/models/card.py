@@ -19,6 +19,7 @@ from jaxrobust.config import dataset_info
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays, json_files
 from jaxrobust.models.architecture import Architecture
+from jaxrobust.runs import checksums
 from jaxrobust.runs import workdir as workdirs
 
 _MODEL_FIELDS = ('name', 'activation', 'mean', 'std', 'padding')
@@ -78,7 +79,7 @@ class Card:
 
   @property
   def architecture(self) -> Architecture:
-    """What the parameters must tell of themselves."""
+    """What must follow from the parameters."""
     info = self.info
     return Architecture(self.model['name'], info.num_classes, info.image_shape[-1])
 
@@ -181,7 +182,7 @@ def from_workdir(folder: str | epath.Path) -> Card:
   folder = epath.Path(folder)
   config = workdirs.read_config(folder)
   file = folder / 'checkpoint.npy'
-  sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
+  sha256 = checksums.sha256(file) if file.exists() else None
   return from_config(
     config,
     source=folder.name,

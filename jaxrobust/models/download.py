@@ -1,7 +1,6 @@
 """Fetches released checkpoints, when asked; `--help` shows how."""
 
 import argparse
-import hashlib
 import http.client
 import os
 import re
@@ -18,6 +17,7 @@ from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays
 from jaxrobust.models import zoo
+from jaxrobust.runs import checksums
 from jaxrobust.runs import workdir as workdirs
 
 _CHUNK = 1 << 20  # bytes
@@ -63,11 +63,7 @@ def compare_checksum(path: epath.Path) -> None:
     UserError: if they differ.
   """
   note = path.with_name(f'{path.name}.sha256')
-  digest = hashlib.sha256()
-  with arrays.open_file(path) as f:
-    while chunk := f.read(_CHUNK):
-      digest.update(chunk)
-  sha256 = digest.hexdigest()
+  sha256 = checksums.sha256(path)
   if not note.exists():
     if not parallel.is_writer():
       return
@@ -90,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments: what follows the command's name; None for `sys.argv`.
 
   Returns:
-    The exit code: 0 done, 1 an error told in one line.
+    The exit code: 0 done, 1 an error, given in one line.
   """
   args = _parser().parse_args(arguments)
   if not args.names:

@@ -1,7 +1,6 @@
 """Runs as sweeps and tables name them: their commands, and how far each is."""
 
 import functools
-import hashlib
 import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from jaxrobust.config import dataset_info, experiments, fields, registries
 from jaxrobust.config.tables import Preparation, Row, Table
 from jaxrobust.errors import UserError
 from jaxrobust.reporting.tables import COLUMNS
+from jaxrobust.runs import checksums
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.samples import shards
 
@@ -144,7 +144,7 @@ class Point(NamedTuple):
 def _sha256(path: epath.Path, time: float) -> str:
   """Checksum of a file as it was written at a time."""
   del time
-  return hashlib.sha256(path.read_bytes()).hexdigest()
+  return checksums.sha256(path)
 
 
 def command_line(command: list[str]) -> str:
@@ -297,8 +297,8 @@ class Maker:
     known = found.setdefault(point.name, point)
     if changed := configs.differences(known.config, point.config, ignore=()):
       raise UserError(
-        f'two rows are both named {point.name} ({"; ".join(changed)}): tell them apart '
-        'by the field variant'
+        f'two rows are both named {point.name} ({"; ".join(changed)}): give each '
+        'a name of its own by the field variant'
       )
 
   def _make(self, name: str, programs, path: str, overrides: dict) -> Point:

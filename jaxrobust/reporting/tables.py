@@ -31,7 +31,7 @@ COLUMNS = {
     'label_agreement': ('labels agreed', 'label_agreement', 100),
     'mean_confidence': ('confidence', 'mean_confidence', 100),
     'fid': ('FID', 'fid', 1),
-    'two_sample_accuracy': ('told apart', 'two_sample_accuracy', 100),
+    'two_sample_accuracy': ('distinguished', 'two_sample_accuracy', 100),
     'flip_rate_generated': ('flipped, generated', 'flip_rate_generated', 100),
     'flip_rate_test': ('flipped, test', 'flip_rate_test', 100),
     'coverage_test': ('coverage of test', 'coverage_test', 100),

@@ -73,7 +73,7 @@ def _run(program: Program, arguments: list[str]) -> int:
     code, state, line = INTERRUPTED, 'preempted', 'interrupted from the keyboard'
   except Exception as e:
     process_group.take_last_word()
-    code, line = _report(e, given)
+    code, line = _code_and_line(e, given)
     state = 'failed'
   workdirs.write_status(state, line)
   if code in (DONE, PREEMPTED):
@@ -83,7 +83,7 @@ def _run(program: Program, arguments: list[str]) -> int:
   return code
 
 
-def _report(e: Exception, given: flags.Given) -> tuple[int, str]:
+def _code_and_line(e: Exception, given: flags.Given) -> tuple[int, str]:
   """Reports what ends a program: its exit code, and the line for its status."""
   from jaxrobust.distributed import parallel
   from jaxrobust.runs import process_group

@@ -150,7 +150,7 @@ def _set_aside(path: epath.Path):
   logging.warning('%s has damaged lines: it is kept as %s', path, aside)
 
 
-def say(line: str) -> None:
+def log_line(line: str) -> None:
   """Logs a line; to a caller from Python who has not turned logs on, on stderr."""
   if logging.level_info():
     logging.info('%s', line)
@@ -209,7 +209,7 @@ class Progress:
       rate = (self._done - first) / max(now - started, 1e-9)
       left = (self._total - self._done) / rate if rate else math.inf
       left = left if self._done < self._total else 0
-      say(
+      log_line(
         f'{self._what}: {self._done} of {self._total} {self._unit}'
         f'{f", {rate:.3g} a second" if rate else ""}, {duration(left)} left'
         f'{f", {note}" if note else ""}'

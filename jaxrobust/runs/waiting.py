@@ -34,7 +34,7 @@ def waiting(
     nonlocal lines
     while not over.wait(every if lines else first):
       text = f', {how_far[0]}' if how_far[0] else ''
-      metrics.say(f'{what}: {passed()} so far{text}')
+      metrics.log_line(f'{what}: {passed()} so far{text}')
       lines += 1
 
   speaker = threading.Thread(target=speak, daemon=True)
@@ -47,4 +47,4 @@ def waiting(
     if speaker.is_alive():
       speaker.join()
     if lines:
-      metrics.say(f'{what} took {passed()}')
+      metrics.log_line(f'{what} took {passed()}')

@@ -28,6 +28,7 @@ import numpy as np
 
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays, json_files
+from jaxrobust.runs import checksums
 from jaxrobust.samples import shards, writing
 
 SHARD_SIZE = 2**18  # 0.8 GB of 32x32x3; 100M images stay under 1,024 open files.
@@ -263,7 +264,7 @@ class SampleSet:
     expected = self.metadata['sha256']
     files = [self.path / name for name in sorted(expected)]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      digests = pool.map(shards.sha256, files)
+      digests = pool.map(checksums.sha256, files)
       corrupt = [
         str(file)
         for file, digest in zip(progress(files), digests, strict=True)

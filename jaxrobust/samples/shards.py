@@ -1,6 +1,5 @@
 """The files of a sample set: their names, checksums and `.npy` headers."""
 
-import hashlib
 import math
 import os
 import pathlib
@@ -60,12 +59,6 @@ def kinds(metadata: dict) -> tuple[str, ...]:
   """Returns the kinds of files of a set."""
   confidence = ('confidence',) if metadata.get('confidence') else ()
   return ('images', 'labels', *confidence)
-
-
-def sha256(path: pathlib.Path) -> str:
-  """Returns the sha256 of a file in hex."""
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def write_header(file: IO[bytes], shape: Iterable[int]) -> None:

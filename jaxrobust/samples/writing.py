@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 
 from jaxrobust.errors import UserError
+from jaxrobust.runs import checksums
 from jaxrobust.samples import shards
 
 
@@ -133,7 +134,7 @@ def write_shards(
       with open(folder / names[-1], 'wb') as column_file:
         np.save(column_file, column)
     for name in names:  # Now, while the system still has it in memory.
-      digests[name] = shards.sha256(folder / name)
+      digests[name] = checksums.sha256(folder / name)
     per_shard.append(len(columns[0]))
     held.clear()
 
