@@ -31,9 +31,6 @@ from jaxrobust.runs import workdir as workdirs
 from jaxrobust.samples import sample_sets
 from jaxrobust.training import loop, optimizer, update
 
-# What the compiler takes for the step of the paper's networks, in processor time.
-_HINT_FOR_TPUS = '3 to 12 minutes for the networks of the paper'
-
 
 def train(
   config: config_dict.ConfigDict,
@@ -303,7 +300,7 @@ class Run:
     self._num_classes, self._data = num_classes, data
     sgd = optimizer.make(config.optimizer, derived)
     step = update.make_step(config, model, sgd, num_classes)
-    self._step, self._compiled = parallel.pmap(step, donate_argnums=0), False
+    self._step = parallel.pmap(step, donate_argnums=0)
     attacks = evaluation_attacks(config)
     self._robust = f'pgd{attacks[0][1].num_steps}' if attacks else 'clean'
     if data.validation is not None:
@@ -333,7 +330,7 @@ class Run:
       num_classes=self._num_classes,
     )
     self._loop.train(
-      self._step_aloud,
+      self._step,
       batches,
       intervals=loop.Intervals(
         num_steps=derived.num_steps,
@@ -357,15 +354,6 @@ class Run:
     )
     with waiting.waiting('writing the final checkpoint'):
       return self._export()
-
-  def _step_aloud(self, state: update.TrainState, batch: pipeline.Batch):
-    """The step of all devices; says so while its first call compiles it."""
-    if self._compiled:
-      return self._step(state, batch)
-    self._compiled = True
-    hint = _HINT_FOR_TPUS if 'TPU' in parallel.kind_of_device() else ''
-    with waiting.waiting('compiling the training step', hint=hint, first=2.0):
-      return self._step(state, batch)
 
   def _evaluate(self, state: update.TrainState) -> tuple[dict[str, float], float]:
     """Accuracies on the validation images, and the one that chooses a checkpoint."""

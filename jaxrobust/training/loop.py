@@ -4,6 +4,7 @@ It knows a state that has `step`, a step function and batches, not what they mea
 classifiers and generators train by the same loop, so that both resume exactly.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
 from jaxrobust.runs import checkpoints, metrics, stop_requests, waiting
 
+# What the compiler takes, in processor time.
+_HINT_FOR_TPUS = 'minutes on a TPU, 3 to 12 for the networks of the paper'
 _NOT_FINITE = (
   '{}: the last good checkpoint is kept; lower the learning rate in a new --workdir'
 )
@@ -118,7 +121,9 @@ class Loop:
     pending = None
     try:
       for step, batch in enumerate(batches, start=self.start + 1):
-        self.state, current = step_fn(self.state, parallel.shard(batch))
+        aloud = _compiling() if step == self.start + 1 else contextlib.nullcontext()
+        with aloud:
+          self.state, current = step_fn(self.state, parallel.shard(batch))
         # Metrics of step t - 1 are fetched while step t runs.
         window.add(step - 1, pending)
         pending = current
@@ -175,6 +180,12 @@ class Loop:
         ', '.join(f'{k} {v:.1%}' for k, v in figures.items()),
       )
     self.checkpoints.save(step, state, score)
+
+
+def _compiling():
+  """Says so while the first call of a step compiles it."""
+  hint = _HINT_FOR_TPUS if 'TPU' in parallel.kind_of_device() else ''
+  return waiting.waiting('compiling the training step', hint=hint, first=2.0)
 
 
 class _Window:
