@@ -1,6 +1,8 @@
 """README and docs: links resolve, commands parse, experiments exist, examples run."""
 
+import ast
 import importlib
+import inspect
 import pathlib
 import re
 import shlex
@@ -141,6 +143,94 @@ def test_commands_are_taken(page, command):
 def test_commands_that_do_not_exist_are_found(command):
   with pytest.raises((UserError, SystemExit)):
     check(*program_of(words_of(command)))
+
+
+def python_of(page: pathlib.Path) -> str:
+  """The Python of a page: its blocks in turn, as a reader types them."""
+  blocks = re.findall(r'^```python\n(.*?)^```', page.read_text(), re.M | re.S)
+  return '\n'.join(blocks)
+
+
+def names_imported(tree: ast.Module) -> dict[str, object]:
+  """What a program imports of this package, by the names that it gives to it."""
+  found = {}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        if alias.name.split('.')[0] == 'jaxrobust':
+          module = importlib.import_module(alias.name)
+          found[alias.asname or 'jaxrobust'] = (
+            module if alias.asname else importlib.import_module('jaxrobust')
+          )
+    elif isinstance(node, ast.ImportFrom) and node.module.startswith('jaxrobust'):
+      for alias in node.names:
+        try:
+          thing = importlib.import_module(f'{node.module}.{alias.name}')
+        except ModuleNotFoundError:
+          thing = getattr(importlib.import_module(node.module), alias.name)
+        found[alias.asname or alias.name] = thing
+  return found
+
+
+def resolved(node: ast.expr, names: dict[str, object]) -> object:
+  """What dots after an imported name lead to; None where it is none of ours."""
+  if isinstance(node, ast.Name):
+    return names.get(node.id)
+  if isinstance(node, ast.Attribute):
+    inside = resolved(node.value, names)
+    return None if inside is None else getattr(inside, node.attr)
+  return None
+
+
+def check_python(code: str) -> int:
+  """Raises unless all that code takes from the package is there; counts its calls."""
+  tree, calls = ast.parse(code), 0
+  names = names_imported(tree)
+  for node in ast.walk(tree):
+    resolved(node, names)
+    if isinstance(node, ast.Call) and callable(fn := resolved(node.func, names)):
+      given = {x.arg: None for x in node.keywords if x.arg}
+      inspect.signature(fn).bind(*[None] * len(node.args), **given)
+      calls += 1
+  return calls
+
+
+WITH_PYTHON = [page for page in PAGES if python_of(page)]
+
+
+@pytest.mark.parametrize('page', WITH_PYTHON, ids=lambda p: p.name)
+def test_python_takes_what_is_there(page):
+  assert check_python(python_of(page)) > 0
+
+
+@pytest.mark.parametrize(
+  'code',
+  [
+    'import jaxrobust\njaxrobust.lode(1)',
+    'from jaxrobust import attacks\nattacks.run("apgd-ce")',
+    'from jaxrobust.data import datasets\ndatasets.load("digits", "test", spilt=1)',
+    'from jaxrobust.samples import sets',
+  ],
+)
+def test_python_that_does_not_exist_is_found(code):
+  with pytest.raises((AttributeError, TypeError)):
+    check_python(code)
+
+
+def test_the_experiment_of_the_docs():
+  names = {}
+  exec(python_of(ROOT / 'docs' / 'configs.md'), names)
+  config = names['get_config']()
+  assert config.variant == 'half-epsilon' and config.threat.epsilon == 4 / 255
+  for _, overrides in names['sweep']():
+    fields.override(config, overrides, 'sweep()')
+
+
+def test_the_sample_set_of_the_docs(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  arrays = {'images': np.zeros((20, 8, 8, 3), np.uint8), 'labels': np.arange(20) % 10}
+  exec(python_of(ROOT / 'docs' / 'data.md'), arrays)
+  assert len(arrays['sample_sets'].SampleSet.open('data/mine')) == 20
 
 
 @pytest.fixture
