@@ -186,8 +186,6 @@ class TestHouse:
 
   def test_what_is_public_is_annotated(self, path):
     """The type checker does not ask for it."""
-    if path.parent.name == 'generators' or name_of(path) == 'config.generator':
-      return
     bare = [
       f'{function.name}, line {function.lineno}'
       for function in public_functions(path)

@@ -4,6 +4,8 @@
 `generator_fields` declares. A generator of your own adds its fields by `register`.
 """
 
+from ml_collections import config_dict
+
 from jaxrobust.config import dataset_info, fields, generator_fields, registries
 from jaxrobust.config.fields import field
 from jaxrobust.errors import UserError
@@ -18,7 +20,7 @@ _BATCH_SIZES = {
 }
 
 
-def register(name: str, own: dict, batch_size: int = _BATCH_SIZE):
+def register(name: str, own: dict, batch_size: int = _BATCH_SIZE) -> None:
   """Declares the settings of a generator of your own.
 
   Args:
@@ -96,7 +98,9 @@ def of(name: str) -> dict:
   }
 
 
-def get_config(generator: str = 'gaussian', dataset: str = 'cifar10'):
+def get_config(
+  generator: str = 'gaussian', dataset: str = 'cifar10'
+) -> config_dict.ConfigDict:
   """The config of all defaults, unlocked: 1M balanced samples.
 
   Args:
@@ -116,7 +120,7 @@ def get_config(generator: str = 'gaussian', dataset: str = 'cifar10'):
   return c
 
 
-def check(config):
+def check(config: config_dict.ConfigDict) -> None:
   """Raises UserError for the first field with a value that cannot be meant."""
   if 'generator' not in config or 'samples' not in config:
     raise UserError(

@@ -6,6 +6,7 @@ training loop of the classifiers; samples are drawn with its averaged parameters
 the paper's own network knew no classes.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, registries
 from jaxrobust.data import augment
@@ -32,7 +34,9 @@ class DDPM(Trained):
   """A fitted generator; its variables are the averaged parameters of the network."""
 
   @classmethod
-  def check(cls, settings, info: dataset_info.DatasetInfo):
+  def check(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> None:
     """Raises UserError for settings that cannot be meant for images of `info`."""
     network = settings.network
     if network.channels < 4 or network.channels % 4:
@@ -72,12 +76,14 @@ class DDPM(Trained):
       )
 
   @classmethod
-  def conditional(cls, settings) -> bool:
+  def conditional(cls, settings: config_dict.ConfigDict) -> bool:
     """Whether samples are drawn for classes, by these settings."""
     return settings.network.conditional
 
   @classmethod
-  def recipe(cls, settings, info: dataset_info.DatasetInfo) -> recipes.Recipe:
+  def recipe(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> recipes.Recipe:
     """The network predicts noise (Ho et al., algorithm 1, with their settings).
 
     Deviation: the decay of the average grows to theirs, as `optimizer.ema_decay` says;
@@ -127,7 +133,9 @@ class DDPM(Trained):
     )
 
   @classmethod
-  def make_draw(cls, settings, info: dataset_info.DatasetInfo):
+  def make_draw(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> Callable:
     """Builds the function that draws samples; see Generator."""
     network = make_network(settings, info)
     sampling = settings.sampling
@@ -158,7 +166,9 @@ class _OlderState(NamedTuple):
   step: Any
 
 
-def make_network(settings, info: dataset_info.DatasetInfo) -> hk.Transformed:
+def make_network(
+  settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+) -> hk.Transformed:
   """The network: `apply(params, images, times, classes, rngs) -> noise`."""
   fields = settings.network.to_dict()
   num_classes = info.num_classes if fields.pop('conditional') else 0
@@ -167,7 +177,7 @@ def make_network(settings, info: dataset_info.DatasetInfo) -> hk.Transformed:
   )
 
 
-def make_optimizer(training) -> recipes.Optimizer:
+def make_optimizer(training: config_dict.ConfigDict) -> recipes.Optimizer:
   """Adam with a clipped gradient.
 
   Deviation: it gets, and clips, the mean gradient over all devices; the released code
@@ -189,7 +199,9 @@ def make_optimizer(training) -> recipes.Optimizer:
   return recipes.Optimizer(optax.chain(clip, adam), learning_rate_fn)
 
 
-def make_loss(settings, info: dataset_info.DatasetInfo):
+def make_loss(
+  settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+) -> Callable:
   """Builds the loss of `recipes.Phase`: the error of the predicted noise."""
   network = make_network(settings, info)
   process = diffusion.linear(**settings.process)

@@ -25,7 +25,9 @@ class Process(NamedTuple):
   betas: np.ndarray
   alpha_bars: np.ndarray
 
-  def add_noise(self, images, noise, times):
+  def add_noise(
+    self, images: jax.Array, noise: jax.Array, times: jax.Array
+  ) -> jax.Array:
     """Images [B, H, W, C] after the steps `times` int [B], with the given noise."""
     signal, spread = (
       jnp.asarray(np.sqrt(x), jnp.float32)[times].reshape(-1, 1, 1, 1)
@@ -72,7 +74,9 @@ def loss(
   return jnp.mean((predicted - noise) ** 2, axis=(1, 2, 3))
 
 
-def guided(predict: Callable, classes: jax.Array, null_class: int, weight: float):
+def guided(
+  predict: Callable, classes: jax.Array, null_class: int, weight: float
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """Classifier-free guidance (Ho and Salimans 2022, equation 6).
 
   Args:

@@ -14,10 +14,14 @@ CIFAR-10, 3.8 GB for CIFAR-100, 121 GB for TinyImageNet. Low rank keeps rank * D
 64, 79 MB for CIFAR-100 and 0.6 GB for TinyImageNet.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from ml_collections import config_dict
 from sklearn import covariance, decomposition
 
 from jaxrobust.config import dataset_info, registries
@@ -44,7 +48,9 @@ class Gaussian(Generator):
   """
 
   @classmethod
-  def check(cls, settings, info: dataset_info.DatasetInfo):
+  def check(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> None:
     """Raises UserError for a rank that images cannot have."""
     size = np.prod(info.image_shape)
     if settings.covariance == 'low-rank' and not 0 < settings.rank < size:
@@ -54,7 +60,7 @@ class Gaussian(Generator):
       )
 
   @classmethod
-  def conditional(cls, settings) -> bool:
+  def conditional(cls, settings: config_dict.ConfigDict) -> bool:
     """Whether samples are drawn for classes, by these settings."""
     del settings
     return True
@@ -64,11 +70,11 @@ class Gaussian(Generator):
     cls,
     real: datasets.Split,
     info: dataset_info.DatasetInfo,
-    settings,
+    settings: config_dict.ConfigDict,
     *,
     folder: epath.Path | None = None,
     seed: int = 0,
-  ):
+  ) -> 'Gaussian':
     """Fits mean and covariance of each class.
 
     Args:
@@ -116,7 +122,9 @@ class Gaussian(Generator):
     return cls(variables, settings, info)
 
   @classmethod
-  def variables_like(cls, settings, info: dataset_info.DatasetInfo):
+  def variables_like(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> Any:
     """Shapes of the variables; see Generator."""
     shape = lambda *axes: jax.ShapeDtypeStruct((info.num_classes, *axes), np.float32)
     size = int(np.prod(info.image_shape))
@@ -128,7 +136,9 @@ class Gaussian(Generator):
     return like | ({'residuals': shape()} if low_rank else {})
 
   @classmethod
-  def make_draw(cls, settings, info: dataset_info.DatasetInfo):
+  def make_draw(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> Callable:
     """Builds the function that draws samples; see Generator."""
     del settings, info
     return _draw

@@ -17,6 +17,7 @@ Its settings are `config.generator` of an experiment, which
 import copy
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust.config import dataset_info
@@ -49,7 +51,12 @@ class Generator:
     info: the data set's.
   """
 
-  def __init__(self, variables: Any, settings, info: dataset_info.DatasetInfo):
+  def __init__(
+    self,
+    variables: Any,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
+  ):
     self.variables, self.settings, self.info = variables, settings, info
     self._mapped = parallel.pmap(self.make_sampler(settings, info), local=True)
 
@@ -68,7 +75,9 @@ class Generator:
   # To be given by each generator.
 
   @classmethod
-  def check(cls, settings, info: dataset_info.DatasetInfo):
+  def check(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> None:
     """Checks what follows from several settings, before anything is written.
 
     Each one by itself is checked already (`config.generator`).
@@ -83,12 +92,14 @@ class Generator:
     del settings, info
 
   @classmethod
-  def check_devices(cls, settings, info: dataset_info.DatasetInfo):
+  def check_devices(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> None:
     """Raises UserError if the devices of this run cannot share the work of a fit."""
     del settings, info
 
   @classmethod
-  def conditional(cls, settings) -> bool:
+  def conditional(cls, settings: config_dict.ConfigDict) -> bool:
     """Whether samples are drawn for classes, by settings that were checked."""
     raise NotImplementedError
 
@@ -97,7 +108,7 @@ class Generator:
     cls,
     real: datasets.Split,
     info: dataset_info.DatasetInfo,
-    settings,
+    settings: config_dict.ConfigDict,
     *,
     folder: epath.Path,
     seed: int,
@@ -118,12 +129,16 @@ class Generator:
     raise NotImplementedError
 
   @classmethod
-  def variables_like(cls, settings, info: dataset_info.DatasetInfo) -> Any:
+  def variables_like(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> Any:
     """Shapes of the variables as jax.ShapeDtypeStruct; an axis of -1 is of any size."""
     raise NotImplementedError
 
   @classmethod
-  def make_draw(cls, settings, info: dataset_info.DatasetInfo):
+  def make_draw(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> Callable:
     """Builds the function that draws samples.
 
     Returns:
@@ -136,7 +151,9 @@ class Generator:
   # The same for all.
 
   @classmethod
-  def make_sampler(cls, settings, info: dataset_info.DatasetInfo):
+  def make_sampler(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> Callable:
     """Builds the program of a device that samples.
 
     Returns:
@@ -159,7 +176,9 @@ class Generator:
       return indices % info.num_classes
     return 0 * indices - 1
 
-  def sample(self, rng: jax.Array, indices: np.ndarray, batch_size: int):
+  def sample(
+    self, rng: jax.Array, indices: np.ndarray, batch_size: int
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Draws samples on the devices of this process.
 
     Sample i depends on (rng, i) only, and by rounding on batch_size.
@@ -185,7 +204,7 @@ class Generator:
     images, _ = self.sample(jax.random.key(seed), np.arange(count), batch_size)
     return pictures.grid(images.reshape(_SIDE, _SIDE, *images.shape[1:]))
 
-  def save(self, path: epath.Path):
+  def save(self, path: epath.Path) -> None:
     """Writes variables and settings to a `.npz` file."""
     flat = {name: np.asarray(x) for name, x in _named(self.variables)}
     flat[_SETTINGS] = np.array(configs.to_json(self.settings))
@@ -193,7 +212,10 @@ class Generator:
 
   @classmethod
   def restore(
-    cls, path: epath.Path, settings, info: dataset_info.DatasetInfo
+    cls,
+    path: epath.Path,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
   ) -> 'Generator':
     """Reads what `save` wrote, here or in a file that somebody else made.
 

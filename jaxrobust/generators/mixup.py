@@ -6,9 +6,13 @@ training images look like in the tables of complementarity and coverage. Samples
 pseudo-labels as those of all generators do, not the mixed labels of mixup training.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, registries
 from jaxrobust.data import datasets
@@ -26,7 +30,7 @@ class Mixup(Generator):
   """
 
   @classmethod
-  def conditional(cls, settings) -> bool:
+  def conditional(cls, settings: config_dict.ConfigDict) -> bool:
     """Whether samples are drawn for classes, by these settings."""
     del settings
     return False
@@ -36,11 +40,11 @@ class Mixup(Generator):
     cls,
     real: datasets.Split,
     info: dataset_info.DatasetInfo,
-    settings,
+    settings: config_dict.ConfigDict,
     *,
     folder: epath.Path | None = None,
     seed: int = 0,
-  ):
+  ) -> 'Mixup':
     """Takes the training images as they are; `folder` and `seed` are not used."""
     del folder, seed
     if len(real.images) < 2:
@@ -52,7 +56,9 @@ class Mixup(Generator):
     return cls(variables, settings, info)
 
   @classmethod
-  def variables_like(cls, settings, info: dataset_info.DatasetInfo):
+  def variables_like(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> Any:
     """Shapes of the variables; see Generator."""
     del settings
     return {
@@ -61,7 +67,9 @@ class Mixup(Generator):
     }
 
   @classmethod
-  def make_draw(cls, settings, info: dataset_info.DatasetInfo):
+  def make_draw(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> Callable:
     """Builds the function that draws samples; see Generator."""
     del settings, info
     return _draw

@@ -8,9 +8,12 @@ part `training` with, beside fields of its own,
   checkpoint_keep: of the last checkpoints.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets, pipeline
@@ -26,7 +29,9 @@ class Trained(Generator):
   """A generator with networks; `recipe` and `make_draw` are what it must give."""
 
   @classmethod
-  def recipe(cls, settings, info: dataset_info.DatasetInfo) -> recipes.Recipe:
+  def recipe(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> recipes.Recipe:
     """How it is trained, by settings that were checked."""
     raise NotImplementedError
 
@@ -36,7 +41,9 @@ class Trained(Generator):
     del fresh
 
   @classmethod
-  def check_devices(cls, settings, info: dataset_info.DatasetInfo):
+  def check_devices(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> None:
     """Raises UserError if devices and phases cannot share a batch equally."""
     size = settings.training.batch_size
     parallel.process_slots(size)
@@ -49,7 +56,9 @@ class Trained(Generator):
       )
 
   @classmethod
-  def variables_like(cls, settings, info: dataset_info.DatasetInfo):
+  def variables_like(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> Any:
     """Shapes of the variables; see Generator."""
     recipe = cls.recipe(settings, info)
     state = jax.eval_shape(lambda: recipes.init_state(recipe, 0))
@@ -60,11 +69,11 @@ class Trained(Generator):
     cls,
     real: datasets.Split,
     info: dataset_info.DatasetInfo,
-    settings,
+    settings: config_dict.ConfigDict,
     *,
     folder: epath.Path,
     seed: int,
-  ):
+  ) -> 'Trained':
     """Trains the networks, from wherever their training in `folder` is.
 
     It writes metrics and checkpoints, and at each of these a picture of samples.
