@@ -1,6 +1,7 @@
 """Command lines: what is parsed from them, what is refused, what the pages show."""
 
 import importlib
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,9 @@ from ml_collections import config_dict
 
 from jaxrobust import __main__, __version__
 from jaxrobust.config import overrides
+from jaxrobust.data import __main__ as data
 from jaxrobust.errors import UserError
+from jaxrobust.models import download
 from jaxrobust.runs import cli, flags
 
 PROGRAMS = (
@@ -194,3 +197,31 @@ def test_the_command_runs_a_program_and_corrects_a_name():
   assert wrong.returncode == cli.ERROR and wrong.stderr.endswith('mean train?\n')
   missing = run('train', '--config=digits')
   assert missing.returncode == cli.ERROR and '--workdir is missing' in missing.stderr
+
+
+@pytest.mark.parametrize(
+  ('main', 'command', 'said'),
+  [
+    (data.main, 'prepar cifar10', "'prepar' .* did you mean prepare?"),
+    (data.main, 'select a b --cont=3', '--cont=3; did you mean --count?'),
+    (data.main, 'plan 1M --hosts=2 --dataset=cifar11', 'did you mean cifar10?'),
+    (data.main, 'plan 1M --hosts=2 --real_fraction=half', "'half': use a number"),
+    (download.main, '--foldr=x', '--foldr=x; did you mean --folder?'),
+    (download.main, 'cifar10_linf_wrn28-10_wit', 'mean cifar10_linf_wrn28-10_with?'),
+  ],
+)
+def test_commands_with_positions_report_mistakes_in_a_line(main, command, said, capsys):
+  assert main(command.split()) == 1
+  out, err = capsys.readouterr()
+  assert out == '' and err.count('\n') == 1
+  assert re.search(said.replace('?', r'\?'), err)
+
+
+def test_commands_with_positions_know_the_home_folder_and_fractions(monkeypatch):
+  monkeypatch.setenv('HOME', '/home/somebody')
+  args = data._parser().parse_args(['select', '~/a', '~/b', '--top_fraction=1/5'])
+  assert (args.set, args.out, args.top_fraction) == (
+    '/home/somebody/a',
+    '/home/somebody/b',
+    0.2,
+  )

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pathlib
 import re
 import signal
@@ -14,7 +15,7 @@ import tqdm
 from jaxrobust.config import classifier, dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
-from jaxrobust.runs import exits
+from jaxrobust.runs import exits, flags
 from jaxrobust.samples import (
   host_footprint,
   imports,
@@ -217,16 +218,9 @@ _COMMANDS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-  """Reports mistakes as the programs do: in one line, with their exit code."""
-
-  def error(self, message):
-    raise UserError(f'{message} (`{self.prog} --help` shows how to use it)')
-
-
 def _parser() -> argparse.ArgumentParser:
   """Returns the parser of the command line."""
-  parser = _Parser(
+  parser = flags.Parser(
     prog='python -m jaxrobust.data',
     description='Makes data sets and sample sets ready. Each command has its --help.',
   )
@@ -240,12 +234,14 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument('name', help=', '.join(dataset_info.INFO))
   command.add_argument(
     '--data_dir',
+    type=os.path.expanduser,
     default='',
     help='where to write it, local or gs:// (default: $TFDS_DATA_DIR or '
     '~/tensorflow_datasets); pass the same folder to the programs',
   )
   command.add_argument(
     '--archives',
+    type=os.path.expanduser,
     default='',
     help='folder with the official archives under their official names; nothing is '
     'downloaded then',
@@ -260,15 +256,17 @@ def _parser() -> argparse.ArgumentParser:
   )
   command.add_argument(
     'sources',
+    type=os.path.expanduser,
     nargs='+',
     help='.npz with image and label (or x and y, arr_0 and arr_1); .npy of images and '
     'then of their labels; .pickle with data and extrapolated_targets, or image and '
     'label (it cannot run anything); folders or .zip of PNG',
   )
-  command.add_argument('out', help='the folder to make')
+  command.add_argument('out', type=os.path.expanduser, help='the folder to make')
   command.add_argument('--num_classes', type=int, help='default: largest label + 1')
   command.add_argument(
     '--labels',
+    type=os.path.expanduser,
     default='',
     help="for PNG: file with lines NAME LABEL, or EDM's dataset.json (default: the "
     'dataset.json beside the images; without one each folder is a class)',
@@ -277,18 +275,20 @@ def _parser() -> argparse.ArgumentParser:
   for field in shards.PROVENANCE:
     command.add_argument(f'--{field}', help='noted in metadata.json')
   command = commands.add_parser('export', help='sample set → .npz (image, label)')
-  command.add_argument('set')
-  command.add_argument('npz', help='the file to make')
+  command.add_argument('set', type=os.path.expanduser)
+  command.add_argument('npz', type=os.path.expanduser, help='the file to make')
   command = commands.add_parser(
     'select',
     help='a sample set of the surest, or of any, of another',
     description='Makes a sample set of some of the samples of another: the share of '
     'each class whose labels are surest, or any of each class, drawn at random.',
   )
-  command.add_argument('set', help='the pool')
-  command.add_argument('out', help='the folder to make')
+  command.add_argument('set', type=os.path.expanduser, help='the pool')
+  command.add_argument('out', type=os.path.expanduser, help='the folder to make')
   command.add_argument(
-    '--top_fraction', type=float, help='share of each class to keep, by confidence'
+    '--top_fraction',
+    type=flags.number,
+    help='share of each class to keep, by confidence',
   )
   command.add_argument(
     '--count', type=int, help='or how many to keep, of each class the same share'
@@ -308,7 +308,9 @@ def _parser() -> argparse.ArgumentParser:
     'of so many images that is not there yet: shards, disk, memory, reads.',
   )
   command.add_argument(
-    'set', help='a sample set, or a number such as 100_000_000 or 100M'
+    'set',
+    type=os.path.expanduser,
+    help='a sample set, or a number such as 100_000_000 or 100M',
   )
   command.add_argument('--hosts', type=int, required=True)
   command.add_argument(
@@ -319,13 +321,15 @@ def _parser() -> argparse.ArgumentParser:
   )
   command.add_argument(
     '--cache',
-    type=float,
+    type=flags.number,
     default=64,
     help='GiB of memory of a host left for the page cache (default: 64)',
   )
   command.add_argument('--batch_size', type=int, default=recipe.batch_size)
-  command.add_argument('--real_fraction', type=float, default=recipe.real_fraction)
-  command.add_argument('--steps_per_second', type=float, default=1.0)
+  command.add_argument(
+    '--real_fraction', type=flags.number, default=recipe.real_fraction
+  )
+  command.add_argument('--steps_per_second', type=flags.number, default=1.0)
   command = commands.add_parser(
     'quality',
     help='FID, density, coverage and nearest training images of a sample set',
@@ -333,9 +337,11 @@ def _parser() -> argparse.ArgumentParser:
     'set, with the training images in the features of one network. Figures by '
     'different networks, or of different numbers of images, are not comparable.',
   )
-  command.add_argument('set')
+  command.add_argument('set', type=os.path.expanduser)
   command.add_argument('--dataset', required=True, choices=sorted(dataset_info.INFO))
-  command.add_argument('--data_dir', default='', help='as of `prepare`')
+  command.add_argument(
+    '--data_dir', type=os.path.expanduser, default='', help='as of `prepare`'
+  )
   command.add_argument(
     '--train_images',
     type=int,
@@ -350,6 +356,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   command.add_argument(
     '--features',
+    type=os.path.expanduser,
     required=True,
     help='a classifier (workdir, file or released name), whose penultimate layer is '
     'taken; or lpips:FILE (see jaxrobust/models/lpips.py); or .npz with network (a '
@@ -361,14 +368,20 @@ def _parser() -> argparse.ArgumentParser:
     '--count', type=int, default=10_000, help='samples to compare (default: 10000)'
   )
   command.add_argument(
-    '--picture', default='', help='PNG to write (default: neighbours.png in the set)'
+    '--picture',
+    type=os.path.expanduser,
+    default='',
+    help='PNG to write (default: neighbours.png in the set)',
   )
   command = commands.add_parser(
     'info', help='check a sample set, print what it is and draw some of each class'
   )
-  command.add_argument('set')
+  command.add_argument('set', type=os.path.expanduser)
   command.add_argument(
-    '--sheet', default='', help='PNG to write (default: contact_sheet.png in the set)'
+    '--sheet',
+    type=os.path.expanduser,
+    default='',
+    help='PNG to write (default: contact_sheet.png in the set)',
   )
   command = commands.add_parser(
     'verify',
@@ -377,7 +390,7 @@ def _parser() -> argparse.ArgumentParser:
     'with the metadata. Training (data.verify_samples) reads only what has changed '
     'since.',
   )
-  command.add_argument('set')
+  command.add_argument('set', type=os.path.expanduser)
   return parser
 
 

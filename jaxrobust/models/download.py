@@ -13,11 +13,12 @@ import tqdm
 from absl import logging
 from etils import epath
 
+from jaxrobust.config import registries
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays
 from jaxrobust.models import zoo
-from jaxrobust.runs import checksums
+from jaxrobust.runs import checksums, flags
 from jaxrobust.runs import workdir as workdirs
 
 _CHUNK = 1 << 20  # bytes
@@ -88,25 +89,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
   Returns:
     The exit code: 0 done, 1 an error, given in one line.
   """
-  args = _parser().parse_args(arguments)
+  try:
+    return _run(_parser().parse_args(arguments))
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+  """Lists, or fetches."""
   if not args.names:
     for name, card in zoo.ENTRIES.items():
       [published] = card.accuracies
       figures = f'{published["clean_accuracy"]:.2%} {published["robust_accuracy"]:.2%}'
       print(f'{name:40} {figures}  {published["published"]}')
     return 0
-  try:
-    for name in args.names:
-      if name not in zoo.ENTRIES:
-        raise UserError(
-          f'{name!r} is no released checkpoint: without a name, the command lists them'
-        )
-      file = name + (args.suffix or zoo.usual_suffix(name))
-      folder = epath.Path(args.folder).expanduser() if args.folder else zoo.folder()
-      print(download(args.url + file, folder / file))
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
+  for name in args.names:
+    if name not in zoo.ENTRIES:
+      raise UserError(
+        f'{name!r} is no released checkpoint: without a name, the command lists them'
+        f'{registries.did_you_mean(name, zoo.ENTRIES)}'
+      )
+    file = name + (args.suffix or zoo.usual_suffix(name))
+    folder = epath.Path(args.folder).expanduser() if args.folder else zoo.folder()
+    print(download(args.url + file, folder / file))
   return 0
 
 
@@ -177,7 +183,7 @@ def _start_of(note: epath.Path) -> str:
 
 def _parser() -> argparse.ArgumentParser:
   """Returns the parser of the command line."""
-  parser = argparse.ArgumentParser(
+  parser = flags.Parser(
     prog='python -m jaxrobust.models.download',
     description="Fetches the authors' released checkpoints; without a name, lists them "
     'with their published clean and robust (AutoAttack) accuracies.',

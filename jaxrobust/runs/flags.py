@@ -7,9 +7,10 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from jaxrobust.config import overrides as config_overrides
+from jaxrobust.config import registries
 from jaxrobust.errors import UserError
 
 PATH = os.path.expanduser
@@ -112,12 +113,25 @@ class Given(NamedTuple):
     ]
 
 
-class _Parser(argparse.ArgumentParser):
-  """One whose errors are ours."""
+class Parser(argparse.ArgumentParser):
+  """Reports a mistake in one line, with the nearest of the names that there are."""
 
-  def error(self, message):
+  def error(self, message: str) -> NoReturn:
+    """Raises UserError with what argparse says."""
     line = re.sub(r'^argument (--\w+)/-\w+', r'\1', message)
-    raise UserError(f'{line} (--help shows the flags)')
+    wrong = re.search(r"(unrecognized arguments: |invalid choice: ')(-*[\w.-]+)", line)
+    near = registries.did_you_mean(wrong[2], _names(self)) if wrong else ''
+    raise UserError(f'{line}{near} (--help shows the flags)')
+
+
+def _names(parser: argparse.ArgumentParser) -> list[str]:
+  """All flags and choices of a parser, and of the commands in it."""
+  found = []
+  for action in parser._actions:
+    found += [*action.option_strings, *(action.choices or ())]
+    if isinstance(action.choices, dict):
+      found += [name for inside in action.choices.values() for name in _names(inside)]
+  return found
 
 
 def parse(program: Program, arguments: Sequence[str]) -> Given:
@@ -131,7 +145,7 @@ def parse(program: Program, arguments: Sequence[str]) -> Given:
     UserError: for what is no flag, or a value that is none of its kind.
   """
   overrides, rest = _split_overrides(arguments)
-  parser = _Parser(add_help=False, allow_abbrev=False)
+  parser = Parser(add_help=False, allow_abbrev=False)
   add = lambda name, **options: parser.add_argument(
     f'--{name}', f'-{name}', dest=f'{name}', **options
   )
@@ -144,7 +158,7 @@ def parse(program: Program, arguments: Sequence[str]) -> Given:
     elif isinstance(flag.kind, tuple):
       options |= {'type': _choice(flag.kind)}
     else:
-      kinds: dict[Any, Any] = {float: _number, int: _integer}
+      kinds: dict[Any, Any] = {float: number, int: _integer}
       options |= {'type': kinds.get(flag.kind, flag.kind)}
     add(flag.name, **options)
   for name in ('workdir', 'config', 'coordinator'):
@@ -212,7 +226,8 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f'{text!r}: {e}') from e
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
+  """The type of a flag that is a number; it may be written as a fraction."""
   try:
     return config_overrides.parse_float(text)
   except ValueError as e:
