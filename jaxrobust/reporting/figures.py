@@ -5,12 +5,11 @@ import io
 import itertools
 import types
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 from ml_collections import config_dict
 
 from jaxrobust import config as configs
@@ -21,6 +20,9 @@ from jaxrobust.files import arrays
 from jaxrobust.runs import metrics
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.samples import sample_sets, shards
+
+if TYPE_CHECKING:  # Help pages should not wait for it.
+  from matplotlib.figure import Figure
 
 _SHOWN = 10  # images in a row, and groups in an overview
 _STYLE = {
@@ -59,7 +61,7 @@ def style() -> Iterator[types.ModuleType]:
     plt.close('all')
 
 
-def render(figure: Figure, kind: str = 'png') -> bytes:
+def render(figure: 'Figure', kind: str = 'png') -> bytes:
   """A figure as a file of its kind."""
   buffer = io.BytesIO()
   metadata = {'Date': None} if kind == 'svg' else None
@@ -67,13 +69,13 @@ def render(figure: Figure, kind: str = 'png') -> bytes:
   return buffer.getvalue()
 
 
-def write(figure: Figure, path: epath.Path) -> None:
+def write(figure: 'Figure', path: epath.Path) -> None:
   """Writes a figure as path.png and path.svg."""
   for kind in ('png', 'svg'):
     workdirs.write(path.with_name(f'{path.name}.{kind}'), render(figure, kind))
 
 
-def draw_table(plt: types.ModuleType, table: Table, lines: list) -> Figure | None:
+def draw_table(plt: types.ModuleType, table: Table, lines: list) -> 'Figure | None':
   """The figure of a table; None for a kind that has none.
 
   Args:
@@ -89,7 +91,7 @@ def draw_table(plt: types.ModuleType, table: Table, lines: list) -> Figure | Non
   return draw and draw(plt, table, lines)
 
 
-def draw_fractions(plt: types.ModuleType, table: Table, lines: list) -> Figure:
+def draw_fractions(plt: types.ModuleType, table: Table, lines: list) -> 'Figure':
   """Robust accuracy against the share of real images, a curve a generator."""
   figure, axis = plt.subplots(figsize=(6.4, 4.2))
   common = [x for x in lines if not x.row.curve]
@@ -141,7 +143,7 @@ def _name(line) -> str:
   return line.row.name
 
 
-def draw_bars(plt: types.ModuleType, table: Table, lines: list) -> Figure:
+def draw_bars(plt: types.ModuleType, table: Table, lines: list) -> 'Figure':
   """Clean and robust accuracy, a bar a row, with the published as diamonds."""
   figure, axes = plt.subplots(
     1, 2, sharey=True, figsize=(9, 1.2 + 0.36 * max(len(lines), 3))
@@ -186,7 +188,7 @@ def _zoom(axis, values: list[float]):
     axis.set_xlim(max(np.floor(low - room), 0), min(np.ceil(high + room / 4), 100))
 
 
-def draw_shares(plt: types.ModuleType, table: Table, lines: list) -> Figure:
+def draw_shares(plt: types.ModuleType, table: Table, lines: list) -> 'Figure':
   """Where nearest neighbours are, as stacked shares; beside them the coverage."""
   figure, (shares, coverage) = plt.subplots(
     1, 2, sharey=True, width_ratios=(2, 1), figsize=(9, 1.6 + 0.6 * max(len(lines), 3))
@@ -235,7 +237,7 @@ def draw_shares(plt: types.ModuleType, table: Table, lines: list) -> Figure:
   return figure
 
 
-def draw_overview(plt: types.ModuleType, groups: dict) -> Figure:
+def draw_overview(plt: types.ModuleType, groups: dict) -> 'Figure':
   """Accuracies against step, above rows of images.
 
   Args:
@@ -252,14 +254,14 @@ def draw_overview(plt: types.ModuleType, groups: dict) -> Figure:
   return figure
 
 
-def draw_training(plt: types.ModuleType, groups: dict) -> Figure:
+def draw_training(plt: types.ModuleType, groups: dict) -> 'Figure':
   """Accuracies against step; `groups` as in `draw_overview`."""
   figure = plt.figure(figsize=(11, max(4.2, 1 + 0.18 * len(groups))))
   _curves(figure, groups)
   return figure
 
 
-def draw_examples(plt: types.ModuleType, groups: dict) -> Figure | None:
+def draw_examples(plt: types.ModuleType, groups: dict) -> 'Figure | None':
   """Images that the runs saw and met; None without any."""
   rows = image_rows(groups)
   if not rows:
