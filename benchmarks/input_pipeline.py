@@ -25,7 +25,7 @@ import tensorflow as tf
 
 from jaxrobust.data import pipeline
 from jaxrobust.data.datasets import Split
-from jaxrobust.samples import sample_sets
+from jaxrobust.samples import sample_sets, shards
 
 BATCH, REAL_FRACTION, REPEATS = 1024, 0.3125, 4
 SHAPE = (32, 32, 3)
@@ -45,7 +45,7 @@ def sparse_set(path, num_images, num_shards):
     ):
       np.lib.format.open_memmap(path / f'{kind}-{name}', 'w+', dtype, shape)
   metadata = {
-    'format_version': sample_sets.FORMAT_VERSION,
+    'format_version': shards.FORMAT_VERSION,
     'image_shape': SHAPE,
     'num_classes': 10,
     'counts': {
