@@ -55,7 +55,7 @@ def sparse_set(path, num_images, num_shards):
     },
     'sha256': {f'{kind}-{n}': '' for n in names for kind in ('images', 'labels')},
   }
-  (path / 'metadata.json').write_text(json.dumps(metadata))
+  (path / shards.METADATA).write_text(json.dumps(metadata))
   return sample_sets.SampleSet.open(path)
 
 

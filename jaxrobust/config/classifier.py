@@ -90,6 +90,15 @@ FIELDS: dict[str, Any] = {
       'For a batch of 256 the released code advises 1',
       above=0,
     ),
+    'streams': field(
+      1,
+      'parts of the sample set, each shuffled by itself and read by its own slots of '
+      'the batch, so that a host of a pod holds only the parts of its slots. 1: the '
+      'set is shuffled as a whole, and each host holds all of it. They must divide the '
+      'batch and share its real images equally; a power of two, such as 32, suits any '
+      'pod. Ignored without samples',
+      above=0,
+    ),
     'verify_samples': field(
       True, 'compare checksums of the sample set once', free=True
     ),
@@ -297,6 +306,7 @@ class Derived:
     real_fraction: share of real images; 1 without a sample set.
     later_real_fraction: that from `later_from_step` on; None for the same share.
     later_from_step: first update with it.
+    streams: of the sample set; 1 without one.
   """
 
   num_steps: int
@@ -308,6 +318,7 @@ class Derived:
   real_fraction: float
   later_real_fraction: float | None
   later_from_step: int
+  streams: int
 
 
 def get_config(dataset: str = 'cifar10') -> config_dict.ConfigDict:
@@ -394,6 +405,7 @@ def resolve(config: config_dict.ConfigDict) -> Derived:
     later_from_step=int(
       config.data.later_from_epoch * config.training.epoch_examples / batch_size
     ),
+    streams=config.data.streams if config.data.samples else 1,
   )
 
 

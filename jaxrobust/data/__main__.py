@@ -127,16 +127,24 @@ def _plan(args: argparse.Namespace) -> None:
       'num_shards': len(found.metadata['counts']['per_shard']),
       'confidence_bytes': found.confidence_bytes,
     }
-  needs = host_footprint.estimate(
-    count,
-    shape,
-    hosts=args.hosts,
-    cache_bytes=args.cache * 2**30,
-    batch_size=args.batch_size,
-    real_fraction=args.real_fraction,
-    **of_set,
-  )
-  print('\n'.join(host_footprint.lines(needs, args.hosts, args.steps_per_second)))
+  ways = {1: 'data.streams=1: the set is shuffled as a whole'}
+  if args.hosts > 1:
+    num_streams = args.streams or min(32, count)
+    ways |= {num_streams: f'data.streams={num_streams}: each is shuffled by itself'}
+  for num_streams, how in ways.items():
+    needs = host_footprint.estimate(
+      count,
+      shape,
+      hosts=args.hosts,
+      num_streams=num_streams,
+      cache_bytes=args.cache * 2**30,
+      batch_size=args.batch_size,
+      real_fraction=args.real_fraction,
+      **of_set,
+    )
+    print(how)
+    for line in host_footprint.lines(needs, args.hosts, args.steps_per_second):
+      print(f'  {line}')
 
 
 def _progress(batches: Iterable, total: int) -> Iterator:
@@ -305,7 +313,8 @@ def _parser() -> argparse.ArgumentParser:
     'plan',
     help='what a sample set asks of each host of a pod',
     description='Computes what each host of a pod needs for a sample set, or for one '
-    'of so many images that is not there yet: shards, disk, memory, reads.',
+    'of so many images that is not there yet: shards, disk, memory, reads. Once where '
+    'training shuffles it as a whole, and once where it is divided into streams.',
   )
   command.add_argument(
     'set',
@@ -313,6 +322,12 @@ def _parser() -> argparse.ArgumentParser:
     help='a sample set, or a number such as 100_000_000 or 100M',
   )
   command.add_argument('--hosts', type=int, required=True)
+  command.add_argument(
+    '--streams',
+    type=int,
+    help='for several hosts: of the second part of what is printed (default: 32); the '
+    'first is of one',
+  )
   command.add_argument(
     '--dataset',
     default='cifar10',

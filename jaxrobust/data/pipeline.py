@@ -15,6 +15,7 @@ from jaxrobust.data import datasets
 from jaxrobust.data.datasets import Split
 from jaxrobust.errors import UserError
 from jaxrobust.samples.sample_sets import SampleSet
+from jaxrobust.samples.streams import Streams
 
 _REAL, _GENERATED = 0, 1  # the two sources, part of the key of a shuffle
 _PARALLEL_CALLS = 4  # They overlap disk reads; cached reads gain nothing from 2 on.
@@ -63,8 +64,8 @@ def mix_counts(
     real_repeats: how often each real image occurs in a batch, at least 1. The
       published runs had 4 workers that read the real images in the same order.
     parts: into how many equal contiguous parts the batch is divided, by what they
-      are ('devices', 'BatchNorm groups'). Each part must hold as many real images
-      as the others.
+      are ('devices', 'BatchNorm groups', 'streams'). Each part must hold as many real
+      images as the others.
     field: where the share comes from, for the message.
 
   Returns:
@@ -119,19 +120,23 @@ def train_batches(
   steps: range,
   seed: int,
   real_repeats: int = 1,
+  streams: int = 1,
   slots: tuple[int, int] | None = None,
   num_classes: int | None = None,
 ) -> Iterator[Batch]:
   """Returns the training batches of consecutive steps, read ahead by threads.
 
   Each source is shuffled as a whole, anew in each of its epochs, and each of its
-  images occurs once (a real one real_repeats times) in an epoch. Any contiguous
-  part of the batch holds its share of real images, rounded. Where the share changes,
-  each source goes on with its next image.
+  images occurs once (a real one real_repeats times) in an epoch. Of several streams
+  (see `samples.streams`) this holds for the part of the sample set of each. Any
+  contiguous part of the batch holds its share of real images, rounded. Where the share
+  changes, each source goes on with its next image.
 
   Args:
     real: the real images; None only where the mix takes none.
-    samples: the generated images; None only where the mix takes none.
+    samples: the generated images, those of the streams of these slots at least; None
+      only where the mix takes none. Where a bucket still gives them, the first batch
+      that takes some waits for all.
     mix: the share of real images, the first from step 0 on, then those of later steps
       in their order.
     batch_size: images in a global batch.
@@ -139,6 +144,7 @@ def train_batches(
     seed: of the shuffles, at least 0.
     real_repeats: how often each real image occurs in a batch, each time in
       another part of it (paper: 4 workers with the same real images).
+    streams: of the sample set. They share the generated images of a batch equally.
     slots: (start, stop) of the part of the global batch to yield, for the
       processes of a pod; all of it by default.
     num_classes: number of classes; by default the largest real label plus 1.
@@ -158,7 +164,7 @@ def train_batches(
   ends = [from_step for _, from_step in mix[1:]] + [steps.stop]
   parts, used = [], (0, 0)
   for (share, since), end in zip(mix, ends, strict=True):
-    counts = mix_counts(batch_size, share, real_repeats)
+    counts = mix_counts(batch_size, share, real_repeats, {'streams': streams})
     check_sources(real, samples, *counts, num_classes)
     parts.append(
       _batches_of_one_share(
@@ -166,6 +172,7 @@ def train_batches(
         samples,
         counts,
         real_repeats=real_repeats,
+        streams=streams,
         seed=seed,
         steps=range(max(steps.start, since), min(steps.stop, end)),
         since=since,
@@ -179,7 +186,7 @@ def train_batches(
 
 
 def _batches_of_one_share(
-  real, samples, counts, *, real_repeats, seed, steps, since, used, slots
+  real, samples, counts, *, real_repeats, streams, seed, steps, since, used, slots
 ):
   """Batches of consecutive steps with the same numbers of real and generated images.
 
@@ -190,19 +197,28 @@ def _batches_of_one_share(
   batch_size = sum(counts)
   if not steps:
     return
+  if num_generated:
+    samples.wait()
   tf = datasets.import_tensorflow()
+  part = lambda x: x[slice(*slots)]
   slot = np.arange(batch_size, dtype=np.int64)
   is_real = (slot + 1) * num_real // batch_size > slot * num_real // batch_size
-  num_distinct = num_real // real_repeats
+  # Each stream has as many real and generated images as the others.
+  per_step = np.where(is_real, num_real // real_repeats, num_generated // streams)
   order = np.where(is_real, np.cumsum(is_real), np.cumsum(~is_real)) - 1
-  order[is_real] %= max(num_distinct, 1)
-  order += np.where(is_real, *used)
-  mine = slice(*slots)
-  slot, is_real, order = slot[mine].astype(np.int32), is_real[mine], order[mine]
-  per_step = np.where(is_real, num_distinct, num_generated)
-  num_images = len(real.images) if num_real else 0
-  sizes = np.where(is_real, num_images, len(samples) if num_generated else 0)
-  keys = np.where(is_real, *(_stream_key(seed, s) for s in (_REAL, _GENERATED)))
+  order %= per_step
+  order += np.where(is_real, used[0], used[1] // streams)
+  ranges = [range(len(real.images) if num_real else 0)]
+  ranges += [
+    Streams(streams, k, k + 1).images(len(samples) if num_generated else 0)
+    for k in range(streams)
+  ]
+  sources = [(_REAL, 0), *((_GENERATED, k) for k in range(streams))]
+  source = part(np.where(is_real, 0, 1 + slot * streams // batch_size))
+  starts, sizes = np.array([(x.start, len(x)) for x in ranges]).T[:, source]
+  keys = np.array([_stream_key(seed, *x) for x in sources])[source]
+  slot = part(slot).astype(np.int32)
+  is_real, per_step, order = part(is_real), part(per_step), part(order)
   shape = real.images.shape[1:] if num_real else samples.image_shape
   generated_slots = np.flatnonzero(~is_real)
 
@@ -220,7 +236,7 @@ def _batches_of_one_share(
 
   @tf.autograph.experimental.do_not_convert
   def load(step):
-    indices = _shuffled((step - since) * per_step + order, sizes, keys)
+    indices = _shuffled((step - since) * per_step + order, sizes, keys) + starts
     return tf.numpy_function(gather, [indices], (tf.uint8, tf.int32), stateful=False)
 
   dataset = (
@@ -289,9 +305,11 @@ def check_sources(
     )
 
 
-def _stream_key(seed, source):
-  """Returns the 64-bit key of a source's shuffles."""
-  return np.random.SeedSequence([seed, source]).generate_state(1, np.uint64)[0]
+def _stream_key(seed, source, stream=0):
+  """Returns the 64-bit key of the shuffles of a source, or of a stream of it."""
+  # The first stream has the key of the source as a whole.
+  words = [seed, source, stream] if stream else [seed, source]
+  return np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
 
 
 def _shuffled(positions, sizes, keys):

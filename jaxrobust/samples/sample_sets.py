@@ -12,14 +12,12 @@ many confident samples tie: float32 ranks them.
 """
 
 import concurrent.futures
-import contextlib
 import io
 import json
-import mmap
+import math
 import os
 import pathlib
 import shutil
-import uuid
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,8 +26,7 @@ import numpy as np
 
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays, json_files
-from jaxrobust.runs import checksums
-from jaxrobust.samples import shards, writing
+from jaxrobust.samples import random_reads, shards, streams, verification, writing
 
 SHARD_SIZE = 2**18  # 0.8 GB of 32x32x3; 100M images stay under 1,024 open files.
 RESERVED = (
@@ -40,58 +37,57 @@ RESERVED = (
   'counts',
   'sha256',
 )
-_STAMP = 'verified.json'
-# An image maps at most the 16 pages around it, so at most 512 MiB are mapped at a time.
-_IMAGES_BETWEEN_RELEASES = 8_192
 
 
 class SampleSet:
   """A sample set on local disk, read image by image, never loaded whole.
-
-  Images are memory-mapped: a batch of 704 random images takes 0.26 ms from cached
-  files, against 1.15 ms with a `preadv` an image. Mapped pages count as resident
-  memory, so they are given back regularly.
 
   Attributes:
     path: the folder.
     metadata: the content of `metadata.json`.
     image_shape: (H, W, C).
     num_classes: number of classes K; labels lie in [0, K).
+    images: numbers of the images that are here: all, or those of some streams. The
+      labels of all are.
   """
 
   def __init__(
     self,
     path: pathlib.Path,
     metadata: dict,
-    files: list[io.FileIO],
-    offsets: list[int],
+    images: range,
     labels: np.ndarray,
+    coming: concurrent.futures.Future | None,
   ):
     self.path = path
     self.metadata = metadata
     self.image_shape = tuple(metadata['image_shape'])
     self.num_classes = metadata['num_classes']
-    self._files = files
-    self._maps = [mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) for f in files]
-    self._sizes = [len(mapped) for mapped in self._maps]
-    self._images = [
-      np.frombuffer(mapped, np.uint8, offset=offset).reshape(count, -1)
-      for mapped, offset, count in zip(
-        self._maps, offsets, metadata['counts']['per_shard'], strict=True
-      )
-    ]
-    for mapped in self._maps:  # Reading ahead would read what nobody asked for.
-      mapped.madvise(mmap.MADV_RANDOM)
-    self._gathered = 0
+    self.images = images
     self._labels = labels
-    self._starts = np.cumsum([0, *metadata['counts']['per_shard'][:-1]])
+    per_shard = metadata['counts']['per_shard']
+    self._starts = np.cumsum([0, *per_shard[:-1]])
+    self._shards = shards.overlapping(per_shard, images)
+    self._coming = coming
+    self._files, self._offsets = {}, np.zeros(len(per_shard), np.int64)
+    if coming is None:
+      self._open_images()
 
   @classmethod
-  def open(cls, path: str | os.PathLike) -> 'SampleSet':
+  def open(
+    cls,
+    path: str | os.PathLike,
+    part: streams.Streams = streams.ALL,
+    in_background: bool = False,
+  ) -> 'SampleSet':
     """Opens a set and checks all but the bytes of the images (see `verify`).
 
     Args:
       path: a sample set folder, on local disk or in a bucket: see `bucket.fetch`.
+      part: the streams whose images will be read; others need not be there, and are not
+        fetched from a bucket.
+      in_background: whether to return while images of a set in a bucket are fetched;
+        `wait` then waits for them.
 
     Returns:
       The set.
@@ -99,15 +95,17 @@ class SampleSet:
     Raises:
       UserError: the folder is absent or no sample set, or a file of it
         is missing, superfluous, truncated, of the wrong shape or type, or holds
-        labels outside the classes or other than the metadata counts.
+        labels outside the classes or other than the metadata counts; or the streams are
+        not alike (see `streams.check_classes`).
     """
+    coming = None
     if shards.is_remote(path):
-      path = _bucket().fetch(path)
+      path, coming = _bucket().fetch(path, part)
     path = pathlib.Path(path)
     metadata = shards.read_metadata(path)
-    counts, num_classes = metadata['counts'], metadata['num_classes']
-    kinds = shards.kinds(metadata)
-    names = shards.shard_names(len(counts['per_shard']), kinds)
+    names = shards.shard_names(
+      len(metadata['counts']['per_shard']), shards.kinds(metadata)
+    )
     expected = {name for pair in names for name in pair}
     for file in sorted(path.glob('*.npy')):
       if file.name not in expected:
@@ -115,42 +113,46 @@ class SampleSet:
           f'{file} does not belong to this sample set, whose metadata names '
           f'{len(names)} shards; move it away or make the set again'
         )
-    files, offsets, labels = [], [], []
-    narrow = np.min_scalar_type(num_classes - 1)
-    for (image_name, label_name, *rest), n in zip(
-      names, counts['per_shard'], strict=True
-    ):
-      shape = (n, *metadata['image_shape'])
-      offsets.append(shards.check_array(path / image_name, shape, np.uint8))
-      offset = shards.check_array(path / label_name, (n,), np.int32)
-      for name in rest:
-        shards.check_array(path / name, (n,), np.dtype(metadata['confidence']))
-      shard = np.fromfile(path / label_name, np.int32, offset=offset)
-      if shard.min() < 0 or shard.max() >= num_classes:
-        raise UserError(
-          f'{path / label_name} holds labels {shard.min()}..{shard.max()}; '
-          f'{num_classes} classes allow 0..{num_classes - 1}; label the set again'
-        )
-      labels.append(shard.astype(narrow))  # a byte a label: 100 MB for 100M
+    labels = _read_labels(path, metadata)
+    if part.count > 1:
+      streams.check_classes(path, labels, metadata['num_classes'], part.count)
+    found = cls(path, metadata, part.images(len(labels)), labels, coming)
+    if not in_background:
+      found.wait()
+    return found
+
+  def wait(self) -> None:
+    """Waits until all images are here that a bucket still gives.
+
+    Raises:
+      UserError: they cannot be had, or are corrupt.
+    """
+    if self._coming is not None:
+      self._coming.result()
+      self._coming = None
+      self._open_images()
+
+  def _open_images(self):
+    """Checks the files of the images and opens them."""
+    per_shard = self.metadata['counts']['per_shard']
+    names = shards.shard_names(len(per_shard), shards.kinds(self.metadata))
+    for shard in self._shards:
+      image_name, _, *rest = names[shard]
+      count, file = per_shard[shard], self.path / image_name
+      shape = (count, *self.image_shape)
+      self._offsets[shard] = shards.check_array(file, shape, np.uint8)
+      # Which labels are sure is asked of a whole set only.
+      for name in rest if len(self.images) == len(self) else ():
+        dtype = np.dtype(self.metadata['confidence'])
+        shards.check_array(self.path / name, (count,), dtype)
       try:
-        files.append(io.FileIO(path / image_name))
+        self._files[shard] = io.FileIO(file)
       except OSError as error:
         raise UserError(
-          f'{path / image_name} cannot be opened ({error.strerror}); with too many '
-          f'open files ({len(names)} shards) raise the limit by `ulimit -n`'
+          f'{file} cannot be opened ({error.strerror}); with too many '
+          f'open files ({len(self._shards)} shards) raise the limit by `ulimit -n`'
         ) from None
-    labels = np.concatenate(labels)
-    per_class = np.bincount(labels, minlength=num_classes).tolist()
-    if per_class != counts['per_class']:
-      label = next(
-        k for k in range(num_classes) if per_class[k] != counts['per_class'][k]
-      )
-      raise UserError(
-        f'{path} is mislabelled: its label files hold {per_class[label]} images of '
-        f'class {label}, its metadata.json says {counts["per_class"][label]}; '
-        'fetch or make the set again'
-      )
-    return cls(path, metadata, files, offsets, labels)
+      random_reads.expect(self._files[shard].fileno())
 
   def __len__(self) -> int:
     return len(self._labels)
@@ -172,34 +174,35 @@ class SampleSet:
       out.
 
     Raises:
-      IndexError: an index is outside the set.
+      IndexError: an index is outside the images that are here.
       UserError: A file has shrunk since the set was opened.
     """
+    self.wait()
     indices = np.asarray(indices, np.int64)
     if out is None:
       out = np.empty((len(indices), *self.image_shape), np.uint8)
     if not len(indices):
       return out
-    if indices.min() < 0 or indices.max() >= len(self):
+    if indices.min() < self.images.start or indices.max() >= self.images.stop:
       raise IndexError(
-        f'indices {indices.min()}..{indices.max()} in a set of {len(self)} images'
+        f'indices {indices.min()}..{indices.max()} in a set with the images '
+        f'{self.images.start}..{self.images.stop - 1}'
       )
     rows = np.arange(len(indices)) if rows is None else rows
-    flat = out.reshape(len(out), -1)
+    size, flat = math.prod(self.image_shape), memoryview(out.reshape(-1))
     shard_of = np.searchsorted(self._starts, indices, side='right') - 1
-    for shard in np.unique(shard_of):
-      if os.fstat(self._files[shard].fileno()).st_size < self._sizes[shard]:
-        raise UserError(
-          f'{self._files[shard].name} has been truncated while in use; '
-          'restore the file and start again'
-        )
-      chosen = shard_of == shard
-      flat[rows[chosen]] = self._images[shard][indices[chosen] - self._starts[shard]]
-    self._gathered += len(indices)
-    if self._gathered >= _IMAGES_BETWEEN_RELEASES:
-      self._gathered = 0
-      for mapped in self._maps:
-        mapped.madvise(mmap.MADV_DONTNEED)
+    offsets = self._offsets[shard_of] + (indices - self._starts[shard_of]) * size
+    files = {shard: file.fileno() for shard, file in self._files.items()}
+    columns = (shard_of.tolist(), (rows * size).tolist(), offsets.tolist())
+    ended = random_reads.read(
+      random_reads.Read(files[shard], flat[start : start + size], offset)
+      for shard, start, offset in zip(*columns, strict=True)
+    )
+    if ended is not None:
+      (file,) = (x for x in self._files.values() if x.fileno() == ended)
+      raise UserError(
+        f'{file.name} has been truncated while in use; restore the file and start again'
+      )
     return out
 
   def gather_labels(self, indices: np.ndarray | slice) -> np.ndarray:
@@ -211,7 +214,7 @@ class SampleSet:
     dtype = self.metadata.get('confidence')
     if not dtype:
       return None
-    names = shards.shard_names(len(self._files), ('confidence',))
+    names = shards.shard_names(len(self._starts), ('confidence',))
     parts = [arrays.read_npy(self.path / name, 'f', 1) for (name,) in names]
     found = np.concatenate(parts)
     if not ((found >= 0) & (found <= 1)).all():
@@ -228,24 +231,22 @@ class SampleSet:
 
   def is_verified(self) -> bool:
     """Whether `verify` has found the files as they were written, and as they are."""
-    with contextlib.suppress(OSError, ValueError):
-      return json.loads((self.path / _STAMP).read_text()) == self._stamp()
-    return False
+    return not verification.pending(self.path, self._names())
 
   def checksum(self) -> str:
     """Of the metadata, which hold those of all files: as of `datasets.Split`."""
     return f'{zlib.crc32((self.path / shards.METADATA).read_bytes()):08x}'
 
-  def _stamp(self):
-    """Size and time of modification of each file."""
-    names = [*self.metadata['sha256'], shards.METADATA]
-    stats = {name: (self.path / name).stat() for name in names}
-    return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
+  def _names(self):
+    """Of the files that are here; those that a bucket gives are compared on the way."""
+    here = self._coming is None
+    images = shards.image_names(self.metadata, self.images) if here else []
+    return [*shards.label_names(self.metadata), *images]
 
   def verify(
     self, progress: Callable[[Iterable], Iterable] = iter, anew: bool = False
   ) -> None:
-    """Compares the sha256 of each shard file with the metadata, once.
+    """Compares the sha256 of each file that is here with the metadata, once.
 
     A finished verification is remembered in the folder, where it is writable,
     and holds until a file changes size or time of modification.
@@ -258,29 +259,36 @@ class SampleSet:
     Raises:
       UserError: files are corrupt; the message names each of them.
     """
-    if not anew and self.is_verified():
-      return
-    stamp, stamp_file = self._stamp(), self.path / _STAMP
-    expected = self.metadata['sha256']
-    files = [self.path / name for name in sorted(expected)]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      digests = pool.map(checksums.sha256, files)
-      corrupt = [
-        str(file)
-        for file, digest in zip(progress(files), digests, strict=True)
-        if digest != expected[file.name]
-      ]
-    if corrupt:
-      with contextlib.suppress(OSError):
-        stamp_file.unlink()  # What an earlier verification said is no longer so.
+    names = self._names()
+    if not anew:
+      names = verification.pending(self.path, names)
+    if names:
+      verification.compare(self.path, names, self.metadata['sha256'], progress)
+
+
+def _read_labels(path, metadata):
+  """The labels of a set [n], a byte or two each; UserError where they contradict it."""
+  counts, num_classes = metadata['counts'], metadata['num_classes']
+  narrow = np.min_scalar_type(num_classes - 1)  # 100 MB for 100M
+  labels, per_class = [], np.zeros(num_classes, int)
+  names = shards.label_names(metadata)
+  for name, n in zip(names, counts['per_shard'], strict=True):
+    offset = shards.check_array(path / name, (n,), np.int32)
+    shard = np.fromfile(path / name, np.int32, offset=offset)
+    if shard.min() < 0 or shard.max() >= num_classes:
       raise UserError(
-        f'corrupt (sha256 differs from metadata.json): {", ".join(corrupt)}; '
-        'fetch or make these files again'
+        f'{path / name} holds labels {shard.min()}..{shard.max()}; '
+        f'{num_classes} classes allow 0..{num_classes - 1}; label the set again'
       )
-    with contextlib.suppress(OSError):
-      temporary = stamp_file.with_name(f'.{_STAMP}.{uuid.uuid4().hex}')
-      temporary.write_text(json.dumps(stamp))
-      temporary.replace(stamp_file)
+    per_class += np.bincount(shard, minlength=num_classes)
+    labels.append(shard.astype(narrow))
+  if wrong := np.flatnonzero(per_class != counts['per_class']).tolist():
+    raise UserError(
+      f'{path} is mislabelled: its label files hold {per_class[wrong[0]]} images of '
+      f'class {wrong[0]}, its metadata.json says {counts["per_class"][wrong[0]]}; '
+      'fetch or make the set again'
+    )
+  return np.concatenate(labels)
 
 
 def write(

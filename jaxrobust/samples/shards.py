@@ -20,6 +20,8 @@ PROVENANCE = ('generator', 'seed', 'labeller', 'selection')
 # beyond is not one of those that classifiers are trained on.
 MAX_CLASSES = 2**16
 MAX_IMAGE_BYTES = 2**26
+HEADER = 128  # bytes before the data of an .npy file
+LABEL = 4  # bytes
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -59,6 +61,31 @@ def kinds(metadata: dict) -> tuple[str, ...]:
   """Returns the kinds of files of a set."""
   confidence = ('confidence',) if metadata.get('confidence') else ()
   return ('images', 'labels', *confidence)
+
+
+def overlapping(per_shard: list[int], images: range) -> range:
+  """The numbers of the shards that hold any of these images, at least one."""
+  ends = np.cumsum(per_shard)
+  first, last = np.searchsorted(ends, (images.start, images.stop - 1), side='right')
+  return range(int(first), int(last) + 1)
+
+
+def label_names(metadata: dict) -> list[str]:
+  """Names of the files of labels, which whoever reads a set needs all of."""
+  names = shard_names(len(metadata['counts']['per_shard']), ('labels',))
+  return [name for (name,) in names]
+
+
+def image_names(metadata: dict, images: range) -> list[str]:
+  """Names of the files that hold these images.
+
+  With all of a set go the labels' confidences, which are asked of no part of it.
+  """
+  per_shard = metadata['counts']['per_shard']
+  is_whole = len(images) == sum(per_shard)
+  wanted = ('images', *(kinds(metadata)[2:] if is_whole else ()))
+  rows = shard_names(len(per_shard), wanted)
+  return [name for shard in overlapping(per_shard, images) for name in rows[shard]]
 
 
 def write_header(file: IO[bytes], shape: Iterable[int]) -> None:

@@ -28,7 +28,7 @@ from jaxrobust.errors import UserError
 from jaxrobust.models import batch_norm, companions, parameter_files
 from jaxrobust.runs import metrics, process_group, waiting
 from jaxrobust.runs import workdir as workdirs
-from jaxrobust.samples import sample_sets
+from jaxrobust.samples import sample_sets, streams
 from jaxrobust.training import loop, optimizer, update
 
 
@@ -133,11 +133,18 @@ def load_data(
 ) -> Data:
   """Loads the images that are not given, and opens the sample set.
 
-  The set is compared with its checksums once.
+  The set is compared with its checksums once. Of a set in a bucket the images come in
+  the background.
   """
   generated = None
   if config.data.samples:
-    generated = sample_sets.SampleSet.open(config.data.samples)
+    batch_size = config.data.batch_size
+    part = streams.of_slots(
+      config.data.streams, parallel.process_slots(batch_size), batch_size
+    )
+    generated = sample_sets.SampleSet.open(
+      config.data.samples, part, in_background=True
+    )
     if config.data.verify_samples:
       logging.info('comparing checksums of %s (once)', config.data.samples)
       generated.verify(functools.partial(tqdm.tqdm, desc='checksums', disable=None))
@@ -262,16 +269,22 @@ def check_batch(
   """The numbers of real and generated images in a batch, of each share in turn.
 
   Raises:
-    UserError: for a batch that devices or BatchNorm groups cannot share equally.
+    UserError: for a batch that devices, BatchNorm groups or streams cannot share
+      equally.
   """
   batch_size, group = config.data.batch_size, config.model.batch_norm_group
   devices = parallel.num_devices()
+  parts = {
+    'devices': devices,
+    'BatchNorm groups': batch_size // group,
+    'streams': derived.streams,
+  }
   counts = [
     pipeline.mix_counts(
       batch_size,
       share.real_fraction,
       config.data.real_repeats,
-      {'devices': devices, 'BatchNorm groups': batch_size // group},
+      parts,
       field,
     )
     for share, field in zip(
@@ -326,6 +339,7 @@ class Run:
       steps=range(self._loop.start, derived.num_steps),
       seed=config.seed,
       real_repeats=config.data.real_repeats,
+      streams=derived.streams,
       slots=parallel.process_slots(config.data.batch_size),
       num_classes=self._num_classes,
     )
