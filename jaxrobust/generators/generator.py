@@ -113,6 +113,7 @@ class Generator:
     info: dataset_info.DatasetInfo,
     settings: config_dict.ConfigDict,
     *,
+    held_out: dict[str, datasets.Split],
     folder: epath.Path,
     seed: int,
   ) -> 'Generator':
@@ -122,6 +123,8 @@ class Generator:
       real: training images, uint8 [n, H, W, C], and labels.
       info: of their data set.
       settings: `config.generator`, checked.
+      held_out: images that judge it and are not learned from: those of 'test', and of
+        'validation' where the config holds some out.
       folder: workdir, for what a fit needs to go on where it was stopped.
       seed: of all that is random.
 
@@ -151,6 +154,8 @@ class Generator:
     """
     raise NotImplementedError
 
+  # To be given by some.
+
   @classmethod
   def read_released(
     cls, path: epath.Path, settings, info: dataset_info.DatasetInfo
@@ -173,6 +178,19 @@ class Generator:
       f'{path}: no published weights of {settings.name} are known here: give a config '
       'of another generator, or fit this one with jaxrobust generate'
     )
+
+  def evaluate(self, images: np.ndarray, seed: int) -> dict[str, float]:
+    """How likely it finds images that it did not see; every process calls it.
+
+    Args:
+      images: uint8 [n, H, W, C].
+      seed: of what is random in it.
+
+    Returns:
+      Figures by name, means over the images; none where a generator has no likelihood.
+    """
+    del images, seed
+    return {}
 
   # The same for all.
 
