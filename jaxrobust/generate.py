@@ -25,6 +25,8 @@ all run that are not done yet:
   fit      generator.npz, the fitted generator; one that trains writes metrics.jsonl,
            events.* and checkpoints/ too, and at each checkpoint a picture of samples,
            figures/samples-STEP.png. --config.fitted=DIR takes that of another run
+  evaluate results.json, how likely held-out and test images are to the generator, in
+           bits a dimension: of vdvae, which alone has a likelihood
   sample   drawn/, the samples that are likely to be enough
   label    labelled/, their classes and confidences. Where a class turns out short, this
            and the stage before run again: without --stage by themselves
@@ -61,19 +63,21 @@ from jaxrobust.runs import cli, metrics, process_group, stop_requests
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.samples import candidates, sample_sets, selection, shards
 
-STAGES = ('fit', 'sample', 'label', 'select')
-_WITHOUT_LABELLER = STAGES[:2]
+STAGES = ('fit', 'evaluate', 'sample', 'label', 'select')
+_WITHOUT_LABELLER = STAGES[:3]
 
 
 def main(config: config_dict.ConfigDict, workdir: str, stage: str = '') -> None:
   """Runs the stages that are not there yet, or one of them."""
   config = datasets.record(workdirs.continued(workdir, config))
   checks.check(config, is_labelled=stage not in _WITHOUT_LABELLER)
-  if is_finished(config, workdir):
+  if stage != 'evaluate' and is_finished(config, workdir):
     return
   run = open_run(config, workdir, stage)
   if stage in ('', 'fit'):
     fit(run)
+  if stage in ('', 'evaluate'):
+    evaluate(run, required=bool(stage))
   kept = 'whole files of draws and labels are kept'
   with stop_requests.StopRequests(kept) as stops:
     if not stage:
@@ -81,7 +85,7 @@ def main(config: config_dict.ConfigDict, workdir: str, stage: str = '') -> None:
         sample(run, stops.check)
         label(run, stops.check)
       select(run, stops.check)
-    elif stage != 'fit':
+    elif stage not in STAGES[:2]:
       {'sample': sample, 'label': label, 'select': select}[stage](run, stops.check)
 
 
@@ -196,6 +200,43 @@ def fit(run: Run) -> None:
     )
 
 
+def evaluate(run: Run, required: bool) -> None:
+  """The second stage: what a generator with a likelihood gives to images unseen.
+
+  Args:
+    run: of the program.
+    required: whether one without is an error.
+  """
+  if checks.generator_of(run.config).evaluate is Generator.evaluate:
+    if required:
+      raise UserError(
+        f'config.generator.name = {run.config.generator.name!r} has no likelihood: '
+        'compare its samples with real images, by jaxrobust analyze'
+      )
+    return
+  _require_fitted(run)
+  config, fitted = run.config, _described_fit(run.config, run.folder)
+  for split, images in held_out_images(config).items():
+    protocol = {
+      'measure': 'likelihood',
+      'dataset': dataset_info.identity(config.dataset),
+      'split': split,
+      'num_images': len(images.labels),
+      'seed': config.seed,
+      'generator_sha256': fitted['generator_sha256'],
+    }
+    found = workdirs.find_result(run.folder, protocol)
+    parallel.require_agreement(int(found is not None))
+    if found is None:
+      figures = run.generator.evaluate(images.images, config.seed)
+      if parallel.is_writer():
+        found = workdirs.add_result(run.folder, protocol, figures)
+      parallel.barrier('evaluated')
+    if found is not None:
+      names = ', '.join(f'{k} {v:.4f}' for k, v in found.items() if type(v) is float)
+      logging.info('%d %s images: %s', protocol['num_images'], split, names)
+
+
 def held_out_images(config: config_dict.ConfigDict) -> dict[str, datasets.Split]:
   """Images that no generator learns from, by the name of their split."""
   names = ('validation', 'test') if config.dataset.validation_images else ('test',)
@@ -203,16 +244,13 @@ def held_out_images(config: config_dict.ConfigDict) -> dict[str, datasets.Split]
 
 
 def sample(run: Run, stop: Callable) -> None:
-  """The second stage: files of draws, as many as are likely to be enough.
+  """The third stage: files of draws, as many as are likely to be enough.
 
   Args:
     run: of the program.
     stop: called before each batch; raises PreemptedError if asked to stop.
   """
-  found = run.generator_path.exists()
-  parallel.require_agreement(int(found))
-  if not found:
-    raise UserError(f'{run.generator_path} is absent: run --stage=fit first')
+  _require_fitted(run)
   generator, rng = run.generator, jax.random.key(run.config.seed)
   batch_size = run.config.samples.batch_size
   draw_fn = lambda indices: generator.sample(rng, indices, batch_size)
@@ -220,8 +258,16 @@ def sample(run: Run, stop: Callable) -> None:
   run.files.draw(num_files, draw_fn, run.at_once, stop)
 
 
+def _require_fitted(run: Run):
+  """Raises UserError unless the first stage is done."""
+  found = run.generator_path.exists()
+  parallel.require_agreement(int(found))
+  if not found:
+    raise UserError(f'{run.generator_path} is absent: run --stage=fit first')
+
+
 def label(run: Run, stop: Callable) -> None:
-  """The third stage: classes of the draws, and how sure they are; see `sample`."""
+  """The fourth stage: classes of the draws, and how sure they are; see `sample`."""
   num_files, _ = run.needed()
   run.files.label(num_files, run.labeller.label_fn, run.at_once, stop)
 

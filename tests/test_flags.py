@@ -68,7 +68,7 @@ def test_flags_have_types():
     ('train', ['--workdir=x', '--confg=1'], ['--confg', '--workdir, --config']),
     ('train', ['--workdir=x', 'digits'], ["'digits'", '--name=value']),
     ('train', ['--workdir=x', '--num_processes=two'], ['--num_processes', 'integer']),
-    ('generate', ['--workdir=x', '--stage=fits'], ['--stage', 'fit, sample']),
+    ('generate', ['--workdir=x', '--stage=fits'], ['--stage', 'fit, evaluate']),
   ],
 )
 def test_refuses_in_one_line(name, arguments, words):

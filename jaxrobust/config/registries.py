@@ -134,6 +134,7 @@ GENERATORS = Registry(
     'ddpm': 'jaxrobust.generators.ddpm',
     'edm': 'jaxrobust.generators.edm',
     'mixup': 'jaxrobust.generators.mixup',
+    'vdvae': 'jaxrobust.generators.vdvae',
   },
 )
 # Beside wrn-DEPTH-WIDTH and preact-resnet-18.
