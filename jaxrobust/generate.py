@@ -166,11 +166,20 @@ def fit(run: Run):
   if found:
     return
   real = datasets.of(config.dataset, 'train')
-  process_group.require_alike({'training images': real.checksum()})
+  held_out = held_out_images(config)
+  process_group.require_alike(
+    {'training images': real.checksum()}
+    | {f'{name} images': split.checksum() for name, split in held_out.items()}
+  )
   name = config.generator.name
   logging.info('fitting %s to %d training images', name, len(real.images))
   generator = generator_of(config).fit(
-    real, run.info, config.generator, folder=run.folder, seed=config.seed
+    real,
+    run.info,
+    config.generator,
+    held_out=held_out,
+    folder=run.folder,
+    seed=config.seed,
   )
   if parallel.is_writer():
     generator.save(path)
@@ -181,6 +190,12 @@ def fit(run: Run):
       f'{path} was written by another process and is not here: give all of them one '
       'workdir that they share'
     )
+
+
+def held_out_images(config) -> dict[str, datasets.Split]:
+  """Images that no generator learns from, by the name of their split."""
+  names = ('validation', 'test') if config.dataset.validation_images else ('test',)
+  return {name: datasets.of(config.dataset, name) for name in names}
 
 
 def sample(run: Run, stop: Callable):

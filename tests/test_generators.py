@@ -21,6 +21,7 @@ from jaxrobust.files import arrays
 from jaxrobust.generators import generator, trained
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.planning import device_programs
+from jaxrobust.runs import checkpoints
 from jaxrobust.samples import sample_sets
 from tests.conftest import ROOT
 from tests.helpers import labellers, tiny_gan
@@ -159,6 +160,71 @@ def test_devices_change_no_number(fitted, monkeypatch, count):
 def trained_batches(config):
   real = datasets.load('digits', 'train', train_images=100, validation_images=400)
   return trained._batches(real, INFO, config.generator.training, config.seed, 0)
+
+
+@pytest.fixture(scope='module')
+def judged(tmp_path_factory):
+  """The config and the workdir of a fit that is judged in every second iteration."""
+  folder = tmp_path_factory.mktemp('judged')
+  fields = {'evaluation_interval_steps': 2, 'early_stopping': True}
+  config = fit(folder, **{f'generator.training.{k}': v for k, v in fields.items()})
+  return config, folder
+
+
+def errors_of(folder):
+  lines = lines_of(folder)
+  return {
+    x['step']: x['validation/brightness_error']
+    for x in lines
+    if 'validation/brightness_error' in x
+  }
+
+
+def test_the_best_of_the_evaluations_is_taken(judged, fitted):
+  """Which change nothing else: the last state is that of a fit without them."""
+  config, folder = judged
+  errors = errors_of(folder)
+  assert list(errors) == [2, 4, 6]
+  best = max(errors, key=errors.get)
+  assert best != 6  # Or the test would not see it taken.
+  saved = checkpoints.read_step(epath.Path(folder), best)
+  recipe = tiny_gan.TinyGAN.recipe(config.generator, INFO)
+  expected = recipe.variables_fn(saved['averaged'], saved['net_state'])
+  found = tiny_gan.TinyGAN.restore(
+    epath.Path(folder) / 'generator.npz', config.generator, INFO
+  )
+  for a, b in zip(*map(jax.tree.leaves, (found.variables, expected)), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert [x for x in lines_of(folder) if 'train/penalty' in x] == [
+    x for x in lines_of(fitted) if 'train/penalty' in x
+  ]
+  # The images of the split's name, and the samples of that step.
+  test = datasets.load('digits', 'test').images.mean()
+  images, _ = found.sample(jax.random.key(0), np.arange(8), 2)
+  line = next(x for x in lines_of(folder) if x['step'] == best and len(x) == 3)
+  assert line['test/brightness_error'] == pytest.approx(abs(images.mean() - test))
+
+
+def test_stopped_before_an_evaluation_it_ends_the_same(judged, tmp_path, monkeypatch):
+  config, folder = judged
+  with monkeypatch.context() as patch, pytest.raises(PreemptedError):
+    answers = iter([False] * 2 + [True])
+    patch.setattr(parallel.Preemption, 'reached', lambda self: next(answers))
+    generate.main(config, tmp_path, stage='fit')
+  generate.main(config, tmp_path, stage='fit')
+  assert_same_fit(tmp_path, folder)
+
+
+def test_early_stopping_needs_validation_images():
+  with pytest.raises(UserError, match='early_stopping = True .*validation_images = 0'):
+    generate.check(
+      tiny_gan.make_config(
+        **{
+          'generator.training.early_stopping': True,
+          'dataset.validation_images': 0,
+        }
+      )
+    )
 
 
 def test_updates_are_skipped_where_the_generator_says_so(fitted, tmp_path):

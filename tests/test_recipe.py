@@ -124,6 +124,29 @@ def test_an_update_that_is_not_accepted_changes_nothing():
   assert int(state.step[0]) == 4
 
 
+def test_the_schedule_counts_updates_that_are_skipped():
+  """Adam's own count does not: its moments have seen nothing."""
+  rates = [0.5, 0.25, 0.125, 0.0625]
+  adam = optax.adam(lambda step: jnp.array(rates)[step])
+  limit = 4.5  # Of the gradients of a, the first is greater.
+  recipe = make_recipe(
+    parts=(0,), accept_fn=lambda grads, _: optax.global_norm(grads) < limit
+  )
+  recipe = recipe._replace(
+    optimizers={**recipe.optimizers, 'a': recipes.Optimizer(adam, lambda step: 0.0)}
+  )
+  fresh = recipes.init_state(recipe, 0)
+  fresh.params['a'] = jnp.float32(12.0)  # A gradient of 5, where the mean slot is 7.
+  state, _ = run(recipe, 1, state=parallel.replicate(fresh))
+  near = parallel.unreplicate(state)
+  near.params['a'] = np.float32(8.0)
+  state, _ = run(recipe, 1, start=1, state=parallel.replicate(near))
+  moments, schedule = parallel.unreplicate(state).opt_state['a']
+  assert (int(moments.count), int(schedule.count)) == (1, 2)
+  # Adam's first update is by the learning rate, now the second.
+  assert float(state.params['a'][0]) == pytest.approx(8.0 - rates[1], rel=1e-6)
+
+
 def test_what_is_not_a_number_is_not_accepted():
   def broken(params, state, batch, rngs):
     return params['a'] * jnp.nan, ({**state, 'seen': jnp.float32(jnp.nan)}, {})

@@ -26,7 +26,7 @@ class Noise(Generator):
     return False
 
   @classmethod
-  def fit(cls, real, info, settings, *, folder, seed):
+  def fit(cls, real, info, settings, *, held_out, folder, seed):
     """Keeps the images."""
     return cls({'images': real.images}, settings, info)
 

@@ -132,3 +132,9 @@ def check(config):
       f'config.generator.get_config({name!r})'
     )
   fields.check(config, of(name))
+  training = config.generator.get('training', {})
+  if training.get('early_stopping') and not config.dataset.validation_images:
+    raise UserError(
+      'config.generator.training.early_stopping = True chooses by validation images, '
+      'and config.dataset.validation_images = 0: hold some out, or set it to False'
+    )

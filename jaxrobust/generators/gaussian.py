@@ -66,6 +66,7 @@ class Gaussian(Generator):
     info: dataset_info.DatasetInfo,
     settings,
     *,
+    held_out: dict[str, datasets.Split] | None = None,
     folder: epath.Path | None = None,
     seed: int = 0,
   ):
@@ -75,7 +76,7 @@ class Gaussian(Generator):
       real: training images, uint8 [n, H, W, C], and labels.
       info: of their data set.
       settings: with `covariance` and `rank`.
-      folder, seed: not used; nothing is random and nothing takes long.
+      held_out, folder, seed: not used; nothing is random and nothing takes long.
 
     Raises:
       UserError: for a class with fewer images than it needs: two, or two more than the

@@ -99,6 +99,7 @@ class Generator:
     info: dataset_info.DatasetInfo,
     settings,
     *,
+    held_out: dict[str, datasets.Split],
     folder: epath.Path,
     seed: int,
   ) -> 'Generator':
@@ -108,6 +109,8 @@ class Generator:
       real: training images, uint8 [n, H, W, C], and labels.
       info: of their data set.
       settings: `config.generator`, checked.
+      held_out: images that judge it and are not learned from: those of 'test', and of
+        'validation' where the config holds some out.
       folder: workdir, for what a fit needs to go on where it was stopped.
       seed: of all that is random.
 
@@ -132,6 +135,21 @@ class Generator:
       i and class i only. Classes are -1 where samples are drawn for none.
     """
     raise NotImplementedError
+
+  # To be given by some.
+
+  def evaluate(self, images: np.ndarray, seed: int) -> dict[str, float]:
+    """How likely it finds images that it did not see; every process calls it.
+
+    Args:
+      images: uint8 [n, H, W, C].
+      seed: of what is random in it.
+
+    Returns:
+      Figures by name, means over the images; none where a generator has no likelihood.
+    """
+    del images, seed
+    return {}
 
   # The same for all.
 

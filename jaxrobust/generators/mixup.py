@@ -38,11 +38,12 @@ class Mixup(Generator):
     info: dataset_info.DatasetInfo,
     settings,
     *,
+    held_out: dict[str, datasets.Split] | None = None,
     folder: epath.Path | None = None,
     seed: int = 0,
   ):
-    """Takes the training images as they are; `folder` and `seed` are not used."""
-    del folder, seed
+    """Takes the training images as they are; nothing else is used."""
+    del held_out, folder, seed
     if len(real.images) < 2:
       raise UserError(
         f'{len(real.images)} training images cannot be mixed: use at least 2 '

@@ -70,8 +70,9 @@ class Phase(NamedTuple):
     parts: with which it runs in an iteration, one after the other.
     decay_fn: `completed iterations -> decay` of the average, which moves after each
       of its updates; None where it stays.
-    accept_fn: `(gradient, metrics) -> bool []`: whether the update is made. None for
-      always; then a loss that is not finite ends the run.
+    accept_fn: `(gradient, metrics) -> bool []`: whether the update is made; if not, the
+      schedule of the learning rate alone goes on. None for always; then a loss that is
+      not finite ends the run.
   """
 
   network: str
@@ -242,10 +243,16 @@ def _make_update(recipe: Recipe, index: int, seed: int):
       return moved, metrics
     accepted = phase.accept_fn(grads, metrics)
     metrics[f'{phase.metric}_skipped'] = 1.0 - accepted
-    choose = lambda new, old: jnp.where(accepted, new, old)
-    return jax.tree.map(choose, moved, state), metrics
+    return _choose(accepted, moved, state), metrics
 
   return update
+
+
+def _choose(accepted: jax.Array, moved: State, state: State) -> State:
+  """The state after an update that may be skipped, which the schedule counts anyway."""
+  counts = lambda x: isinstance(x, optax.ScaleByScheduleState)
+  choose = lambda new, old: new if counts(new) else jnp.where(accepted, new, old)
+  return jax.tree.map(choose, moved, state, is_leaf=counts)
 
 
 def _make_finish(recipe: Recipe):

@@ -5,11 +5,17 @@ part `training` with, beside fields of its own,
   num_steps: iterations;
   batch_size: images in a global batch;
   checkpoint_interval_steps, log_interval_steps: iterations;
-  checkpoint_keep: of the last checkpoints.
+  checkpoint_keep: of the last checkpoints;
+  early_stopping: whether the fitted variables are those of the best evaluation, by its
+    score, in place of the last ones; may be absent.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 
 from jaxrobust.config import dataset_info
@@ -22,6 +28,20 @@ from jaxrobust.runs import checkpoints, metrics
 from jaxrobust.training import loop
 
 
+class Evaluation(NamedTuple):
+  """How a fit is judged while it goes on.
+
+  Attributes:
+    interval_steps: iterations between two; the last one is judged too.
+    fn: `generator -> (figures, score)` of the generator as it is by then, which every
+      process calls; figures by the name under which they are written, and a score of
+      which more is better, None where it is to choose nothing.
+  """
+
+  interval_steps: int
+  fn: Callable[[Generator], tuple[dict[str, float], float | None]]
+
+
 class Trained(Generator):
   """A generator with networks; `recipe` and `make_draw` are what it must give."""
 
@@ -29,6 +49,18 @@ class Trained(Generator):
   def recipe(cls, settings, info: dataset_info.DatasetInfo) -> recipes.Recipe:
     """How it is trained, by settings that were checked."""
     raise NotImplementedError
+
+  @classmethod
+  def evaluation(
+    cls,
+    settings,
+    info: dataset_info.DatasetInfo,
+    real: datasets.Split,
+    held_out: dict[str, datasets.Split],
+    seed: int,
+  ) -> Evaluation | None:
+    """How it is judged while it trains; None for not at all. Arguments as of `fit`."""
+    del settings, info, real, held_out, seed
 
   @classmethod
   def older_layout(cls, fresh: recipes.State) -> checkpoints.Layout | None:
@@ -62,6 +94,7 @@ class Trained(Generator):
     info: dataset_info.DatasetInfo,
     settings,
     *,
+    held_out: dict[str, datasets.Split],
     folder: epath.Path,
     seed: int,
   ):
@@ -69,7 +102,7 @@ class Trained(Generator):
 
     It writes metrics and checkpoints, and at each of these a picture of samples.
     Arguments and what it raises are as of Generator; UserError too if training
-    diverges.
+    diverges. With early stopping, the process that writes alone returns the best.
     """
     recipe, training = cls.recipe(settings, info), settings.training
     fresh = jax.jit(lambda: recipes.init_state(recipe, seed))()
@@ -77,11 +110,14 @@ class Trained(Generator):
       folder, fresh, keep=training.checkpoint_keep, older=cls.older_layout(fresh)
     )
 
-    def variables(state):
-      state = parallel.unreplicate((state.averaged, state.net_state))
-      return jax.tree.map(np.asarray, recipe.variables_fn(*state))
+    def variables(averaged, net_state):
+      return jax.tree.map(np.asarray, recipe.variables_fn(averaged, net_state))
 
-    fitted = cls(variables(run.state), settings, info)
+    now = lambda state: variables(
+      *parallel.unreplicate((state.averaged, state.net_state))
+    )
+    fitted = cls(now(run.state), settings, info)
+    judged = cls.evaluation(settings, info, real, held_out, seed)
     losses = [phase.metric for phase in recipe.phases]
     run.train(
       recipes.make_step(recipe, seed, run.start),
@@ -90,6 +126,7 @@ class Trained(Generator):
         num_steps=training.num_steps,
         log=training.log_interval_steps,
         checkpoint=training.checkpoint_interval_steps,
+        evaluation=judged.interval_steps if judged else 0,
       ),
       batch_size=training.batch_size,
       losses=[phase.metric for phase in recipe.phases if not phase.accept_fn],
@@ -99,11 +136,29 @@ class Trained(Generator):
         for name in losses
         if name in figures
       ),
-      picture_fn=lambda state: fitted.having(variables(state)).picture(seed),
+      evaluate_fn=judged and (lambda state: judged.fn(fitted.having(now(state)))),
+      picture_fn=lambda state: fitted.having(now(state)).picture(seed),
       name=f'fit {settings.name}',
     )
+    found = now(run.state)
+    if training.get('early_stopping') and parallel.is_writer():
+      state = _best(run.checkpoints, fresh)
+      found = variables(state.averaged, state.net_state)
     run.checkpoints.close()
-    return fitted.having(variables(run.state))
+    return fitted.having(found)
+
+
+def _best(saved: checkpoints.Checkpoints, fresh: recipes.State) -> recipes.State:
+  """The state of the best evaluation."""
+  step = saved.best_step()
+  if step is None:
+    raise UserError(
+      'no checkpoint has the score of an evaluation, by which '
+      'config.generator.training.early_stopping chooses: restore their files '
+      'metrics/metrics, or fit anew'
+    )
+  logging.info('the best evaluation was after step %d', step)
+  return saved.restore(fresh, step)
 
 
 def _schedules(recipe: recipes.Recipe) -> dict:

@@ -103,7 +103,8 @@ class Loop:
       schedules: `completed updates -> figure`, such as the learning rate, by the name
         under which it is written.
       note_fn: `figures -> text` for the progress line.
-      evaluate_fn: `state -> (figures, score)`, higher is better; None for none.
+      evaluate_fn: `state -> (figures, score)`, higher is better, None where it chooses
+        no checkpoint; None for no evaluations.
       picture_fn: `state -> picture` of what is learned so far, which the process that
         writes asks for at each checkpoint; None for none.
       name: of the run in progress lines.
@@ -170,9 +171,9 @@ class Loop:
       figures, score = evaluate_fn(self.state)
       self._writer.write(step, figures)
       logging.info(
-        'step %d, validation: %s',
+        'step %d, evaluation: %s',
         step,
-        ', '.join(f'{k} {v:.1%}' for k, v in figures.items()),
+        ', '.join(f'{k} {v:.4f}' for k, v in figures.items()),
       )
     self.checkpoints.save(step, state, score)
 

@@ -4,17 +4,18 @@ It has what a diffusion model lacks: two networks with learning rates of their o
 which the discriminator moves twice an iteration, on half of the batch each time, and
 once more in every third (R1), a state beside parameters (a running mean of features,
 the strength of augmentation, which a controller moves), updates that are skipped, and
-metrics of its own.
+metrics of its own. It is judged while it trains by the mean of its samples.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxrobust.config import generator, registries
 from jaxrobust.config.fields import field
 from jaxrobust.generators import recipe as recipes
-from jaxrobust.generators.trained import Trained
+from jaxrobust.generators.trained import Evaluation, Trained
 
 _LATENT, _WIDTH, _PIXELS = 6, 16, 64
 _FIELDS = {
@@ -29,6 +30,8 @@ _FIELDS = {
     'checkpoint_interval_steps': field(4, 'iterations', above=0),
     'checkpoint_keep': field(2, 'last ones kept', above=0),
     'log_interval_steps': field(1, 'iterations', above=0),
+    'evaluation_interval_steps': field(0, 'iterations; 0 for none', least=0),
+    'early_stopping': field(False, 'whether the best by validation is taken'),
   },
   'sampling': {'shift': field(0.0, 'of all pixels, by how unusual a sample is')},
 }
@@ -96,6 +99,21 @@ class TinyGAN(Trained):
       },
       after_fn=_control,
     )
+
+  @classmethod
+  def evaluation(cls, settings, info, real, held_out, seed):
+    interval = settings.training.evaluation_interval_steps
+    means = {name: split.images.mean() for name, split in held_out.items()}
+
+    def judge(generator):
+      images, _ = generator.sample(jax.random.key(seed), np.arange(8), 2)
+      errors = {
+        f'{name}/brightness_error': abs(images.mean() - mean)
+        for name, mean in means.items()
+      }
+      return errors, errors['validation/brightness_error']  # The worst, as it learns.
+
+    return Evaluation(interval, judge) if interval else None
 
   @classmethod
   def make_draw(cls, settings, info):
