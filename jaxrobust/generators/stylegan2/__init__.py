@@ -1,0 +1,1 @@
+"""StyleGAN2 with adaptive augmentation of what the discriminator sees."""
