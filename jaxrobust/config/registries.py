@@ -133,6 +133,7 @@ GENERATORS = Registry(
     'gaussian': 'jaxrobust.generators.gaussian',
     'ddpm': 'jaxrobust.generators.ddpm',
     'mixup': 'jaxrobust.generators.mixup',
+    'stylegan2': 'jaxrobust.generators.stylegan2',
   },
 )
 # Beside wrn-DEPTH-WIDTH and preact-resnet-18.

@@ -104,9 +104,7 @@ _of_two = lambda p: 1 - jnp.sqrt(jnp.clip(1 - p, 0, 1))
 _ROTATION = _Operation(_uniform(math.pi), lambda angle, size: _turn(angle), _of_two)
 
 GEOMETRY = {
-  'flip': _Operation(
-    _integer(2), lambda i, size: _scale(1 - 2 * i, jnp.ones_like(i))
-  ),
+  'flip': _Operation(_integer(2), lambda i, size: _scale(1 - 2 * i, jnp.ones_like(i))),
   'quarter-turns': _Operation(_integer(4), lambda i, size: _turn(i * math.pi / 2)),
   'whole-shifts': _Operation(_uniform(1 / 8, (2,)), _whole_shift),
   'scale': _Operation(_normal(0.2), lambda x, size: _scale(2**-x, 2**-x)),
@@ -126,7 +124,13 @@ COLOUR = {
     _normal(1.0), lambda x: _about_grey(1.0, 2**x), in_colour=True
   ),
 }
-OPERATIONS = (*GEOMETRY, *COLOUR)  # `bgc` of the paper
+OPERATIONS = (*GEOMETRY, *COLOUR)
+_TURNING = ('flip', 'quarter-turns', 'rotation', 'second-rotation')
+KINDS = {
+  'none': (),
+  'bgc': OPERATIONS,  # that of the paper
+  'upright': tuple(name for name in OPERATIONS if name not in _TURNING),
+}
 
 
 def augment(

@@ -84,7 +84,9 @@ def _ordinary(x, kernel):
 def _shifts(x, kernel):
   height, width = x.shape[1:3]
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  shifts = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+  shifts = [
+    padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
+  ]
   return _product(jnp.concatenate(shifts, -1), kernel.reshape(-1, kernel.shape[-1]))
 
 

@@ -67,9 +67,7 @@ def make(settings, info: dataset_info.DatasetInfo, group: int) -> Networks:
   def discriminator(images, classes):
     x = _features(images, width, settings.discriminator)
     x = layers.Conv(width(4), 3, name='b4_conv')(_with_deviation(x, group))
-    x = layers.activate(
-      layers.Linear(width(4), name='b4_fc')(x.reshape(len(x), -1))
-    )
+    x = layers.activate(layers.Linear(width(4), name='b4_fc')(x.reshape(len(x), -1)))
     x = layers.Linear(width(4) if num_classes else 1, name='b4_out')(x)
     if not num_classes:
       return x[:, 0]
@@ -153,9 +151,7 @@ def _with_deviation(x, group):
   of images in random order.
   """
   # One image initialises a network of any group.
-  groups, devices = (
-    (1, 1) if hk.running_init() else batch_norm.layout(len(x), group)
-  )
+  groups, devices = (1, 1) if hk.running_init() else batch_norm.layout(len(x), group)
   grouped = x.reshape(groups, -1, *x.shape[1:])
   mean = lambda x: jnp.mean(x, 1, keepdims=True)
   if devices > 1:
