@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust.generators import resampling
+from jaxrobust.models.convolution import conv2d
 
 _FILTER = np.array([1.0, 3.0, 3.0, 1.0]) / 8
 _SLOPE = 0.2
@@ -65,29 +66,12 @@ def convolve(x: jax.Array, kernel: jax.Array, resize: str = '') -> jax.Array:
     return _convolve_down(x, kernel)
   if len(kernel) == 1:
     return _product(x, kernel[0, 0])
-  # On CPU, where gradients of convolutions are slow (and the second ones of R1 more
-  # so), nine shifts and a product.
-  return jax.lax.platform_dependent(x, kernel, cpu=_shifts, default=_ordinary)
+  return conv2d(x, kernel)
 
 
 def _product(x, matrix):
   """Over channels, as a matrix: XLA on CPU is slow with the gradient of more axes."""
   return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
-
-
-def _ordinary(x, kernel):
-  return jax.lax.conv_general_dilated(
-    x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-  )
-
-
-def _shifts(x, kernel):
-  height, width = x.shape[1:3]
-  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  shifts = [
-    padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
-  ]
-  return _product(jnp.concatenate(shifts, -1), kernel.reshape(-1, kernel.shape[-1]))
 
 
 @functools.cache
