@@ -134,6 +134,7 @@ GENERATORS = Registry(
     'ddpm': 'jaxrobust.generators.ddpm',
     'mixup': 'jaxrobust.generators.mixup',
     'stylegan2': 'jaxrobust.generators.stylegan2',
+    'biggan': 'jaxrobust.generators.biggan',
   },
 )
 # Beside wrn-DEPTH-WIDTH and preact-resnet-18.
