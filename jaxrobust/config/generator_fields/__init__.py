@@ -1,5 +1,5 @@
 """The settings of each generator of the package: `config.generator`, a module each."""
 
-from jaxrobust.config.generator_fields import ddpm, gaussian, mixup
+from jaxrobust.config.generator_fields import ddpm, edm, gaussian, mixup
 
-MODULES = (gaussian, ddpm, mixup)
+MODULES = (gaussian, ddpm, mixup, edm)
