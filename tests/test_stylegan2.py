@@ -280,8 +280,8 @@ def test_losses_by_hand():
   loss, state, found = loss_of('discriminator', logits, PIXELS)
   assert loss == pytest.approx(plus(0.5) + plus(-real).mean(), rel=1e-5)
   assert float(found['train/real_sign']) == pytest.approx(np.sign(real).mean())
-  assert float(state['signs']) == pytest.approx(np.sign(real).mean())
-  assert state['signs_counted'] == 1
+  assert float(state['augmentation']['signs']) == pytest.approx(np.sign(real).mean())
+  assert state['augmentation']['counted'] == 1
 
 
 def test_r1_of_linear_and_quadratic_discriminators():
@@ -290,7 +290,7 @@ def test_r1_of_linear_and_quadratic_discriminators():
   loss, state, found = loss_of('r1', linear, PIXELS, r1_interval_steps=16)
   assert loss == pytest.approx(16 * 0.07, rel=1e-5)
   assert float(found['train/r1']) == pytest.approx(14, rel=1e-5)
-  assert state['signs_counted'] == 1
+  assert state['augmentation']['counted'] == 1
   matrix = np.array([[2.0, 1, 0], [1, 3, -1], [0, -1, 0.5]])
   quadratic = lambda x: jnp.sum(x @ matrix * x, -1) / 2
   wanted = np.square((PIXELS / 127.5 - 1) @ matrix).sum(-1).mean()
@@ -374,15 +374,17 @@ def test_the_controller_follows_signs():
   fields.augmentation.kind = 'bgc'
   losses = training.Losses(functions_with(None), fields)
   _, known = losses.init(jax.random.key(0))
-  state = recipes.State(
-    None, known | {'signs': 3.0, 'signs_counted': 4.0}, None, None, 0
-  )
-  assert losses.control(state._replace(step=2))['probability'] == 0
-  found = losses.control(state._replace(step=3))
+
+  def after(signs, step):
+    seen = known['augmentation'] | {'signs': signs, 'counted': 4.0}
+    state = recipes.State(None, known | {'augmentation': seen}, None, None, step)
+    return losses.control(state)['augmentation']
+
+  assert after(3.0, 2)['probability'] == 0
+  found = after(3.0, 3)
   assert float(found['probability']) == pytest.approx(5.12e-4)
-  assert found['signs'] == found['signs_counted'] == 0
-  low = state._replace(net_state=state.net_state | {'signs': 2.0}, step=3)
-  assert losses.control(low)['probability'] == 0  # Not below.
+  assert found['signs'] == found['counted'] == 0
+  assert after(2.0, 3)['probability'] == 0  # Not below.
 
 
 # A fit.

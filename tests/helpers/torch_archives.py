@@ -39,4 +39,6 @@ def _tensor(key, x):
   storage += _text('cpu') + b'J' + struct.pack('<i', x.size) + b'tQ'
   hooks = b'ccollections\nOrderedDict\n)R'
   rest = b'J' + struct.pack('<i', 0) + _numbers(x.shape) + _numbers(strides)
-  return b'ctorch._utils\n_rebuild_tensor_v2\n(' + storage + rest + b'\x89' + hooks + b'tR'
+  return (
+    b'ctorch._utils\n_rebuild_tensor_v2\n(' + storage + rest + b'\x89' + hooks + b'tR'
+  )
