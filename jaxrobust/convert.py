@@ -1,5 +1,7 @@
 """Converts a checkpoint: Haiku .npy, PyTorch .pt, safetensors, in every direction.
 
+Or the published weights of a generator, to a run of `generate` that has been fitted.
+
 Usage:
   python -m jaxrobust.convert --from=PATH --to=PATH [--robustbench=FILE.json]
       [--config=experiments/FILE.py[:ARG]]
@@ -18,6 +20,12 @@ Examples:
   A state dict of somebody else:
     python -m jaxrobust.convert --from=theirs.pt --to=theirs.npy \\
         --config=experiments/cifar10_linf.py:wrn-28-10
+  EDM's weights, as NVIDIA published them, and samples of them:
+    python -m jaxrobust.convert --from=edm-cifar10-32x32-cond-vp.pkl \\
+        --to=runs/edm/generator.npz --config=experiments/cifar10_edm.py
+    python -m jaxrobust.generate --workdir=runs/samples \\
+        --config=experiments/cifar10_edm.py --config.fitted=runs/edm \\
+        --config.labeller=LABELLER
 
 Writes the file and its model card, PATH with the ending .json: data set, threat model,
 network, normalisation, accuracies with their protocol, checksum of the config. Before
@@ -30,6 +38,11 @@ hf:OWNER/NAME needs huggingface_hub installed. A repository there gets
 model.safetensors, the card as model.json, and README.md. --robustbench writes what the
 leaderboard shows: the figures of the run's results.json by AutoAttack on all test
 images, and fields that are null where only you know them.
+
+With the config of a generator, --from is a file as the generator's authors published
+it, fetched by you: nothing is downloaded, and nothing in the file is run. The checksum
+and the licence, under which the samples fall too, are printed. Published weights of
+EDM (the `ema` of its .pkl files for CIFAR-10) are known.
 """
 
 import json
@@ -42,6 +55,7 @@ from etils import epath
 
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays
+from jaxrobust.generators import released
 from jaxrobust.models import architecture, hub, leaderboard, parameter_files, zoo
 from jaxrobust.models import card as cards
 from jaxrobust.runs import cli
@@ -56,6 +70,9 @@ def main(config, workdir, from_: str, to: str, robustbench: str = ''):
   if not from_ or not to:
     raise UserError('give --from=PATH and --to=PATH (--help shows examples)')
   target = epath.Path(to).expanduser()
+  if config is not None and 'generator' in config:
+    print(released.convert(config, epath.Path(from_).expanduser(), target))
+    return
   if target.suffix not in parameter_files.SUFFIXES and not hub.is_hub(to):
     raise UserError(
       f'--to={to}: the name must end in one of {", ".join(parameter_files.SUFFIXES)}'
@@ -228,12 +245,15 @@ PROGRAM = cli.Program(
     cli.Flag(
       'from',
       'A .npy, .pt, .pth or .safetensors file, a workdir, or the name of a released '
-      'checkpoint (python -m jaxrobust.models.download lists them), or hf:OWNER/NAME.',
+      'checkpoint (python -m jaxrobust.models.download lists them), or hf:OWNER/NAME. '
+      "With the config of a generator: a file as that generator's authors published "
+      'it, such as a .pkl.',
       cli.PATH,
     ),
     cli.Flag(
       'to',
-      'A file with one of these endings, which must not exist, or hf:OWNER/NAME.',
+      'A file with one of these endings, which must not exist, or hf:OWNER/NAME. With '
+      'the config of a generator: DIR/generator.npz.',
       cli.PATH,
     ),
     cli.Flag(

@@ -101,7 +101,7 @@ def test_mistakes_are_told_in_one_line(call, source, tmp_path):
   assert 'no checkpoint at' in told(f'--from={tmp_path / "none.npy"}')
   assert 'give --from=PATH' in told()
   assert '--workdir=runs/x' in told(f'--from={source}', '--workdir=runs/x')
-  assert "not a classifier's config" in told(
+  assert "or a classifier's config" in told(
     f'--from={source}', '--config=experiments/digits_gaussian.py'
   )
   assert not list(tmp_path.glob('*.json'))

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import base_generator
 from jaxrobust.config import dataset_info
-from jaxrobust.generators import ddpm, unet
+from jaxrobust.generators import ddpm, layers, unet
 
 
 def count(tree):
@@ -65,7 +65,7 @@ def test_sizes_from_8_to_64(name, multipliers, conditional):
 
 
 def test_sinusoids_by_hand():
-  found = unet.sinusoids(jnp.array([0.0, 3.0]), 6)
+  found = layers.sinusoids(jnp.array([0.0, 3.0]), 6)
   angles = 3 * np.array([1, 1e-2, 1e-4])
   expected = [[0, 0, 0, 1, 1, 1], [*np.sin(angles), *np.cos(angles)]]
   np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -81,7 +81,7 @@ def test_group_norm_is_haikus():
     value = lambda *x: jnp.sum(apply(*x) ** 3)
     return jax.jit(jax.value_and_grad(value, (0, 1)))(params, images)
 
-  found = value_and_gradients(lambda: unet._GroupNorm('norm'))
+  found = value_and_gradients(lambda: layers.GroupNorm('norm'))
   # 32 channels make gcd(32, 32 / 4) = 8 groups of 4.
   expected = value_and_gradients(lambda: hk.GroupNorm(8, eps=1e-6, name='norm'))
   for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
@@ -91,7 +91,7 @@ def test_group_norm_is_haikus():
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
   keys = jax.random.split(jax.random.key(0), 4)
-  found = np.asarray(unet._dropout(jnp.ones((4, 8, 8, 32)), 0.3, keys))
+  found = np.asarray(layers.dropout(jnp.ones((4, 8, 8, 32)), 0.3, keys))
   assert set(np.unique(found)) == {0, np.float32(1 / (1 - 19661 / 2**16))}
   dropped = (found == 0).reshape(-1, 2)  # two values a word of random bits
   # 8,192 values, 4,096 words: within 5 standard deviations.

@@ -132,6 +132,7 @@ GENERATORS = Registry(
   {
     'gaussian': 'jaxrobust.generators.gaussian',
     'ddpm': 'jaxrobust.generators.ddpm',
+    'edm': 'jaxrobust.generators.edm',
     'mixup': 'jaxrobust.generators.mixup',
     'stylegan2': 'jaxrobust.generators.stylegan2',
     'biggan': 'jaxrobust.generators.biggan',

@@ -81,7 +81,8 @@ class _Array:
 class ArrayUnpickler:
   """Reads a pickle of arrays and numbers in containers.
 
-  Subclasses may know more names, by `find_class` and `persistent_load`.
+  Subclasses may know more names, by `find_class`, `persistent_load`, `new_object` and
+  `attributes`.
   """
 
   leaves = frozenset(_LEAVES)  # types that a result may hold beside containers
@@ -106,7 +107,7 @@ class ArrayUnpickler:
     Returns:
       Dictionaries (of text, bytes or small numbers as keys), lists, tuples, text,
       bytes, numbers, None, and arrays of numbers, which may be read-only. Arrays of
-      objects come as lists. Text of Python 2 is read as Latin-1.
+      objects come as lists, and so do sets. Text of Python 2 is read as Latin-1.
 
     Raises:
       ValueError: in one line, if it is damaged, or anything else.
@@ -138,6 +139,19 @@ class ArrayUnpickler:
   def persistent_load(self, key: Any) -> Any:
     """The object that stands elsewhere under that key."""
     raise ValueError('it refers to objects outside of it')
+
+  def new_object(self, kind: Any, arguments: Any) -> Any:
+    """A new object of a class, in a stand-in's place."""
+    raise ValueError('it makes an object of a class, which arrays do not need')
+
+  def attributes(self, target: dict, state: dict) -> None:
+    """Gives a dictionary its attributes, which are not kept here."""
+
+  def spend(self, size: int) -> None:
+    """Counts bytes that are made of the pickle's; there are two for each of them."""
+    self._budget -= size
+    if self._budget < 0:
+      raise ValueError('it makes more arrays than it has bytes for')
 
   def _check(self, value):
     """Refuses what is no plain value, and what is larger than it was written."""
@@ -244,7 +258,9 @@ class ArrayUnpickler:
   def _build(self):
     target, state = self._last(2)
     if type(target) is dict and type(state) is dict:
-      self._push(target)  # Attributes of a dictionary are not kept.
+      self._steps += len(state)
+      self.attributes(target, state)
+      self._push(target)
       return
     if type(target) not in (_Dtype, _Array) or type(state) is not tuple:
       raise ValueError('it gives a state to what has none')
@@ -275,11 +291,6 @@ class ArrayUnpickler:
     return text
 
   # Stand-ins.
-
-  def _spend(self, size):
-    self._budget -= size
-    if self._budget < 0:
-      raise ValueError('it makes more arrays than it has bytes for')
 
   def _dtype(self, code, align=False, copy=False):
     if type(code) is not str or code not in (*_NUMBERS, 'O', 'O4', 'O8'):
@@ -320,7 +331,7 @@ class ArrayUnpickler:
       raise ValueError(
         f'it gives {len(content)} bytes to an array of {kind} {list(shape)}'
       )
-    self._spend(len(content))
+    self.spend(len(content))
     array = np.ndarray(shape, kind, content, order=order)
     if kind.kind == 'b' and (array.view(np.uint8) > 1).any():
       raise ValueError('it holds booleans that are neither true nor false')
@@ -332,7 +343,7 @@ class ArrayUnpickler:
   def _encode(self, text, encoding):
     if type(text) is not str or encoding not in ('latin1', 'latin-1'):
       raise ValueError('it encodes text as arrays do not')
-    self._spend(len(text))
+    self.spend(len(text))
     return text.encode('latin1')
 
   def _bytes(self):
@@ -409,6 +420,7 @@ _INSTRUCTIONS: dict[bytes, Callable[[ArrayUnpickler], Any]] = {
   b')': lambda m: m._push(()),
   b']': lambda m: m._push([]),
   b'}': lambda m: m._push({}),
+  b'\x8f': lambda m: m._push([]),  # EMPTY_SET
   b't': lambda m: m._push(tuple(m._since_mark())),
   b'\x85': lambda m: m._push(tuple(m._last(1))),
   b'\x86': lambda m: m._push(tuple(m._last(2))),
@@ -417,6 +429,7 @@ _INSTRUCTIONS: dict[bytes, Callable[[ArrayUnpickler], Any]] = {
   b'd': lambda m: m._dictionary(m._since_mark()),
   b'a': lambda m: m._append(m._last(1)),
   b'e': lambda m: m._append(m._since_mark()),
+  b'\x90': lambda m: m._append(m._since_mark()),  # ADDITEMS
   b's': lambda m: m._set(m._last(2)),
   b'u': lambda m: m._set(m._since_mark()),
   b'p': lambda m: m._put(int(m._line(_MAX_DIGITS))),
@@ -429,6 +442,7 @@ _INSTRUCTIONS: dict[bytes, Callable[[ArrayUnpickler], Any]] = {
   b'c': lambda m: m._find(*(m._line(_MAX_NAME).decode() for _ in range(2))),
   b'\x93': lambda m: m._find(*m._last(2)),
   b'R': lambda m: m._reduce(),
+  b'\x81': lambda m: m._push(m.new_object(*m._last(2))),
   b'b': lambda m: m._build(),
   b'Q': lambda m: m._push(m.persistent_load(*m._last(1))),
 }

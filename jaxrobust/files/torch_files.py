@@ -47,7 +47,7 @@ _OTHERS = {
 }
 
 
-class _Storage(NamedTuple):
+class Storage(NamedTuple):
   """Numbers in a row, under a key of the file."""
 
   key: str
@@ -58,17 +58,41 @@ class _Storage(NamedTuple):
 class Tensor(NamedTuple):
   """Where the numbers of a tensor stand; offset and strides count numbers."""
 
-  storage: _Storage
+  storage: Storage
   offset: int
   shape: tuple[int, ...]
   strides: tuple[int, ...]
+
+
+def tensor(storage, offset, shape, strides, *others) -> Tensor:
+  """What PyTorch's pickles call to make a tensor, with its arguments unchecked.
+
+  Args:
+    storage: a `Storage`.
+    offset, shape, strides: of the tensor, in numbers.
+    others: whether it has gradients, its hooks, and perhaps what it is a view of.
+
+  Returns:
+    Where its numbers stand.
+
+  Raises:
+    ValueError: in one line, if they are of something else.
+  """
+  pickles.check_shape(shape)
+  pickles.check_shape(strides)
+  if type(storage) is not Storage or type(offset) is not int or offset < 0:
+    raise ValueError('it holds a tensor of an unknown kind')
+  if len(shape) != len(strides) or others[2:] and others[2]:
+    raise ValueError('it holds a tensor that is a view of another one')
+  return Tensor(storage, offset, shape, strides)
 
 
 class TorchFile:
   """An open file.
 
   Attributes:
-    content: what was saved, with a `Tensor` in the place of each tensor.
+    content: what was saved, with a `Tensor` in the place of each tensor, and a
+      `Storage` in that of a storage by itself.
   """
 
   def __init__(self, file: BinaryIO):
@@ -194,7 +218,7 @@ class _StorageType(NamedTuple):
 class _TensorUnpickler(pickles.ArrayUnpickler):
   """Leaves tensors where they stand in the file."""
 
-  leaves = pickles.ArrayUnpickler.leaves | {Tensor}
+  leaves = pickles.ArrayUnpickler.leaves | {Tensor, Storage}
 
   def __init__(self, file):
     super().__init__(file)
@@ -220,20 +244,10 @@ class _TensorUnpickler(pickles.ArrayUnpickler):
         raise ValueError('it refers to something else than storages')
     if view is not None or not 0 <= count < 2**48:
       raise ValueError('it holds a storage that is a part of another one')
-    storage = _Storage(found, name, count)
+    storage = Storage(found, name, count)
     if self.storages.setdefault(found, storage) != storage:
       raise ValueError('it holds one storage as two')
     return storage
-
-  def tensor(self, storage, offset, shape, strides, *others):
-    """The stand-in for what makes a tensor; of the others, the fifth is its views."""
-    pickles.check_shape(shape)
-    pickles.check_shape(strides)
-    if type(storage) is not _Storage or type(offset) is not int or offset < 0:
-      raise ValueError('it holds a tensor of an unknown kind')
-    if len(shape) != len(strides) or others[2:] and others[2]:
-      raise ValueError('it holds a tensor that is a view of another one')
-    return Tensor(storage, offset, shape, strides)
 
   def parameter(self, tensor, *others):
     """The stand-in for a tensor that is trained."""
@@ -245,7 +259,7 @@ class _TensorUnpickler(pickles.ArrayUnpickler):
     return lengths
 
 
-_TENSOR = pickles.Name(_TensorUnpickler.tensor)
+_TENSOR = pickles.Name(lambda unpickler, *given: tensor(*given))
 _NAMES = {
   ('torch._utils', '_rebuild_tensor'): _TENSOR,
   ('torch._utils', '_rebuild_tensor_v2'): _TENSOR,

@@ -17,7 +17,7 @@ import optax
 from jaxrobust.config import dataset_info, registries
 from jaxrobust.data import augment
 from jaxrobust.errors import UserError
-from jaxrobust.generators import diffusion, samplers, unet
+from jaxrobust.generators import diffusion, heun, samplers, unet
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.trained import Trained
 from jaxrobust.runs import checkpoints, metrics
@@ -35,41 +35,10 @@ class DDPM(Trained):
   def check(cls, settings, info: dataset_info.DatasetInfo):
     """Raises UserError for settings that cannot be meant for images of `info`."""
     network = settings.network
-    if network.channels < 4 or network.channels % 4:
-      raise UserError(
-        f'config.generator.network.channels = {network.channels}: use a multiple of 4'
-      )
-    if not network.multipliers:
-      raise UserError('config.generator.network.multipliers = (): give one at least')
-    halvings = len(network.multipliers) - 1
-    if any(size % 2**halvings for size in info.image_shape[:2]):
-      raise UserError(
-        f'config.generator.network.multipliers = {network.multipliers} halve '
-        f'images {halvings} times, which '
-        f'{info.image_shape[0]}x{info.image_shape[1]} do not: give fewer'
-      )
-    sizes = [info.image_shape[0] // 2**i for i in range(len(network.multipliers))]
-    if not set(network.attention_sizes) <= set(sizes):
-      raise UserError(
-        f'config.generator.network.attention_sizes = {network.attention_sizes}: the '
-        f'maps have heights {", ".join(map(str, sizes))}; use some of them, or ()'
-      )
+    unet.check(network, info)
     _check_process(settings.process)
-    sampling = settings.sampling
-    samplers.SAMPLERS[sampling.sampler](
-      diffusion.linear(**settings.process), sampling.num_steps
-    )
-    if sampling.guidance and not network.conditional:
-      raise UserError(
-        f'config.generator.sampling.guidance = {sampling.guidance} for a network '
-        'without classes: set config.generator.network.conditional=True, or 0'
-      )
-    if sampling.guidance and not settings.training.condition_dropout:
-      raise UserError(
-        f'config.generator.sampling.guidance = {sampling.guidance} for a network that '
-        'never learns to do without a class: use 0, or fit with '
-        'config.generator.training.condition_dropout above 0'
-      )
+    _make_sampler(settings)
+    diffusion.check_guidance(settings)
 
   @classmethod
   def conditional(cls, settings) -> bool:
@@ -130,18 +99,15 @@ class DDPM(Trained):
   def make_draw(cls, settings, info: dataset_info.DatasetInfo):
     """Builds the function that draws samples; see Generator."""
     network = make_network(settings, info)
-    sampling = settings.sampling
-    table = samplers.SAMPLERS[sampling.sampler](
-      diffusion.linear(**settings.process), sampling.num_steps
-    )
+    sample = _make_sampler(settings)
 
     def draw(params, rngs, classes):
       predict = lambda x, t, classes=None: network.apply(params, x, t, classes)
       if settings.network.conditional:
         predict = diffusion.guided(
-          predict, classes, info.num_classes, sampling.guidance
+          predict, classes, info.num_classes, settings.sampling.guidance
         )
-      images = samplers.sample(predict, table, rngs, info.image_shape)
+      images = sample(predict, rngs, info.image_shape)
       return (images + 1) * 127.5
 
     return draw
@@ -211,6 +177,24 @@ def make_loss(settings, info: dataset_info.DatasetInfo):
     return jnp.mean(losses), (net_state, {})
 
   return loss_fn
+
+
+def _make_sampler(settings):
+  """`(predict, rngs, shape) -> images`; UserError for steps that cannot be made."""
+  process, sampling = diffusion.linear(**settings.process), settings.sampling
+  if sampling.sampler != 'heun':
+    table = samplers.SAMPLERS[sampling.sampler](process, sampling.num_steps)
+    return lambda predict, *given: samplers.sample(predict, table, *given)
+  if sampling.num_steps < 2:
+    raise UserError(
+      f'config.generator.sampling.num_steps = {sampling.num_steps}: heun takes 2 '
+      'or more'
+    )
+  levels = heun.schedule(sampling.num_steps, *process.sigmas[[0, -1]])
+  steps = heun.table(levels)
+  return lambda predict, *given: heun.sample(
+    diffusion.denoiser(predict, process), steps, *given
+  )
 
 
 def _check_process(settings):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrobust.errors import UserError
+
 
 class Process(NamedTuple):
   """The forward process.
@@ -24,6 +26,11 @@ class Process(NamedTuple):
 
   betas: np.ndarray
   alpha_bars: np.ndarray
+
+  @property
+  def sigmas(self) -> np.ndarray:
+    """Noise per signal after each step, float64 [T], ascending."""
+    return np.sqrt((1 - self.alpha_bars) / self.alpha_bars)
 
   def add_noise(self, images, noise, times):
     """Images [B, H, W, C] after the steps `times` int [B], with the given noise."""
@@ -72,17 +79,61 @@ def loss(
   return jnp.mean((predicted - noise) ** 2, axis=(1, 2, 3))
 
 
+def denoiser(predict: Callable, process: Process):
+  """The images that predictions of noise mean, for samplers of `heun`.
+
+  Args:
+    predict: `(noisy images, times float [n]) -> noise`, of x_t.
+    process: forward process.
+
+  Returns:
+    `(noisy images, sigmas float [n]) -> images [n, H, W, C] in [-1, 1]`, of images to
+    which noise of deviation sigma was added, x_t / sqrt(alpha_bar_t). Times between
+    steps are interpolated.
+  """
+  known = jnp.asarray(np.log(process.sigmas), jnp.float32)
+  steps = jnp.arange(float(len(process.betas)))
+
+  def denoise(images, sigmas):
+    signals, sigma = (
+      x[:, None, None, None] for x in (jax.lax.rsqrt(1 + sigmas**2), sigmas)
+    )
+    times = jnp.interp(jnp.log(sigmas), known, steps)
+    return jnp.clip(images - sigma * predict(signals * images, times), -1, 1)
+
+  return denoise
+
+
+def noise_predictor(denoise: Callable):
+  """The noise that denoised images mean, for samplers of `samplers`; see `denoiser`.
+
+  Args:
+    denoise: `(noisy images, sigmas float [n]) -> images`.
+
+  Returns:
+    `(noisy images x_t, sigmas float [n]) -> noise`.
+  """
+
+  def predict(images, sigmas):
+    sigma = sigmas[:, None, None, None]
+    images *= jnp.sqrt(1 + sigma**2)
+    return (images - denoise(images, sigmas)) / sigma
+
+  return predict
+
+
 def guided(predict: Callable, classes: jax.Array, null_class: int, weight: float):
   """Classifier-free guidance (Ho and Salimans 2022, equation 6).
 
   Args:
-    predict: `(images, times, classes) -> noise` of a network that knows classes.
+    predict: `(images, times, classes) -> noise` of a network that knows classes; or,
+      as it is linear in noise, `(images, sigmas, classes) -> images`.
     classes: int [B].
     null_class: the class that stands for no condition.
     weight: w of `(1 + w) noise(class) - w noise(no class)`; 0 is no guidance.
 
   Returns:
-    `(images, times) -> noise`. Guidance makes one call of twice the batch.
+    The same without classes. Guidance makes one call of twice the batch.
   """
   if not weight:
     return lambda images, times: predict(images, times, classes)
@@ -94,3 +145,19 @@ def guided(predict: Callable, classes: jax.Array, null_class: int, weight: float
     return (1 + weight) * with_class - weight * without
 
   return predict_guided
+
+
+def check_guidance(settings):
+  """Raises UserError for `config.generator` with guidance that it cannot have."""
+  guidance = settings.sampling.guidance
+  if guidance and not settings.network.conditional:
+    raise UserError(
+      f'config.generator.sampling.guidance = {guidance} for a network without classes: '
+      'set config.generator.network.conditional=True, or 0'
+    )
+  if guidance and not settings.training.condition_dropout:
+    raise UserError(
+      f'config.generator.sampling.guidance = {guidance} for a network that never '
+      'learns to do without a class: use 0, or fit with '
+      'config.generator.training.condition_dropout above 0'
+    )

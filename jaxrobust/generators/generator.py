@@ -47,7 +47,10 @@ class Generator:
     variables: tree of arrays.
     settings: `config.generator`.
     info: the data set's.
+    licence: of the weights that `read_released` reads, in words.
   """
+
+  licence = ''
 
   def __init__(self, variables: Any, settings, info: dataset_info.DatasetInfo):
     self.variables, self.settings, self.info = variables, settings, info
@@ -151,6 +154,29 @@ class Generator:
     del images, seed
     return {}
 
+  @classmethod
+  def read_released(
+    cls, path: epath.Path, settings, info: dataset_info.DatasetInfo
+  ) -> Any:
+    """Reads weights as the generator's authors published them.
+
+    Args:
+      path: of their file.
+      settings: `config.generator`, checked.
+      info: of the data set.
+
+    Returns:
+      Variables, by the names of `variables_like`; `check_fits` sees to their shapes.
+
+    Raises:
+      UserError: if the file is damaged, of another network, or wants to run anything;
+        or where no such files are known.
+    """
+    raise UserError(
+      f'{path}: no published weights of {settings.name} are known here: give a config '
+      'of another generator, or fit this one with jaxrobust generate'
+    )
+
   # The same for all.
 
   @classmethod
@@ -233,17 +259,37 @@ class Generator:
     )
     if _SETTINGS in found:
       _check_same(path, str(found[_SETTINGS]), settings)
-    for name, x in expected.items():
-      shape = found[name].shape
-      if any(
-        not (a == b or a == -1 and b) for a, b in zip(x.shape, shape, strict=True)
-      ):
-        raise UserError(
-          f'{path}: {name} has shape {list(shape)}, and by config.generator it has '
-          f'{list(x.shape)}: use the config of its fit, or fit anew'
-        )
+    _check_shapes(path, like, found)
     values = [found[name] for name in expected]
     return cls(jax.tree.unflatten(jax.tree.structure(like), values), settings, info)
+
+  @classmethod
+  def check_fits(
+    cls, path: epath.Path, variables: Any, settings, info: dataset_info.DatasetInfo
+  ):
+    """Raises UserError unless variables of a file are as the settings say."""
+    like, found = cls.variables_like(settings, info), dict(_named(variables))
+    expected = dict(_named(like))
+    if odd := sorted(set(expected) ^ set(found)):
+      where = 'the file' if odd[0] in found else 'the network of config.generator'
+      raise UserError(
+        f'{path} is of another network than config.generator says: only {where} has '
+        f'{arrays.printable(odd[0])[:80]}, for one of {len(odd)}'
+      )
+    _check_shapes(path, like, found)
+
+
+def _check_shapes(path, like, found: dict[str, np.ndarray]):
+  """Raises UserError for an array that has another shape than its like."""
+  for name, x in _named(like):
+    shape = found[name].shape
+    if len(shape) != len(x.shape) or any(
+      not (a == b or a == -1 and b) for a, b in zip(x.shape, shape, strict=True)
+    ):
+      raise UserError(
+        f'{path}: {name} has shape {list(shape)}, and by config.generator it has '
+        f'{list(x.shape)}: use the config of its fit, or fit anew'
+      )
 
 
 def _check_same(path: epath.Path, text: str, settings):

@@ -96,13 +96,21 @@ def dpm_solver(process: Process, num_steps: int) -> Table:
   known = 0.5 * np.log(process.alpha_bars / (1 - process.alpha_bars))
   ratios = np.linspace(known[-1], known[0], num_steps)
   times = np.interp(ratios, known[::-1], np.arange(len(known) - 1.0, -1, -1))
-  alpha_bars = 1 / (1 + np.exp(-2 * ratios))
-  signals, sigmas, keep, now = _first_order(alpha_bars)
-  # The straight line through D_{i-1} and D_i, continued to the middle of the step:
-  # as steps are of equal length, half a step on.
-  before = -0.5 * now
-  before[[0, -1]] = 0
-  return Table(times, signals, sigmas, keep, now - before, before, np.zeros(num_steps))
+  return _second_order(ratios, times)
+
+
+def dpm_solver_between(least: float, greatest: float, num_steps: int) -> Table:
+  """DPM-Solver++(2M) for a network that knows the noise itself.
+
+  Args:
+    least, greatest: noise per signal, sigma / sqrt(alpha_bar), at the ends.
+    num_steps: at least 1.
+
+  Returns:
+    A table whose times are noise per signal.
+  """
+  ratios = np.linspace(-np.log(greatest), -np.log(least), num_steps)
+  return _second_order(ratios, np.exp(-ratios))
 
 
 SAMPLERS = {'ancestral': ancestral, 'ddim': ddim, 'dpm-solver++': dpm_solver}
@@ -114,6 +122,18 @@ def _check_steps(process, num_steps):
       f'config.generator.sampling.num_steps = {num_steps}: use 1 to '
       f"{len(process.betas)}, the process's steps"
     )
+
+
+def _second_order(ratios, times) -> Table:
+  """DPM-Solver++(2M) at equal distances of half the log signal-to-noise ratio."""
+  alpha_bars = 1 / (1 + np.exp(-2 * ratios))
+  signals, sigmas, keep, now = _first_order(alpha_bars)
+  # The straight line through D_{i-1} and D_i, continued to the middle of the step:
+  # as steps are of equal length, half a step on.
+  before = -0.5 * now
+  before[[0, -1]] = 0
+  none = np.zeros(len(ratios))
+  return Table(times, signals, sigmas, keep, now - before, before, none)
 
 
 def _first_order(alpha_bars):

@@ -7,16 +7,42 @@ code. With 128 base channels, multipliers (1, 2, 2, 2), two blocks and attention
 """
 
 import functools
-import math
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from jaxrobust.models.convolution import conv2d
+from jaxrobust.config import dataset_info
+from jaxrobust.errors import UserError
+from jaxrobust.generators import layers
 
-# Of GroupNorm; 128 channels, the fewest of the published network, make 32 groups of 4.
-_GROUPS, _LEAST_CHANNELS, _EPSILON = 32, 4, 1e-6
+
+def check(network, info: dataset_info.DatasetInfo):
+  """Raises UserError for a network that cannot be built for images.
+
+  Args:
+    network: `config.generator.network`, with channels, multipliers and attention_sizes.
+    info: of the data set.
+  """
+  if network.channels < 4 or network.channels % 4:
+    raise UserError(
+      f'config.generator.network.channels = {network.channels}: use a multiple of 4'
+    )
+  if not network.multipliers:
+    raise UserError('config.generator.network.multipliers = (): give one at least')
+  halvings = len(network.multipliers) - 1
+  if any(size % 2**halvings for size in info.image_shape[:2]):
+    raise UserError(
+      f'config.generator.network.multipliers = {network.multipliers} halve '
+      f'images {halvings} times, which '
+      f'{info.image_shape[0]}x{info.image_shape[1]} do not: give fewer'
+    )
+  sizes = [info.image_shape[0] // 2**i for i in range(len(network.multipliers))]
+  if not set(network.attention_sizes) <= set(sizes):
+    raise UserError(
+      f'config.generator.network.attention_sizes = {network.attention_sizes}: the '
+      f'maps have heights {", ".join(map(str, sizes))}; use some of them, or ()'
+    )
 
 
 class UNet(hk.Module):
@@ -70,7 +96,7 @@ class UNet(hk.Module):
       [B, H, W, C]; zero at initialisation.
     """
     embedding = self._embed(times, classes)
-    conv = functools.partial(_Conv, in_loops=rngs is None)  # samplers loop
+    conv = functools.partial(layers.Conv, in_loops=rngs is None)  # samplers loop
     num_calls = 0
 
     def block(x, features, name):
@@ -106,34 +132,18 @@ class UNet(hk.Module):
       if level:
         x = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
         x = conv(x.shape[-1], name=f'up_{level}_upsample')(x)
-    x = jax.nn.swish(_GroupNorm('norm_out')(x))
-    return conv(images.shape[-1], zero=True, name='conv_out')(x)
+    x = jax.nn.swish(layers.GroupNorm('norm_out')(x))
+    return conv(images.shape[-1], scale=0.0, name='conv_out')(x)
 
   def _embed(self, times, classes):
     """The vector [B, 4 * channels] that tells every block the time and the class."""
     width = 4 * self._channels
-    x = sinusoids(times, self._channels)
-    x = jax.nn.swish(_linear(width, 'time_0')(x))
-    x = _linear(width, 'time_1')(x)
+    x = layers.sinusoids(times, self._channels)
+    x = jax.nn.swish(layers.linear(width, 'time_0')(x))
+    x = layers.linear(width, 'time_1')(x)
     if self._num_classes:
       x += hk.Embed(self._num_classes + 1, width, name='class')(classes)
     return x
-
-
-def sinusoids(times: jax.Array, size: int) -> jax.Array:
-  """Sines and cosines of the times, at wavelengths from 2 pi to 20,000 pi.
-
-  Args:
-    times: float [B].
-    size: even, at least 4.
-
-  Returns:
-    [B, size], the sines first.
-  """
-  half = size // 2
-  frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half) / (half - 1))
-  angles = times[:, None] * frequencies[None, :]
-  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
 class _ResidualBlock(hk.Module):
@@ -144,29 +154,16 @@ class _ResidualBlock(hk.Module):
     self._features, self._dropout, self._conv = features, dropout, conv
 
   def __call__(self, inputs, embedding, rngs):
-    x = jax.nn.swish(_GroupNorm('norm_0')(inputs))
+    x = jax.nn.swish(layers.GroupNorm('norm_0')(inputs))
     x = self._conv(self._features, name='conv_0')(x)
-    shift = _linear(self._features, 'embedding')(jax.nn.swish(embedding))
-    x = jax.nn.swish(_GroupNorm('norm_1')(x + shift[:, None, None, :]))
+    shift = layers.linear(self._features, 'embedding')(jax.nn.swish(embedding))
+    x = jax.nn.swish(layers.GroupNorm('norm_1')(x + shift[:, None, None, :]))
     if rngs is not None:
-      x = _dropout(x, self._dropout, rngs)
-    x = self._conv(self._features, zero=True, name='conv_1')(x)
+      x = layers.dropout(x, self._dropout, rngs)
+    x = self._conv(self._features, scale=0.0, name='conv_1')(x)
     if inputs.shape[-1] != self._features:
-      inputs = _linear(self._features, 'shortcut')(inputs)
+      inputs = layers.linear(self._features, 'shortcut')(inputs)
     return inputs + x
-
-
-def _dropout(x, share, rngs):
-  """Drops a share of each image's values, by its own key.
-
-  The share is rounded to a multiple of 2**-16: random bits are what dropout costs on
-  CPU, and a word of 32 is enough for two values.
-  """
-  shape = x.shape[1:]
-  words = jax.vmap(lambda rng: jax.random.bits(rng, (math.prod(shape) // 2,)))(rngs)
-  values = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(x.shape)
-  dropped = min(round(share * 2**16), 2**16 - 1)
-  return jnp.where(values >= dropped, x / (1 - dropped / 2**16), 0)
 
 
 class _Attention(hk.Module):
@@ -177,71 +174,12 @@ class _Attention(hk.Module):
 
   def __call__(self, inputs):
     batch, height, width, channels = inputs.shape
-    x = _GroupNorm('norm')(inputs).reshape(batch, height * width, channels)
-    query, key, value = (_linear(channels, n)(x) for n in ('query', 'key', 'value'))
+    x = layers.GroupNorm('norm')(inputs).reshape(batch, height * width, channels)
+    query, key, value = (
+      layers.linear(channels, n)(x) for n in ('query', 'key', 'value')
+    )
     weights = jax.nn.softmax(
       jnp.einsum('bqc,bkc->bqk', query, key) * channels**-0.5, axis=-1
     )
     x = jnp.einsum('bqk,bkc->bqc', weights, value)
-    return inputs + _linear(channels, 'out', zero=True)(x).reshape(inputs.shape)
-
-
-class _Conv(hk.Module):
-  """3x3 convolution with bias, by the package's own gradient rule."""
-
-  def __init__(self, features, stride=1, zero=False, in_loops=True, name=None):
-    super().__init__(name=name)
-    self._features, self._stride, self._zero = features, stride, zero
-    self._in_loops = in_loops
-
-  def __call__(self, x):
-    shape = (3, 3, x.shape[-1], self._features)
-    kernel = hk.get_parameter('w', shape, x.dtype, init=_initializer(self._zero))
-    bias = hk.get_parameter('b', shape[-1:], x.dtype, init=jnp.zeros)
-    x = conv2d(x, kernel, self._stride, self._in_loops)
-    return x + bias.reshape(1, 1, 1, -1)
-
-
-def _linear(features, name, zero=False):
-  """A matrix product over channels.
-
-  Of a matrix: XLA on CPU is slow with the gradient of a product over more axes.
-  """
-  linear = hk.Linear(features, w_init=_initializer(zero), name=name)
-  return lambda x: linear(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
-
-
-def _initializer(zero):
-  """Their uniform distribution; the last layer of each residual part starts at 0.
-
-  Deviation: theirs starts at 1e-10 times the usual scale, to keep one formula.
-  """
-  return jnp.zeros if zero else hk.initializers.VarianceScaling(1, 'fan_avg', 'uniform')
-
-
-class _GroupNorm(hk.Module):
-  """GroupNorm with 32 groups, or fewer so that each has at least 4 channels.
-
-  A group of a single channel would take out what the embedding adds to it: such a
-  network does not know the time. Parameters and values are hk.GroupNorm's, which takes
-  2 to 3.5 times as long on CPU with its gradient: it sums over axes that are apart.
-  """
-
-  def __init__(self, name):
-    super().__init__(name=name)
-
-  def __call__(self, inputs):
-    batch, height, width, channels = inputs.shape
-    scale = hk.get_parameter('scale', (channels,), inputs.dtype, init=jnp.ones)
-    offset = hk.get_parameter('offset', (channels,), inputs.dtype, init=jnp.zeros)
-    groups = math.gcd(_GROUPS, channels // _LEAST_CHANNELS)
-
-    def mean(x):
-      """Of the pixels [B, H * W, C] of each group, for each of its channels [B, C]."""
-      means = jnp.mean(jnp.mean(x, 1).reshape(batch, groups, -1), -1)
-      return jnp.repeat(means, channels // groups, 1)
-
-    x = inputs.reshape(batch, height * width, channels)
-    x -= mean(x)[:, None]
-    factor = jax.lax.rsqrt(mean(x * x) + _EPSILON) * scale[None]
-    return (x * factor[:, None] + offset[None, None]).reshape(inputs.shape)
+    return inputs + layers.linear(channels, 'out', scale=0.0)(x).reshape(inputs.shape)

@@ -61,3 +61,23 @@ def make(config, derived) -> optax.GradientTransformation:
 def ema_decay(decay: float, step):
   """Decay of the averaged parameters at `step`, small at first so that they warm up."""
   return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+def halflife_decay(step, *, batch_size: int, halflife: float, ramp: float):
+  """Decay of averaged parameters at `step`, by a half-life in images.
+
+  Source: Karras et al. 2020 and 2022, the released code of StyleGAN2 and EDM.
+
+  Args:
+    step: completed updates.
+    batch_size: images an update.
+    halflife: images in which the average forgets half of what it was.
+    ramp: the half-life is at most this share of the images seen so far; 0 for any.
+
+  Returns:
+    In [0, 1); 0 at step 0 of a ramp.
+  """
+  if ramp:
+    seen = jnp.float32(batch_size) * step
+    halflife = jnp.minimum(halflife, ramp * seen)
+  return 0.5 ** (batch_size / jnp.maximum(halflife, 1e-8))

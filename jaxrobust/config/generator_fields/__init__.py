@@ -1,5 +1,12 @@
 """The settings of each generator of the package: `config.generator`, a module each."""
 
-from jaxrobust.config.generator_fields import biggan, ddpm, gaussian, mixup, stylegan2
+from jaxrobust.config.generator_fields import (
+  biggan,
+  ddpm,
+  edm,
+  gaussian,
+  mixup,
+  stylegan2,
+)
 
-MODULES = (gaussian, ddpm, mixup, stylegan2, biggan)
+MODULES = (gaussian, ddpm, mixup, edm, stylegan2, biggan)

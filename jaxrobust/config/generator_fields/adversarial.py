@@ -6,8 +6,9 @@ AUGMENTATION = {
   'kind': field(
     'bgc',
     'what the discriminator sees changed: bgc, all that moves pixels or changes '
-    'colours; upright, the same without mirrors, turns and rotations; or none',
-    choices=('none', 'bgc', 'upright'),
+    'colours; upright, the same without mirrors, turns and rotations; DiffAugment, '
+    'with or without its colours, which has no probability; or none',
+    choices=('none', 'bgc', 'upright', 'diff-augment', 'diff-augment-colour'),
   ),
   'probability': field(
     0.0, 'of each change, at first; always, where target is 0', least=0, most=1

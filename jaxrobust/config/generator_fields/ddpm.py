@@ -53,10 +53,12 @@ FIELDS = {
     'sampler': field(
       'dpm-solver++',
       'how the process is run back',
-      choices=('ancestral', 'ddim', 'dpm-solver++'),
+      choices=('ancestral', 'ddim', 'dpm-solver++', 'heun'),
     ),
     'num_steps': field(
-      20, "evaluations of the network; ancestral takes all of the process's"
+      20,
+      "evaluations of the network; ancestral takes all of the process's; heun, that of "
+      'edm, makes two in each step but the last',
     ),
     'guidance': field(
       0.0,

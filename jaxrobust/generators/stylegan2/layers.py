@@ -105,8 +105,10 @@ def _convolve_down(x, kernel):
   return _product(taps, kernel.reshape(-1, kernel.shape[-1]))
 
 
-def _bias(features, offset=0.0):
-  return hk.get_parameter('b', (features,), init=hk.initializers.Constant(offset))
+def _bias(x, features, offset=0.0):
+  """Of the type of x."""
+  constant = hk.initializers.Constant(offset)
+  return hk.get_parameter('b', (features,), x.dtype, init=constant)
 
 
 class Linear(hk.Module):
@@ -119,10 +121,10 @@ class Linear(hk.Module):
   def __call__(self, x):
     shape = (x.shape[-1], self._features)
     normal = hk.initializers.RandomNormal(1 / self._multiplier)
-    weights = hk.get_parameter('w', shape, init=normal) * (
-      self._multiplier / shape[0] ** 0.5
-    )
-    return x @ weights + (_bias(self._features, self._offset) * self._multiplier)[None]
+    weights = hk.get_parameter('w', shape, x.dtype, init=normal)
+    bias = _bias(x, self._features, self._offset)
+    x = x @ (weights * (self._multiplier / shape[0] ** 0.5))
+    return x + (bias * self._multiplier)[None]
 
 
 class Conv(hk.Module):
@@ -133,9 +135,9 @@ class Conv(hk.Module):
     self._features, self._size, self._resize = features, size, resize
 
   def __call__(self, x):
-    kernel = _kernel(self._size, x.shape[-1], self._features)
+    kernel = _kernel(x, self._size, self._features)
     kernel = kernel / (self._size * x.shape[-1] ** 0.5)
-    bias = _bias(self._features)
+    bias = _bias(x, self._features)
     return activate(convolve(x, kernel, self._resize) + bias[None, None, None])
 
 
@@ -147,7 +149,7 @@ class Skip(hk.Module):
     self._features = features
 
   def __call__(self, x):
-    kernel = _kernel(1, x.shape[-1], self._features) / x.shape[-1] ** 0.5
+    kernel = _kernel(x, 1, self._features) / x.shape[-1] ** 0.5
     return convolve(downsample(x), kernel)
 
 
@@ -161,12 +163,12 @@ class StyledConv(hk.Module):
   def __call__(self, x, style, noise):
     """Of x [b, H, W, C]; style [b, n]; noise [b, H', W', 1] or None."""
     scales = Linear(x.shape[-1], offset=1.0, name='style')(style)
-    kernel = _kernel(3, x.shape[-1], self._features)
+    kernel = _kernel(x, 3, self._features)
     x = modulated(x, kernel, scales, self._resize)
-    strength = hk.get_parameter('noise_strength', (), init=jnp.zeros)
+    strength = hk.get_parameter('noise_strength', (), x.dtype, init=jnp.zeros)
     if noise is not None:
       x = x + strength * noise
-    return activate(x + _bias(self._features)[None, None, None])
+    return activate(x + _bias(x, self._features)[None, None, None])
 
 
 class ToImage(hk.Module):
@@ -178,14 +180,15 @@ class ToImage(hk.Module):
 
   def __call__(self, x, style):
     scales = Linear(x.shape[-1], offset=1.0, name='style')(style) / x.shape[-1] ** 0.5
-    kernel = _kernel(1, x.shape[-1], self._channels)
+    kernel = _kernel(x, 1, self._channels)
     x = convolve(x * scales[:, None, None], kernel)
-    return x + _bias(self._channels)[None, None, None]
+    return x + _bias(x, self._channels)[None, None, None]
 
 
-def _kernel(size, channels, features):
-  normal = hk.initializers.RandomNormal(1.0)
-  return hk.get_parameter('w', (size, size, channels, features), init=normal)
+def _kernel(x, size, features):
+  """For x [b, H, W, C]."""
+  shape = (size, size, x.shape[-1], features)
+  return hk.get_parameter('w', shape, x.dtype, hk.initializers.RandomNormal(1.0))
 
 
 def modulated(

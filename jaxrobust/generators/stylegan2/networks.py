@@ -66,7 +66,9 @@ def make(settings, info: dataset_info.DatasetInfo, group: int) -> Networks:
 
   def discriminator(images, classes):
     x = _features(images, width, settings.discriminator)
-    x = layers.Conv(width(4), 3, name='b4_conv')(_with_deviation(x, group))
+    # One image initialises a network of any group.
+    seen = 1 if hk.running_init() else group
+    x = layers.Conv(width(4), 3, name='b4_conv')(_with_deviation(x, seen))
     x = layers.activate(layers.Linear(width(4), name='b4_fc')(x.reshape(len(x), -1)))
     x = layers.Linear(width(4) if num_classes else 1, name='b4_out')(x)
     if not num_classes:
@@ -111,7 +113,7 @@ def _synthesis(styles, rngs, size, channels, width):
     return conv(x, styles[:, index], noise)
 
   normal = hk.initializers.RandomNormal(1.0)
-  constant = hk.get_parameter('b4_const', (4, 4, width(4)), init=normal)
+  constant = hk.get_parameter('b4_const', (4, 4, width(4)), styles.dtype, normal)
   x = jnp.broadcast_to(constant[None], (len(styles), *constant.shape))
   images, side, index = None, 4, 0
   while side <= size:
@@ -150,8 +152,7 @@ def _with_deviation(x, group):
   Deviation: theirs are every n-th image of a device's batch, which is another grouping
   of images in random order.
   """
-  # One image initialises a network of any group.
-  groups, devices = (1, 1) if hk.running_init() else batch_norm.layout(len(x), group)
+  groups, devices = batch_norm.layout(len(x), group)
   grouped = x.reshape(groups, -1, *x.shape[1:])
   mean = lambda x: jnp.mean(x, 1, keepdims=True)
   if devices > 1:

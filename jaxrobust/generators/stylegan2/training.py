@@ -13,10 +13,11 @@ import optax
 
 from jaxrobust.data import augment
 from jaxrobust.distributed import parallel
-from jaxrobust.generators import ada
+from jaxrobust.generators import adversarial
 from jaxrobust.generators import recipe as recipes
 
 GENERATOR, DISCRIMINATOR = 'generator', 'discriminator'
+_LOSS = adversarial.LOSSES['non-saturating']
 _STYLES = ('latent', 'second-latent', 'mixing')  # what is random in styles
 
 
@@ -89,7 +90,6 @@ def make_recipe(functions: Functions, training) -> recipes.Recipe:
     'train/path_length_loss': training.path_length_weight,
     'train/r1_loss': training.r1_gamma,
   }
-  adaptive = training.augmentation.target and training.augmentation.kind != 'none'
   return recipes.Recipe(
     init_fn=losses.init,
     optimizers={
@@ -102,7 +102,7 @@ def make_recipe(functions: Functions, training) -> recipes.Recipe:
       **averaged,
       'style_mean': net_state['style_mean'],
     },
-    after_fn=losses.control if adaptive else None,
+    after_fn=losses.control if losses.augmentation.adapts else None,
   )
 
 
@@ -145,23 +145,21 @@ class Losses:
 
   def __init__(self, functions: Functions, training):
     self._functions, self._training = functions, training
-    self._operations = ada.KINDS[training.augmentation.kind]
+    self.augmentation = adversarial.Augmentation(training.augmentation)
 
   def init(self, rng: jax.Array):
     """(parameters, state) at first."""
     state = {
       'style_mean': jnp.zeros(self._functions.style_size),
-      'path_length': 0.0,
-      'probability': self._training.augmentation.probability,
-      'signs': 0.0,  # of logits of real images, the sum of their means
-      'signs_counted': 0.0,
+      'path_length': jnp.float32(0),
+      'augmentation': self.augmentation.init(),
     }
-    return self._functions.init_fn(rng), jax.tree.map(jnp.float32, state)
+    return self._functions.init_fn(rng), state
 
   def generator(self, params, state, batch, rngs):
-    """Non-saturating, ln(1 + exp(-D))."""
+    """Non-saturating."""
     state, logits = self._fake_logits(params, state, batch, rngs)
-    return jnp.mean(jax.nn.softplus(-logits)), (state, {})
+    return _LOSS.generator(logits), (state, {})
 
   def discriminator(self, params, state, batch, rngs):
     """Logistic."""
@@ -170,14 +168,13 @@ class Losses:
       self._real(batch, rngs('flip')), state, rngs('real-augmentation')
     )
     real = self._functions.logit_fn(params[DISCRIMINATOR], images, batch.labels)
-    loss = jnp.mean(jax.nn.softplus(fake)) + jnp.mean(jax.nn.softplus(-real))
-    return loss, (
+    return _LOSS.fake(fake) + _LOSS.real(real), (
       self._count(state, real),
       {
         'train/real_logit': jnp.mean(real),
         'train/fake_logit': jnp.mean(fake),
         'train/real_sign': jnp.mean(jnp.sign(real)),
-        'train/augmentation_probability': state['probability'],
+        'train/augmentation_probability': state['augmentation']['probability'],
       },
     )
 
@@ -220,16 +217,9 @@ class Losses:
 
   def control(self, state: recipes.State):
     """The state after an iteration: ADA's probability follows the signs."""
-    known, fields = state.net_state, self._training.augmentation
-    found = ada.adapted(
-      known['probability'],
-      known['signs'] / jnp.maximum(known['signs_counted'], 1),
-      fields.target,
-      self._training.batch_size * fields.interval_steps / fields.ramp_images,
-    )
-    changed = {'probability': found, 'signs': 0.0, 'signs_counted': 0.0}
-    due = (state.step + 1) % fields.interval_steps == 0
-    return known | {k: jnp.where(due, v, known[k]) for k, v in changed.items()}
+    known, size = state.net_state, self._training.batch_size
+    moved = self.augmentation.control(known['augmentation'], state.step, size)
+    return {**known, 'augmentation': moved}
 
   def _styles(self, params, state, batch, rngs):
     """Styles of generated images [b, L, W], and the state with their mean."""
@@ -264,17 +254,12 @@ class Losses:
 
   def _augment(self, images, state, rngs):
     """What the discriminator sees."""
-    if not self._operations:
-      return images
-    return ada.augment(images, state['probability'], rngs, self._operations)
+    return self.augmentation(images, state['augmentation'], rngs)
 
   def _count(self, state, logits):
     """The state with the signs of these logits, of real images."""
-    return {
-      **state,
-      'signs': state['signs'] + jax.lax.stop_gradient(jnp.mean(jnp.sign(logits))),
-      'signs_counted': state['signs_counted'] + 1,
-    }
+    counted = self.augmentation.count(state['augmentation'], logits)
+    return {**state, 'augmentation': counted}
 
 
 def _normal(rngs, shape):

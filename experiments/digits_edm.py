@@ -1,0 +1,33 @@
+r"""EDM samples of the digits, pseudo-labelled and balanced.
+
+  python -m jaxrobust.generate --workdir=runs/edm \
+      --config=experiments/digits_edm.py --config.labeller=runs/labeller
+
+A small network for 8x8 images, without augmentation.
+"""
+
+from jaxrobust.config import generator
+
+
+def get_config():
+  """10,000 samples from 100 training images."""
+  c = generator.get_config('edm', 'digits')
+  c.dataset.validation_images = 400
+  c.dataset.train_images = 100
+  c.generator.network.channels = 32
+  c.generator.network.multipliers = (1, 2)
+  c.generator.network.num_blocks = 1
+  c.generator.network.attention_sizes = (4,)
+  c.generator.network.dropout = 0.1
+  c.generator.training.num_steps = 600
+  c.generator.training.batch_size = 32
+  c.generator.training.learning_rate = 2e-3
+  c.generator.training.warmup_images = 1_600
+  c.generator.training.ema_halflife_images = 4_400
+  c.generator.training.ema_ramp = 0.1
+  c.generator.training.augmentation = 0.0
+  c.generator.training.flip = False  # a mirrored digit is another sign
+  c.generator.training.checkpoint_interval_steps = 300
+  c.generator.training.log_interval_steps = 50
+  c.samples.count = 10_000
+  return c.lock()

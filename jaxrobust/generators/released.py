@@ -1,0 +1,61 @@
+"""Weights that others published, as a run whose generator is fitted."""
+
+import hashlib
+
+import jax
+from etils import epath
+
+from jaxrobust.config import dataset_info, registries
+from jaxrobust.config import generator as generator_configs
+from jaxrobust.errors import UserError
+from jaxrobust.files import arrays
+from jaxrobust.runs import workdir as workdirs
+
+_FILE = 'generator.npz'
+
+
+def convert(config, source: epath.Path, target: epath.Path) -> str:
+  """Writes published weights as `generator.npz`, into the workdir of a config.
+
+  The folder is then a run of `generate` that has been fitted: `--workdir=` goes on with
+  it, and `--config.fitted=` of another run takes it.
+
+  Args:
+    config: of a generator's run; says what the weights are.
+    source: file as its authors published it.
+    target: `generator.npz` in a folder that is new, or a workdir of this config.
+
+  Returns:
+    One line: what was written, the checksum of the source, and its licence.
+
+  Raises:
+    UserError: if the source is damaged or of another network, or the target exists;
+      then nothing is written.
+  """
+  if target.name != _FILE:
+    raise UserError(
+      f"--to={target}: --config is a generator's, which is written to {_FILE} in the "
+      f"workdir of a run: give --to=DIR/{_FILE}, or a classifier's config"
+    )
+  if target.exists():
+    raise UserError(f'{target} exists: remove it, or give another --to')
+  generator_configs.check(config)
+  kind = registries.GENERATORS.get(config.generator.name, 'config.generator.name')
+  settings, info = config.generator, dataset_info.of(config.dataset)
+  kind.check(settings, info)
+  variables = kind.read_released(source, settings, info)
+  kind.check_fits(source, variables, settings, info)
+  folder = workdirs.claim(str(target.parent), config)
+  fitted = kind(variables, settings, info)
+  try:
+    fitted.save(folder / target.name)
+  except OSError as e:
+    raise UserError(f'cannot write to {target}: {e.strerror or e}') from e
+  with arrays.open_file(source) as file:
+    digest = hashlib.file_digest(file, 'sha256').hexdigest()
+  count = sum(x.size for x in jax.tree.leaves(variables))
+  return (
+    f'{target}: {settings.name} of {config.dataset.name}, {count:,} numbers; {source} '
+    f'has sha256 {digest}; its licence holds for them and what they draw: '
+    f'{kind.licence}'
+  )
