@@ -21,6 +21,7 @@ from jaxrobust.generators import trained
 from jaxrobust.generators.stylegan2 import StyleGAN2, layers, networks, training
 from jaxrobust.planning import device_programs
 from tests.conftest import ROOT
+from tests.helpers import nvidia_files
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 INFO = dataset_info.INFO['digits']
@@ -65,34 +66,33 @@ def fixture():
     return dict(file)
 
 
-def tree_of(fixture, network, dtype):
-  """The parameters of a part of the reference as ours."""
+def parts(fixture, network):
+  """The arrays of a network by NVIDIA's names."""
+  prefix = f'p/{network}.'
+  return {name.removeprefix(prefix): x for name, x in fixture.items() if prefix in name}
+
+
+def discriminator_of(fixture, dtype):
+  """The parameters of the reference's D as ours."""
   found = {}
-  for name, x in fixture.items():
+  for name, x in parts(fixture, 'D').items():
     *path, leaf = name.split('.')
-    if '.'.join(path[: network.count('.') + 1]) != f'p/{network}':
-      continue
-    path, x = path[network.count('.') + 1 :], x.astype(dtype)
-    if leaf == 'const':
-      found['~'] = {'b4_const': x.transpose(1, 2, 0)}
-    if leaf not in ('weight', 'bias', 'noise_strength'):
+    if leaf == 'resample_filter':
       continue
     if x.ndim == 4:
       x = x.transpose(2, 3, 1, 0)
-      if network == 'G.synthesis' and path[-1] == 'conv0':
-        x = x[::-1, ::-1]
     elif x.ndim == 2:
       if path == ['b4', 'fc']:
         x = x.reshape(len(x), -1, 4, 4).transpose(0, 2, 3, 1).reshape(len(x), -1)
       x = x.T
-    path = [x for x in path if x != 'mapping']
-    module = '_'.join(path).replace('_affine', '/style')
-    found.setdefault(module, {})[{'weight': 'w', 'bias': 'b'}.get(leaf, leaf)] = x
+    module = '_'.join(x for x in path if x != 'mapping')
+    found.setdefault(module, {})[{'weight': 'w', 'bias': 'b'}[leaf]] = x.astype(dtype)
   return found
 
 
 @pytest.mark.parametrize('dtype', [np.float64, np.float32])
-def test_networks_are_those_of_the_reference(fixture, dtype):
+def test_networks_are_those_of_the_reference(fixture, tmp_path, dtype):
+  """Of G by a file as NVIDIA's code writes it."""
   tolerance = {np.float64: 1e-6, np.float32: 1e-4}[dtype]
   close = lambda found, expected: np.testing.assert_allclose(
     found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max()
@@ -101,24 +101,25 @@ def test_networks_are_those_of_the_reference(fixture, dtype):
   settings.update(latent_size=6, style_size=5, channels_max=4, conditional=True)
   settings.discriminator_mapping_layers = 2
   info = types.SimpleNamespace(num_classes=2, image_shape=(8, 8, 3))
+  path = epath.Path(tmp_path) / 'theirs.pkl'
+  path.write_bytes(nvidia_files.dump({'G_ema': parts(fixture, 'G')}))
+  found = StyleGAN2.read_released(path, None, None)
   with jax.enable_x64(dtype is np.float64):
     mapping, synthesis, discriminator = networks.make(settings, info, 2)
     given = {k: x.astype(dtype) for k, x in fixture.items()}
-    styles = mapping.apply(
-      tree_of(fixture, 'G.mapping', dtype), given['z'], fixture['c'].argmax(1)
-    )
+    found = jax.tree.map(lambda x: x.astype(dtype), found)
+    styles = mapping.apply(found['mapping'], given['z'], fixture['c'].argmax(1))
     close(styles, fixture['w'])
-    mean = given['p/G.mapping.w_avg'][None]
-    params = tree_of(fixture, 'G.synthesis', dtype)
+    mean = found['style_mean'][None]
     for psi, name in ((1, 'image_none'), (0.5, 'image_psi')):
       truncated = jnp.repeat((mean + psi * (styles - mean))[:, None], 4, 1)
-      images = synthesis.apply(params, truncated, None)
+      images = synthesis.apply(found['synthesis'], truncated, None)
       assert images.dtype == dtype
       close(images, fixture[name].transpose(0, 2, 3, 1))
     # Groups of theirs are every second image, of ours neighbours.
     order = np.array([0, 2, 1, 3])
     images = given['x'].transpose(0, 2, 3, 1)[order]
-    params, classes = tree_of(fixture, 'D', dtype), fixture['cx'].argmax(1)[order]
+    params, classes = discriminator_of(fixture, dtype), fixture['cx'].argmax(1)[order]
 
     def total(x):
       logits = discriminator.apply(params, x, classes)
@@ -127,6 +128,30 @@ def test_networks_are_those_of_the_reference(fixture, dtype):
     gradients, logits = jax.grad(total, has_aux=True)(images)
     close(logits, fixture['logits'][order, 0])
     close((gradients**2).sum((1, 2, 3)), fixture['r1'][order])
+
+
+@pytest.mark.parametrize(
+  'change, words',
+  [
+    (lambda x: x.pop('mapping.w_avg'), 'lacks mapping.w_avg'),
+    (
+      lambda x: x.update({'synthesis.b8.skip.weight': np.zeros(3, np.float32)}),
+      'another network .*b8.skip.weight',
+    ),
+    (
+      lambda x: x.update({'synthesis.b8.conv0.weight': np.zeros(3, np.float32)}),
+      r'b8.conv0.weight has shape \[3\]',
+    ),
+  ],
+  ids=range(3),
+)
+def test_files_of_other_networks_are_refused(fixture, tmp_path, change, words):
+  content, path = parts(fixture, 'G'), epath.Path(tmp_path) / 'theirs.pkl'
+  change(content)
+  path.write_bytes(nvidia_files.dump({'G_ema': content}))
+  with pytest.raises(UserError, match=words) as e:
+    StyleGAN2.read_released(path, None, None)
+  assert str(path) in str(e.value) and '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize(
