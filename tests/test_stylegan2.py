@@ -16,9 +16,10 @@ from jaxrobust.config import dataset_info, generator
 from jaxrobust.data import datasets, pipeline
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
+from jaxrobust.generators import fid, trained
 from jaxrobust.generators import recipe as recipes
-from jaxrobust.generators import trained
 from jaxrobust.generators.stylegan2 import StyleGAN2, layers, networks, training
+from jaxrobust.models import feature_networks
 from jaxrobust.planning import device_programs
 from tests.conftest import ROOT
 from tests.helpers import nvidia_files
@@ -43,6 +44,8 @@ TINY = {
   'generator.training.augmentation.kind': 'bgc',
   'generator.training.augmentation.probability': 0.3,
   'generator.training.augmentation.ramp_images': 640,
+  'generator.training.fid.interval_steps': 3,
+  'generator.training.fid.samples': 40,
   'generator.training.log_interval_steps': 1,
   'generator.training.checkpoint_interval_steps': 4,
   'samples.count': 20,
@@ -434,7 +437,7 @@ def restored(folder, **fields):
 
 
 def test_metrics_say_how_it_goes(fitted):
-  lines = lines_of(fitted)
+  lines = [x for x in lines_of(fitted) if fid.METRIC not in x]
   always = {'step'} | {
     f'train/{name}'
     for name in (
@@ -457,6 +460,17 @@ def test_metrics_say_how_it_goes(fitted):
     assert abs(moved) == pytest.approx(0.1 if line['step'] > 4 else 0, abs=1e-6)
   # D's logits are near 0 at first.
   assert lines[0]['train/generator_loss'] == pytest.approx(math.log(2), abs=0.2)
+
+
+def test_the_distance_of_samples_is_measured_while_it_trains(fitted):
+  """Of the average, in pixels; the last one is that of the file."""
+  measured = {x['step']: x[fid.METRIC] for x in lines_of(fitted) if fid.METRIC in x}
+  assert list(measured) == [3, 6]
+  images, _ = restored(fitted).sample(jax.random.key(0), np.arange(40), 4)
+  real = datasets.load('digits', 'train', train_images=100, validation_images=400)
+  pixels = lambda x: x.reshape(len(x), -1) / 255
+  wanted = feature_networks.fid(pixels(real.images), pixels(images))
+  assert measured[6] == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize('stop', [2, 5])
@@ -493,7 +507,8 @@ def test_devices_change_no_number(fitted, monkeypatch, count):
   step = recipes.make_step(recipe, config.seed, 0)
   real = datasets.load('digits', 'train', train_images=100, validation_images=400)
   batches = trained._batches(real, INFO, settings.training, config.seed, 0)
-  for batch, expected in zip(batches, lines_of(fitted), strict=True):
+  lines = [x for x in lines_of(fitted) if fid.METRIC not in x]
+  for batch, expected in zip(batches, lines, strict=True):
     state, metrics = step(state, parallel.shard(batch))
     for name, values in parallel.unreplicate(metrics).items():
       # Means over 16 images, in another order.
