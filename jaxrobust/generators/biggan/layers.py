@@ -18,9 +18,15 @@ from jaxrobust.models import batch_norm
 from jaxrobust.models.convolution import conv2d
 
 _EPSILON = 1e-5  # of BatchNorm
+
+
+def _orthogonal(shape, dtype):
+  return jax.nn.initializers.orthogonal()(hk.next_rng_key(), shape, dtype)
+
+
 INITIALIZERS = {
   'normal': hk.initializers.RandomNormal(0.02),
-  'orthogonal': hk.initializers.Orthogonal(),
+  'orthogonal': _orthogonal,
 }
 
 
