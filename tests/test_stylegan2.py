@@ -22,7 +22,7 @@ from jaxrobust.generators.stylegan2 import StyleGAN2, layers, networks, training
 from jaxrobust.models import feature_networks
 from jaxrobust.planning import device_programs
 from tests.conftest import ROOT
-from tests.helpers import nvidia_files
+from tests.helpers import nvidia_files, ring
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 INFO = dataset_info.INFO['digits']
@@ -594,8 +594,6 @@ def test_devices_must_share_groups():
 
 # A mixture in the plane.
 
-_DEVIATION = 0.05
-
 
 def ring_functions():
   """MLPs with two hidden layers: 8 normal numbers to a point, a point to a logit."""
@@ -647,19 +645,13 @@ def test_a_ring_of_eight_gaussians_is_covered():
   state = parallel.replicate(recipes.init_state(recipe, 0))
   step = recipes.make_step(recipe, 0, 0)
   rng = np.random.RandomState(0)
-  angles = np.arange(8) * math.pi / 4
-  modes = np.stack([np.cos(angles), np.sin(angles)], -1)
-  slots = np.arange(256, dtype=np.int32)
   for _ in range(3_000):
-    points = modes[rng.randint(0, 8, 256)] + _DEVIATION * rng.standard_normal((256, 2))
-    images = np.float32(127.5 * (points + 1)).reshape(-1, 1, 1, 2)
-    state, _ = step(
-      state, parallel.shard(pipeline.Batch(images, slots, slots < 0, slots))
-    )
+    state, _ = step(state, parallel.shard(ring.batches(rng, (256,))))
   latents = rng.standard_normal((4_000, 2, 8)).astype(np.float32)
-  found = ring_functions().image_fn(parallel.unreplicate(state.averaged), latents, None)
-  away = np.linalg.norm(found.reshape(-1, 1, 2) - modes[None], axis=-1)
-  good = away.min(1) < 5 * _DEVIATION
-  counts = np.bincount(away.argmin(1)[good], minlength=8)
+  points = ring_functions().image_fn(
+    parallel.unreplicate(state.averaged), latents, None
+  )
+  modes, good = ring.judge(np.asarray(points).reshape(-1, 2))
   assert good.mean() >= 0.7, good.mean()
+  counts = np.bincount(modes[good], minlength=ring.NUM_MODES)
   assert counts.min() > 4_000 / 8 / 2, counts
