@@ -3,8 +3,11 @@ r"""StyleGAN2 samples for CIFAR-100, pseudo-labelled and balanced.
   python -m jaxrobust.generate --workdir=DIR \
       --config=experiments/cifar100_stylegan2.py --config.labeller=LABELLER
 
-The paper has samples of a diffusion model only for CIFAR-100. All is as for
-CIFAR-10, with classes.
+Published: figures with samples of a diffusion model only
+(experiments/cifar100_ddpm.py).
+
+Uncertain: how good such networks are on CIFAR-100, which was not tried. Here all is as
+for CIFAR-10, with classes.
 """
 
 from jaxrobust.config import generator

@@ -3,9 +3,12 @@ r"""StyleGAN2 samples for SVHN, pseudo-labelled and balanced.
   python -m jaxrobust.generate --workdir=DIR \
       --config=experiments/svhn_stylegan2.py --config.labeller=LABELLER
 
-The paper has samples of a diffusion model only for SVHN. All is as for CIFAR-10,
-with classes, but augmentation neither mirrors nor turns digits, which are other signs
-then.
+Published: figures with samples of a diffusion model only
+(experiments/svhn_ddpm.py).
+
+Uncertain: how good such networks are on SVHN, which was not tried. Here all is as
+for CIFAR-10, with classes, but augmentation neither mirrors nor turns digits, which are
+other signs then.
 """
 
 from jaxrobust.config import generator

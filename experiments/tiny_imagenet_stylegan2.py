@@ -3,10 +3,13 @@ r"""StyleGAN2 samples for TinyImageNet, pseudo-labelled and balanced.
   python -m jaxrobust.generate --workdir=DIR \
       --config=experiments/tiny_imagenet_stylegan2.py --config.labeller=LABELLER
 
-The paper has samples of a diffusion model only for TinyImageNet. The networks
-are those of the authors' configuration F for larger images: 8 layers of mapping, a
-residual discriminator, path length and mixing of styles, with R1 by their rule for the
-resolution (0.0002 of the pixels, over the batch).
+Published: figures with samples of a diffusion model only
+(experiments/tiny_imagenet_ddpm.py).
+
+Uncertain: how good such networks are on TinyImageNet, which was not tried. Here the
+networks are those of the authors' configuration F for larger images: 8 layers of
+mapping, a residual discriminator, path length and mixing of styles, with R1 by their
+rule for the resolution (0.0002 of the pixels, over the batch).
 """
 
 from jaxrobust.config import generator
