@@ -473,7 +473,7 @@ def test_the_distance_of_samples_is_measured_while_it_trains(fitted):
   assert measured[6] == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize('stop', [2, 5])
+@pytest.mark.parametrize('stop', [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_stopped_between_lazy_updates_it_ends_the_same(
   fitted, tmp_path, monkeypatch, stop
 ):
@@ -489,7 +489,7 @@ def test_stopped_between_lazy_updates_it_ends_the_same(
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize('count', [1, 2])
+@pytest.mark.parametrize('count', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_devices_change_no_number(fitted, monkeypatch, count):
   """The figures of four devices, each with half of a group, by one and by two."""
   devices = jax.devices()[:count]
