@@ -20,13 +20,15 @@ def get_config():
   c.generator.network.conditional = True
   c.generator.network.discriminator_mapping_layers = 2
   c.generator.network.stddev_group = 8
-  c.generator.training.num_steps = 1_500
+  c.generator.training.num_steps = 3_000
   c.generator.training.batch_size = 32
-  c.generator.training.r1_gamma = 0.05
+  c.generator.training.r1_gamma = 30.0  # below, samples of a class become one image
   c.generator.training.r1_interval_steps = 8
   c.generator.training.ema_halflife_images = 3_000
   c.generator.training.augmentation.kind = 'upright'
-  c.generator.training.checkpoint_interval_steps = 500
+  c.generator.training.fid.interval_steps = 1_000
+  c.generator.training.fid.samples = 1_000
+  c.generator.training.checkpoint_interval_steps = 1_000
   c.generator.training.log_interval_steps = 100
   c.samples.count = 10_000
   return c.lock()

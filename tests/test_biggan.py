@@ -17,10 +17,11 @@ from jaxrobust.config import dataset_info, generator
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.generators import adversarial, biggan, trained
+from jaxrobust.generators import adversarial, biggan, fid, trained
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.biggan import BigGAN, layers, training
 from jaxrobust.planning import device_programs
+from jaxrobust.runs import checkpoints
 from tests.conftest import ROOT
 from tests.helpers import ring, torch_archives
 from tests.helpers.mutations import mutations
@@ -41,12 +42,16 @@ TINY = {
   'generator.training.batch_size': 32,
   'generator.training.discriminator_steps': 2,
   'generator.training.batch_norm_group': 8,
+  'generator.training.generator_learning_rate': 1e-4,
+  'generator.training.discriminator_learning_rate': 1e-4,
   'generator.training.standing_batches': 3,
   'generator.training.orthogonal_weight': 1e-4,
   'generator.training.ema_decay': 0.9,
   'generator.training.ema_start_steps': 2,
   'generator.training.flip': True,
   'generator.training.augmentation.kind': 'diff-augment',
+  'generator.training.fid.interval_steps': 4,
+  'generator.training.fid.samples': 40,
   'generator.training.log_interval_steps': 1,
   'generator.training.checkpoint_interval_steps': 2,
   'samples.count': 20,
@@ -256,14 +261,17 @@ def test_attention_by_hand():
   x = jnp.asarray(np.random.RandomState(0).standard_normal((2, 4, 4, 8)), jnp.float32)
   attention = lambda x: layers.Attention(mode_of(moves=False), name='a')(x)
   layer = hk.without_apply_rng(hk.transform_with_state(attention))
-  params, state = layer.init(jax.random.key(0), x)
-  np.testing.assert_array_equal(layer.apply(params, state, x)[0], x)
+  params, state = jax.jit(layer.init)(jax.random.key(0), x)
+  apply = jax.jit(layer.apply)
+  np.testing.assert_array_equal(apply(params, state, x)[0], x)
   params['a']['gamma'] = jnp.float32(0.5)
   weights = {}
   for name in ('theta', 'phi', 'g', 'o'):
-    matrix = params[f'a/{name}']['w'][0, 0]
-    value, _ = layers.spectral_norm(matrix, state[f'a/{name}']['u'], 1e-8)
-    weights[name] = np.asarray(matrix / value)
+    matrix = np.asarray(params[f'a/{name}']['w'][0, 0])
+    left = matrix @ np.asarray(state[f'a/{name}']['u'])
+    right = left @ matrix
+    value = np.linalg.norm(right) / np.linalg.norm(left)
+    weights[name] = matrix / value
   expected = np.array(x)
   for index, image in enumerate(np.asarray(x)):
     greatest = lambda maps: maps.reshape(2, 2, 2, 2, -1).max((1, 3)).reshape(4, -1)
@@ -273,7 +281,7 @@ def test_attention_by_hand():
         scores = np.exp(keys @ (image[row, column] @ weights['theta']))
         found = (scores / scores.sum()) @ values @ weights['o']
         expected[index, row, column] += 0.5 * found
-  np.testing.assert_allclose(layer.apply(params, state, x)[0], expected, atol=1e-5)
+  np.testing.assert_allclose(apply(params, state, x)[0], expected, atol=1e-5)
 
 
 # Losses, by closed forms.
@@ -336,7 +344,8 @@ def restored(folder, **fields):
 
 
 def test_metrics_say_how_it_goes(fitted):
-  lines = lines_of(fitted)
+  *lines, judged = lines_of(fitted)
+  assert set(judged) == {'step', fid.METRIC} and judged['step'] == 4
   names = (
     *('generator_loss', 'discriminator_loss', 'real_loss', 'fake_loss'),
     *('generator_gradient_norm', 'discriminator_gradient_norm'),
@@ -368,7 +377,6 @@ def test_a_fit_that_is_stopped_ends_the_same(fitted, tmp_path, monkeypatch, stop
 @pytest.mark.parametrize('count', [1, 2])
 def test_devices_change_no_number(fitted, monkeypatch, count):
   """The figures of four devices, each with half of a group, by one and by two."""
-  of_four = restored(fitted).variables
   devices = jax.devices()[:count]
   for name in ('device_count', 'local_device_count'):
     monkeypatch.setattr(jax, name, lambda: count)
@@ -384,19 +392,17 @@ def test_devices_change_no_number(fitted, monkeypatch, count):
   step = recipes.make_step(recipe, config.seed, 0)
   real = datasets.load('digits', 'train', train_images=100, validation_images=400)
   batches = trained._batches(real, INFO, settings.training, config.seed, 0)
-  for batch, expected in zip(batches, lines_of(fitted), strict=True):
+  for batch, expected in zip(batches, lines_of(fitted)[:-1], strict=True):
     state, metrics = step(state, parallel.shard(batch))
     for name, values in parallel.unreplicate(metrics).items():
       # Means over 16 images, in another order.
       assert np.mean(values) == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
-  # Not the logs alone: what samples are drawn with.
-  state = parallel.unreplicate(state)
-  found = recipe.variables_fn(state.averaged, state.net_state)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3),
-    found,
-    of_four,
-  )
+  # Not the logs alone: what is averaged, with the state of norms and statistics. A step
+  # of Adam is at most the rate, 1e-4, and by rounding's sign where a gradient is nil.
+  found = parallel.unreplicate(state).averaged
+  of_four = checkpoints.read_step(epath.Path(fitted), 4)['averaged']
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+  jax.tree.map(close, found, of_four)
 
 
 def test_the_average_starts_late():

@@ -21,7 +21,7 @@ from tests.helpers.experiment_steps import CASES, DEEPER, FILES, load, step_shap
 GENERATORS = sorted(
   p.stem
   for p in (pathlib.Path(__file__).parent.parent / 'experiments').glob('*.py')
-  if p.stem.endswith(('_gaussian', '_ddpm', '_mixup'))
+  if p.stem.rpartition('_')[2] in registries.GENERATORS
 )
 BY_NAME = [
   (file, name)

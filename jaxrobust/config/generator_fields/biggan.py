@@ -90,6 +90,7 @@ FIELDS = {
     ),  # 20,000
     'flip': field(False, 'mirrors half of the training images'),
     'augmentation': {**adversarial.AUGMENTATION, 'kind': _KIND},
+    'fid': adversarial.FID,
     'checkpoint_interval_steps': field(2_500, 'updates of the generator', above=0),
     'checkpoint_keep': field(2, 'last ones kept', above=0),
     'log_interval_steps': field(250, 'updates of the generator', above=0),

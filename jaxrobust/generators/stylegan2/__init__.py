@@ -6,12 +6,14 @@ data", whose configuration for CIFAR-10 is the default.
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from jaxrobust.config import dataset_info, registries
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.generators import fid
 from jaxrobust.generators import recipe as recipes
-from jaxrobust.generators.stylegan2 import networks, training
+from jaxrobust.generators.stylegan2 import networks, released, training
 from jaxrobust.generators.trained import Trained
 
 _LATENT, _NOISE = range(2)  # what a sample's key is used for
@@ -20,6 +22,8 @@ _LATENT, _NOISE = range(2)  # what a sample's key is used for
 @registries.GENERATORS.register('stylegan2')
 class StyleGAN2(Trained):
   """A fitted generator; its variables are G's averaged parameters and mean style."""
+
+  licence = released.LICENCE
 
   @classmethod
   def check(cls, settings, info: dataset_info.DatasetInfo):
@@ -66,6 +70,12 @@ class StyleGAN2(Trained):
     return training.make_recipe(_functions(settings, info), settings.training)
 
   @classmethod
+  def evaluation(cls, settings, info, real, held_out, seed):
+    """By the distance from the training images; see Trained and `fid`."""
+    del held_out
+    return fid.evaluation(settings.training, info, real, seed)
+
+  @classmethod
   def make_draw(cls, settings, info: dataset_info.DatasetInfo):
     """Builds the function that draws samples; see Generator."""
     functions = _functions(settings, info)
@@ -83,6 +93,13 @@ class StyleGAN2(Trained):
       return (functions.image_fn(variables, styles, use(_NOISE)) + 1) * 127.5
 
     return draw
+
+  @classmethod
+  def read_released(
+    cls, path: epath.Path, settings, info: dataset_info.DatasetInfo
+  ) -> dict:
+    """Reads G_ema of a pickle of stylegan2-ada-pytorch; see Generator."""
+    return released.read(path)
 
 
 def _group(settings) -> int:
