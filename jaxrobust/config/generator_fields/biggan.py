@@ -6,11 +6,7 @@ What the paper does for ImageNet is in the comments where it differs.
 from jaxrobust.config.fields import field
 from jaxrobust.config.generator_fields import adversarial
 
-_ABOUT_KIND = (
-  'what the discriminator sees changed: diff-augment, moved and a rectangle erased; '
-  'diff-augment-colour, brightness, saturation and contrast too; bgc or upright, those '
-  'of StyleGAN2, by a probability; or none'
-)
+_KIND = adversarial.AUGMENTATION['kind']._replace(default='none', meant='none')
 
 FIELDS = {
   'name': field('biggan', 'BigGAN'),
@@ -93,14 +89,8 @@ FIELDS = {
       1_000, 'updates before which the average is the generator itself', least=0
     ),  # 20,000
     'flip': field(False, 'mirrors half of the training images'),
-    'augmentation': {
-      **adversarial.AUGMENTATION,
-      'kind': field(
-        'none',
-        _ABOUT_KIND,
-        choices=('none', 'diff-augment', 'diff-augment-colour', 'bgc', 'upright'),
-      ),
-    },
+    'augmentation': {**adversarial.AUGMENTATION, 'kind': _KIND},
+    'fid': adversarial.FID,
     'checkpoint_interval_steps': field(2_500, 'updates of the generator', above=0),
     'checkpoint_keep': field(2, 'last ones kept', above=0),
     'log_interval_steps': field(250, 'updates of the generator', above=0),

@@ -10,6 +10,7 @@ import jax
 from jaxrobust.config import dataset_info, registries
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.generators import fid
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.biggan import networks, released, training
 from jaxrobust.generators.trained import Trained
@@ -74,6 +75,12 @@ class BigGAN(Trained):
   def recipe(cls, settings, info: dataset_info.DatasetInfo) -> recipes.Recipe:
     """How it is trained; see `training`."""
     return training.make_recipe(_functions(settings, info), settings.training)
+
+  @classmethod
+  def evaluation(cls, settings, info, real, held_out, seed):
+    """By the distance from the training images; see Trained and `fid`."""
+    del held_out
+    return fid.evaluation(settings.training, info, real, seed)
 
   @classmethod
   def make_draw(cls, settings, info: dataset_info.DatasetInfo):
