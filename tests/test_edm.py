@@ -38,6 +38,7 @@ TINY = {
   'generator.training.condition_dropout': 0.1,
   'generator.training.log_interval_steps': 1,
   'generator.training.checkpoint_interval_steps': 3,
+  'generator.sampling.sampler': 'heun',
   'generator.sampling.num_steps': 3,
   'generator.sampling.guidance': 0.5,
   'generator.sampling.churn': 1.0,
