@@ -1,21 +1,25 @@
-"""Images per second of the diffusion model, sampled and in training, against PyTorch.
+"""Images per second of diffusion models, sampled and in training, against PyTorch.
 
   python -m benchmarks.diffusion [--rounds 7] [--threads 2] [--cases digits medium …]
 
 The rivals, each in a process of its own; turns alternate in order, so that what else
 the machine does meets all of them:
-  ours         `recipe.make_step` as `generate` trains, `DDPM.sample` as it samples
+  ours         `recipe.make_step` as `generate` trains, `Generator.sample` as it samples
   torch        PyTorch eager: same network, batch and arithmetic
   torch-last   the same in the channels-last layout
 
 A case is a network and its batches: `digits` that of experiments/digits_ddpm.py,
-`medium` for 32x32x3 with half of the base config's channels, `cifar10` with all.
-Training: noise, time and dropout of each image, mean square error, clipped gradient,
-Adam, averaged parameters. Sampling: 20 evaluations of the network in DPM-Solver++,
-down to uint8. All in float32. The same number of parameters is asserted. PyTorch draws
-from one stream in place of a key an image, has its fused Adam and attention, and is
-spared augmentation; its stride-2 convolutions pad both sides, at the same cost. Figures
-are medians with their range; ratios are of the turns of one round, ours over rival's.
+`medium` for 32x32x3 with half of the base config's channels, `cifar10` with all;
+`edm-digits`, `edm-medium` and `edm-cifar10` the same of edm, whose `medium` has a
+quarter of the channels. Training: noise, its strength and dropout of each image, mean
+square error, Adam, averaged parameters; of ddpm a clipped gradient, of edm no
+augmentation. Sampling: 20 evaluations of the network in DPM-Solver++, or 35 by Heun's
+method, down to uint8. All in float32. The same number of parameters is asserted.
+PyTorch draws from one stream in place of a key an image, has its fused Adam and
+attention, and is spared augmentation; its stride-2 convolutions pad both sides, at the
+same cost. Figures are medians with their range; ratios are of the turns of one round,
+ours over rival's. What the first call of a task took beyond those figures is said
+apart: for ours, compilation, unless $JAX_COMPILATION_CACHE_DIR has it.
 """
 
 import argparse
@@ -26,26 +30,31 @@ import os
 import statistics
 import time
 
-# Data set, channels at full resolution (None: the experiment's), images of a training
+# Experiment, channels at full resolution (None: the experiment's), images of a training
 # batch and of one of samples, training steps a turn.
 CASES = {
-  'digits': ('digits', None, 64, 250, 10),
-  'medium': ('cifar10', 64, 16, 16, 2),
-  'cifar10': ('cifar10', 128, 16, 16, 1),
+  'digits': ('digits_ddpm', None, 64, 250, 10),
+  'medium': ('cifar10_ddpm', 64, 16, 16, 2),
+  'cifar10': ('cifar10_ddpm', 128, 16, 16, 1),
+  'edm-digits': ('digits_edm', None, 32, 250, 10),
+  'edm-medium': ('cifar10_edm', 32, 16, 16, 1),
+  'edm-cifar10': ('cifar10_edm', 128, 16, 16, 1),
 }
 TASKS = ('training', 'sampling')
 
 
-def make_settings(dataset, channels):
+def make_settings(experiment, channels):
   """(`config.generator`, the data set's info)."""
-  from experiments import cifar10_ddpm, digits_ddpm
   from jaxrobust.config import dataset_info
 
-  experiment = {'digits': digits_ddpm, 'cifar10': cifar10_ddpm}[dataset]
-  settings = experiment.get_config().unlock().generator
+  config = importlib.import_module(f'experiments.{experiment}').get_config().unlock()
+  settings = config.generator
   if channels:
     settings.network.channels = channels
-  return settings, dataset_info.INFO[dataset]
+  if settings.name == 'edm':
+    settings.training.update(augmentation=0.0, flip=False)
+    settings.sampling.update(sampler='heun', num_steps=18)
+  return settings, dataset_info.of(config.dataset)
 
 
 def jax_tasks(settings, info, train_batch, sample_batch):
@@ -53,15 +62,16 @@ def jax_tasks(settings, info, train_batch, sample_batch):
   import jax
   import numpy as np
 
+  from jaxrobust.config import registries
   from jaxrobust.data import pipeline
   from jaxrobust.distributed import parallel
-  from jaxrobust.generators import ddpm
   from jaxrobust.generators import recipe as recipes
 
-  recipe = ddpm.DDPM.recipe(settings, info)
+  kind = registries.GENERATORS.get(settings.name)
+  recipe = kind.recipe(settings, info)
   fresh = jax.jit(lambda: recipes.init_state(recipe, 0))()
   variables = jax.tree.map(np.asarray, fresh.averaged)
-  generator = ddpm.DDPM(variables, settings, info)
+  generator = kind(variables, settings, info)
   num_params = sum(x.size for x in jax.tree.leaves(variables))
   state, step_fn = parallel.replicate(fresh), recipes.make_step(recipe, 0, 0)
   rng = np.random.RandomState(0)
@@ -86,57 +96,116 @@ def jax_tasks(settings, info, train_batch, sample_batch):
 def torch_tasks(settings, info, train_batch, sample_batch, channels_last):
   """The same in PyTorch."""
   import torch
-  from torch.nn import functional
-
-  from jaxrobust.generators import diffusion, samplers
 
   torch.manual_seed(0)
-  training, process = settings.training, diffusion.linear(**settings.process)
-  table = samplers.SAMPLERS[settings.sampling.sampler](
-    process, settings.sampling.num_steps
-  )
+  training, is_edm = settings.training, settings.name == 'edm'
   layout = torch.channels_last if channels_last else torch.contiguous_format
   to_layout = lambda x: x.contiguous(memory_format=layout)
-  network = torch_network(settings.network, info).to(memory_format=layout)
+  make_network = torch_edm_network if is_edm else torch_network
+  network = make_network(settings.network, info).to(memory_format=layout)
   average = copy.deepcopy(network).eval()
   params, averages = list(network.parameters()), list(average.parameters())
   adam = torch.optim.Adam(params, training.learning_rate, fused=True)
-  signals, spreads = (
-    torch.tensor(x**0.5, dtype=torch.float32).view(-1, 1, 1, 1)
-    for x in (process.alpha_bars, 1 - process.alpha_bars)
-  )
   height, width, channels = info.image_shape
   images = torch.randint(0, 256, (train_batch, channels, height, width))
   images = to_layout(images.to(torch.uint8))
+  loss_fn, draw = (torch_edm if is_edm else torch_ddpm)(settings)
 
   def train():
-    times = torch.randint(0, len(process.betas), (train_batch,))
-    clean = images.float() / 127.5 - 1
-    noise = torch.randn_like(clean)
-    noisy = signals[times] * clean + spreads[times] * noise
-    loss = functional.mse_loss(network(noisy, times.float()), noise)
+    loss = loss_fn(network, images.float() / 127.5 - 1)
     adam.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(params, training.gradient_clip)
+    if not is_edm:
+      torch.nn.utils.clip_grad_norm_(params, training.gradient_clip)
     adam.step()
     with torch.no_grad():
-      torch._foreach_lerp_(averages, params, 1 - training.ema_decay)
+      torch._foreach_lerp_(averages, params, 1e-3)
     return loss.item()
 
   @torch.inference_mode()
   def sample():
-    x = to_layout(torch.randn(sample_batch, channels, height, width))
-    before = torch.zeros_like(x)
-    for i in range(len(table.times)):
-      row = table._make(float(column[i]) for column in table)
-      noise = average(x, torch.full((sample_batch,), row.times))
-      clean = ((x - row.sigmas * noise) / row.signals).clamp_(-1, 1)
-      x = row.keep * x + row.now * clean + row.before * before
-      before = clean
+    x = draw(average, to_layout(torch.randn(sample_batch, channels, height, width)))
     return ((x.clamp_(-1, 1) + 1) * 127.5).round_().to(torch.uint8)
 
   count = sum(p.numel() for p in params)
   return {'training': train, 'sampling': sample}, count
+
+
+def torch_ddpm(settings):
+  """Of ddpm: `(network, images) -> loss`, and `(network, noise) -> images`."""
+  import torch
+  from torch.nn import functional
+
+  from jaxrobust.generators import diffusion, samplers
+
+  process = diffusion.linear(**settings.process)
+  table = samplers.SAMPLERS[settings.sampling.sampler](
+    process, settings.sampling.num_steps
+  )
+  signals, spreads = (
+    torch.tensor(x**0.5, dtype=torch.float32).view(-1, 1, 1, 1)
+    for x in (process.alpha_bars, 1 - process.alpha_bars)
+  )
+
+  def loss_fn(network, clean):
+    times = torch.randint(0, len(process.betas), (len(clean),))
+    noise = torch.randn_like(clean)
+    noisy = signals[times] * clean + spreads[times] * noise
+    return functional.mse_loss(network(noisy, times.float()), noise)
+
+  def draw(network, x):
+    before = torch.zeros_like(x)
+    for i in range(len(table.times)):
+      row = table._make(float(column[i]) for column in table)
+      noise = network(x, torch.full((len(x),), row.times))
+      clean = ((x - row.sigmas * noise) / row.signals).clamp_(-1, 1)
+      x = row.keep * x + row.now * clean + row.before * before
+      before = clean
+    return x
+
+  return loss_fn, draw
+
+
+def torch_edm(settings):
+  """The same of EDM."""
+  import torch
+
+  from jaxrobust.generators import heun
+
+  data, training, sampling = (
+    settings.network.data_sigma,
+    *map(settings.get, ('training', 'sampling')),
+  )
+  levels = heun.schedule(
+    sampling.num_steps, sampling.least_sigma, sampling.greatest_sigma
+  )
+
+  def denoise(network, x, sigma):
+    classes = torch.zeros(len(x), dtype=torch.long)
+    total = sigma**2 + data**2
+    out = network(x * total.rsqrt(), sigma.flatten().log() / 4, classes)
+    return data**2 / total * x + sigma * data * total.rsqrt() * out
+
+  def loss_fn(network, clean):
+    normal = torch.randn(len(clean), 1, 1, 1)
+    sigma = (training.log_sigma_mean + training.log_sigma_deviation * normal).exp()
+    weight = (sigma**2 + data**2) / (sigma * data) ** 2
+    noisy = clean + sigma * torch.randn_like(clean)
+    return (weight * (denoise(network, noisy, sigma) - clean) ** 2).mean()
+
+  def draw(network, x):
+    level = lambda x, sigma: torch.full((len(x), 1, 1, 1), float(sigma))
+    slope = lambda x, sigma: (x - denoise(network, x, level(x, sigma))) / float(sigma)
+    x = x * float(levels[0])
+    for sigma, following in zip(levels[:-1], levels[1:], strict=True):
+      first = slope(x, sigma)
+      moved = x + float(following - sigma) * first
+      if following:
+        first = (first + slope(moved, following)) / 2
+      x = x + float(following - sigma) * first
+    return x
+
+  return loss_fn, draw
 
 
 def torch_network(network, info):
@@ -248,13 +317,123 @@ def torch_network(network, info):
   return Network()
 
 
+def torch_edm_network(network, info):
+  """DDPM++ of jaxrobust.generators.edm as a module of PyTorch."""
+  import math
+
+  import torch
+  from torch import nn
+  from torch.nn import functional
+
+  width = 4 * network.channels
+  num_classes = info.num_classes if network.conditional else 0
+
+  def norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels, 1e-6)
+
+  class Block(nn.Module):
+    def __init__(self, before, channels, scale=1.0, attends=False):
+      super().__init__()
+      self.norms = nn.ModuleList([norm(before), norm(channels)])
+      self.convs = nn.ModuleList(
+        [nn.Conv2d(n, channels, 3, 1, 1) for n in (before, channels)]
+      )
+      self.embedding = nn.Linear(width, channels)
+      passes = before == channels and scale == 1
+      self.shortcut = None if passes else nn.Conv2d(before, channels, 1)
+      self.dropout, self.scale = nn.Dropout(network.dropout), scale
+      self.attends = attends
+      if attends:
+        self.norm = norm(channels)
+        self.inputs = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+
+    def resample(self, x):
+      if self.scale == 2:
+        return functional.interpolate(x, scale_factor=2.0)
+      return functional.avg_pool2d(x, 2) if self.scale < 1 else x
+
+    def forward(self, inputs, embedding):
+      x = self.convs[0](self.resample(functional.silu(self.norms[0](inputs))))
+      x = x + self.embedding(embedding)[:, :, None, None]
+      x = self.convs[1](self.dropout(functional.silu(self.norms[1](x))))
+      inputs = self.resample(inputs)
+      x = (x + (self.shortcut(inputs) if self.shortcut else inputs)) * 0.5**0.5
+      if self.attends:
+        y = self.inputs(self.norm(x).flatten(2).transpose(1, 2))
+        y = functional.scaled_dot_product_attention(*y[:, None].chunk(3, -1))[:, 0]
+        x = (x + self.out(y).transpose(1, 2).reshape(x.shape)) * 0.5**0.5
+      return x
+
+  class Network(nn.Module):
+    def __init__(self):
+      super().__init__()
+      channels = network.channels
+      half = channels // 2
+      self.register_buffer(
+        'frequencies', torch.exp(-math.log(1e4) * torch.arange(half) / (half - 1))
+      )
+      self.classes = nn.Linear(num_classes, channels) if num_classes else None
+      self.labels = nn.Linear(9, channels, bias=False)
+      self.embed = nn.Sequential(
+        *(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+      )
+      self.first = nn.Conv2d(info.image_shape[2], channels, 3, 1, 1)
+      widths = [channels * multiplier for multiplier in network.multipliers]
+      sizes = [info.image_shape[0] >> i for i in range(len(widths))]
+      attends = [size in network.attention_sizes for size in sizes]
+      before, skips = channels, [channels]
+      self.down, self.up = nn.ModuleList(), nn.ModuleList()
+      for level, after in enumerate(widths):
+        if level:
+          self.down.append(Block(before, before, 0.5))
+          skips.append(before)
+        for _ in range(network.num_blocks):
+          self.down.append(Block(before, after, attends=attends[level]))
+          before = after
+          skips.append(before)
+      self.middle = nn.ModuleList(
+        [Block(before, before, attends=True), Block(before, before)]
+      )
+      for level, after in reversed(list(enumerate(widths))):
+        if level < len(widths) - 1:
+          self.up.append(Block(before, before, 2))
+        for index in range(network.num_blocks + 1):
+          last = attends[level] and index == network.num_blocks
+          self.up.append(Block(before + skips.pop(), after, attends=last))
+          before = after
+      self.norm = norm(before)
+      self.last = nn.Conv2d(before, info.image_shape[2], 3, 1, 1)
+
+    def forward(self, images, levels, classes):
+      angles = levels[:, None] * self.frequencies
+      x = torch.cat([angles.sin(), angles.cos()], 1)
+      if self.classes is not None:
+        known = functional.one_hot(classes, num_classes).float()
+        x = x + self.classes(known * num_classes**0.5)
+      embedding = self.embed(x + self.labels(torch.zeros(len(x), 9)))
+      x = self.first(images)
+      skips = [x]
+      for block in self.down:
+        x = block(x, embedding)
+        skips.append(x)
+      for block in self.middle:
+        x = block(x, embedding)
+      for block in self.up:
+        x = x if block.scale == 2 else torch.cat([x, skips.pop()], 1)
+        x = block(x, embedding)
+      return self.last(functional.silu(self.norm(x)))
+
+  return Network()
+
+
 def serve(pipe, rival, case, threads):
   """Makes the tasks, says how many parameters; answers a task with its seconds."""
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
   os.environ['OMP_NUM_THREADS'] = str(threads)
   os.environ['JAX_NUM_CPU_DEVICES'] = '1'
-  dataset, channels, train_batch, sample_batch, num_steps = CASES[case]
-  args = (*make_settings(dataset, channels), train_batch, sample_batch)
+  experiment, channels, train_batch, sample_batch, num_steps = CASES[case]
+  args = (*make_settings(experiment, channels), train_batch, sample_batch)
   if rival.startswith('torch'):
     import torch
 
@@ -262,10 +441,15 @@ def serve(pipe, rival, case, threads):
     tasks, num_params = torch_tasks(*args, rival == 'torch-last')
   else:
     tasks, num_params = jax_tasks(*args)
-  for task in tasks.values():
+  first = {}
+  for name, task in tasks.items():
+    calls = []
     for _ in range(2):  # compiles, then warms up
+      start = time.perf_counter()
       task()
-  pipe.send(num_params)
+      calls.append(time.perf_counter() - start)
+    first[name] = calls[0] - calls[1]
+  pipe.send((num_params, first))
   while name := pipe.recv():
     start = time.perf_counter(), time.process_time()
     for _ in range(num_steps if name == 'training' else 1):
@@ -274,16 +458,19 @@ def serve(pipe, rival, case, threads):
 
 
 def measure(rivals, case, threads, rounds):
-  """Seconds of each task and rival in each round, (wall, processor)."""
+  """(seconds of each task and rival in each round (wall, processor), parameters,
+  seconds that the first call of each took longer)."""
   context = multiprocessing.get_context('spawn')
-  pipes, processes, num_params = {}, [], set()
+  pipes, processes, num_params, first = {}, [], set(), {}
   for rival in rivals:
     pipes[rival], theirs = context.Pipe()
     processes.append(
       context.Process(target=serve, args=(theirs, rival, case, threads), daemon=True)
     )
     processes[-1].start()
-    num_params.add(pipes[rival].recv())
+    count, longer = pipes[rival].recv()
+    num_params.add(count)
+    first |= {(task, rival): x for task, x in longer.items()}
   assert len(num_params) == 1, f'networks of different sizes: {num_params}'
   seconds = {(task, rival): [] for task in TASKS for rival in rivals}
   for index in range(rounds):
@@ -295,7 +482,7 @@ def measure(rivals, case, threads, rounds):
     pipe.send('')
   for process in processes:
     process.join()
-  return seconds, num_params.pop()
+  return seconds, num_params.pop(), first
 
 
 def spread(values, form):
@@ -320,13 +507,14 @@ def main():
   print(f'{args.threads} threads, {args.rounds} rounds')
   for case in args.cases:
     _, _, train_batch, sample_batch, num_steps = CASES[case]
-    seconds, num_params = measure(rivals, case, args.threads, args.rounds)
+    seconds, num_params, first = measure(rivals, case, args.threads, args.rounds)
     print(f'{case}, {num_params:,} parameters')
     for task in TASKS:
       images = sample_batch if task == 'sampling' else train_batch * num_steps
       for rival in rivals:
         rates = [images / s[0] for s in seconds[task, rival]]
         line = f'  {task:<9} {rival:<10} {spread(rates, ".1f")} images/s'
+        line += f', first call {first[task, rival]:.1f} s more'
         if rival != 'ours':
           for index, kind in enumerate(('', ' in processor time')):
             ratios = [

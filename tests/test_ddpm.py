@@ -397,8 +397,8 @@ def test_only_a_fit_needs_a_batch_that_devices_share(labeller, tmp_path):
   assert not (tmp_path / 'x').exists()
 
 
-@pytest.mark.parametrize('name', ['gaussian', 'ddpm', 'mixup'])
-@pytest.mark.parametrize('other', ['gaussian', 'ddpm', 'mixup'])
+@pytest.mark.parametrize('name', ['gaussian', 'ddpm', 'mixup', 'edm'])
+@pytest.mark.parametrize('other', ['gaussian', 'ddpm', 'mixup', 'edm'])
 def test_the_fields_of_another_generator_are_refused(name, other):
   config = base_generator.get_config(other).unlock()
   config.labeller, config.generator.name = 'condition', name

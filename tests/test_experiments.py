@@ -16,12 +16,13 @@ from jaxrobust.data import pipeline
 from jaxrobust.errors import UserError
 from jaxrobust.models import companions
 from jaxrobust.training import classifier
+from tests.helpers import experiment_steps
 from tests.helpers.experiment_steps import CASES, DEEPER, FILES, load, step_shapes
 
 GENERATORS = sorted(
   p.stem
   for p in (pathlib.Path(__file__).parent.parent / 'experiments').glob('*.py')
-  if p.stem.rpartition('_')[2] in registries.GENERATORS
+  if p.stem.endswith(experiment_steps.GENERATORS)
 )
 BY_NAME = [
   (file, name)

@@ -564,7 +564,10 @@ def test_without_path_length_two_updates_are_one_program():
   'fields, words',
   [
     ({'generator.network.channels_base': 7}, 'channels_base = 7 .* use 8 or more'),
-    ({'generator.network.stddev_group': 6}, 'stddev_group = 6 .* batch_size = 16'),
+    (
+      {'generator.network.stddev_group': 6},
+      'stddev_group = 6 .*batch_size = 16: use a divisor',
+    ),
     ({'generator.network.discriminator': 'deep'}, "'deep': use one of plain, resid"),
     ({'generator.training.augmentation.kind': 'all'}, "'all': use one of none, bgc"),
   ],
@@ -587,7 +590,7 @@ def test_devices_must_share_groups():
   config = make_config(**{f'generator.{k}': v for k, v in fields.items()})
   StyleGAN2.check(config.generator, INFO)
   StyleGAN2.check_devices(config.generator, INFO)  # 12 images, two groups.
-  config.unlock().generator.training.batch_size = 36  # 9 images.
+  config.unlock().generator.training.update(batch_size=36, path_length_weight=0.0)
   with pytest.raises(UserError, match='stddev_group = 6 and 9 images on each of 4'):
     StyleGAN2.check_devices(config.generator, INFO)
 
@@ -634,23 +637,36 @@ def ring_functions():
 def test_a_ring_of_eight_gaussians_is_covered():
   """70 % of samples within 5 deviations of a mode, none with less than half its share.
 
-  The losses, the lazy R1 and the average are those of StyleGAN2, the networks small.
+  The losses, R1 and the average are those of StyleGAN2, the networks small. The whole
+  run is one program.
   """
   fields = make_training(
     **{'batch_size': 256, 'learning_rate': 2e-3, 'r1_gamma': 0.1},
     **{'r1_interval_steps': 1, 'path_length_interval_steps': 1},
     **{'ema_halflife_images': 256 * 70, 'ema_ramp': 0.0},
   )
-  recipe = training.make_recipe(ring_functions(), fields)
-  state = parallel.replicate(recipes.init_state(recipe, 0))
-  step = recipes.make_step(recipe, 0, 0)
-  rng = np.random.RandomState(0)
-  for _ in range(3_000):
-    state, _ = step(state, parallel.shard(ring.batches(rng, (256,))))
-  latents = rng.standard_normal((4_000, 2, 8)).astype(np.float32)
-  points = ring_functions().image_fn(
-    parallel.unreplicate(state.averaged), latents, None
+  functions = ring_functions()
+  recipe = training.make_recipe(functions, fields)
+  programs = recipes.make_programs(recipe, 0)
+
+  def step(state, batch):
+    for program in programs:
+      state, _ = program.fn(state, batch, 0)
+    return state, None
+
+  train = jax.pmap(
+    lambda state, batches: jax.lax.scan(step, state, batches)[0],
+    axis_name=parallel.AXIS,
+    devices=jax.devices()[:1],
   )
+  rng = np.random.RandomState(0)
+  one = lambda tree: jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
+  state = train(
+    one(recipes.init_state(recipe, 0)), one(ring.batches(rng, (3_000, 256)))
+  )
+  params = jax.tree.map(lambda x: x[0], state.averaged)
+  latents = jnp.asarray(rng.standard_normal((4_000, 2, 8)), jnp.float32)
+  points = functions.image_fn(params, latents, None)
   modes, good = ring.judge(np.asarray(points).reshape(-1, 2))
   assert good.mean() >= 0.7, good.mean()
   counts = np.bincount(modes[good], minlength=ring.NUM_MODES)

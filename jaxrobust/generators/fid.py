@@ -5,6 +5,7 @@ It says how a generator with a discriminator goes on, whose losses do not.
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
@@ -16,7 +17,10 @@ METRIC = 'eval_ema/fid'
 
 
 def evaluation(
-  training, info: dataset_info.DatasetInfo, real: datasets.Split, seed: int
+  training: config_dict.ConfigDict,
+  info: dataset_info.DatasetInfo,
+  real: datasets.Split,
+  seed: int,
 ) -> Evaluation | None:
   """Judges by the distance of the first samples of a seed from all training images.
 

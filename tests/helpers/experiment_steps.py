@@ -12,11 +12,12 @@ from jaxrobust.config import dataset_info, registries
 from jaxrobust.models import companions
 from jaxrobust.training import optimizer, update
 
+GENERATORS = tuple(f'_{name}' for name in registries.GENERATORS)
 FILES = sorted(
   p.stem
   for p in (pathlib.Path(__file__).parents[2] / 'experiments').glob('*.py')
   if not p.stem.startswith(('base', 'follow_up', 'paper', '__'))
-  and p.stem.rpartition('_')[2] not in ('analysis', *registries.GENERATORS)
+  and not p.stem.endswith((*GENERATORS, '_analysis'))
 )
 CASES = [(file, 'wrn-10-1') for file in FILES]
 CASES += [('cifar10_linf', model) for model in ('wrn-28-10', 'preact-resnet-18')]

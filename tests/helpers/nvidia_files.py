@@ -64,11 +64,13 @@ def persistent(state: bytes) -> bytes:
 
 def tensor(array: np.ndarray, opened: bytes | None = None) -> bytes:
   """The call that makes a tensor, of a storage of its own or another one."""
+  if opened is None:
+    array = np.ascontiguousarray(array)
   strides = tuple(step // array.itemsize for step in array.strides)
   return b''.join(
     [
       named('torch._utils', '_rebuild_tensor_v2') + b'(',
-      opened or storage(np.ascontiguousarray(array).reshape(-1)),
+      opened or storage(array.reshape(-1)),
       value(0) + value(array.shape) + value(strides) + value(False),
       ordered({}) + b'tR',
     ]

@@ -152,7 +152,7 @@ def make_optimizer(training) -> recipes.Optimizer:
   warmup = training.warmup_images / training.batch_size
 
   def learning_rate_fn(step):
-    return training.learning_rate * jnp.minimum(step / max(warmup, 1e-8), 1.0)
+    return training.learning_rate * jnp.minimum(step / warmup if warmup else 1.0, 1.0)
 
   finite = lambda x: jnp.nan_to_num(x, nan=0.0, posinf=1e5, neginf=-1e5)
   adam = optax.adam(

@@ -137,7 +137,7 @@ def _embed(levels, classes, labels, channels, num_classes, is_smooth):
     draw = hk.initializers.RandomNormal(_FOURIER_SCALE)
     frequencies = hk.get_parameter('frequencies', (channels,), levels.dtype, draw)
     # They stay as they are drawn.
-    angles = 2 * math.pi * levels[:, None] * jax.lax.stop_gradient(frequencies)
+    angles = 2 * math.pi * levels[:, None] * jax.lax.stop_gradient(frequencies)[None]
     x = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
   else:
     x = layers.sinusoids(levels, width)

@@ -4,17 +4,21 @@ Source: Karras et al. 2020, "Training generative adversarial networks with limit
 data", whose configuration for CIFAR-10 is the default.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, registries
+from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.generators import fid
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.stylegan2 import networks, released, training
-from jaxrobust.generators.trained import Trained
+from jaxrobust.generators.trained import Evaluation, Trained
 
 _LATENT, _NOISE = range(2)  # what a sample's key is used for
 
@@ -26,7 +30,9 @@ class StyleGAN2(Trained):
   licence = released.LICENCE
 
   @classmethod
-  def check(cls, settings, info: dataset_info.DatasetInfo):
+  def check(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> None:
     """Raises UserError for settings that cannot be meant for images of `info`."""
     height, width, _ = info.image_shape
     if height != width or height < 8 or height & (height - 1):
@@ -47,7 +53,9 @@ class StyleGAN2(Trained):
       )
 
   @classmethod
-  def check_devices(cls, settings, info: dataset_info.DatasetInfo):
+  def check_devices(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> None:
     """Raises UserError if devices cannot share a batch, or a group of it, equally."""
     super().check_devices(settings, info)
     group, count = _group(settings), parallel.num_devices()
@@ -60,23 +68,34 @@ class StyleGAN2(Trained):
       )
 
   @classmethod
-  def conditional(cls, settings) -> bool:
+  def conditional(cls, settings: config_dict.ConfigDict) -> bool:
     """Whether samples are drawn for classes, by these settings."""
     return settings.network.conditional
 
   @classmethod
-  def recipe(cls, settings, info: dataset_info.DatasetInfo) -> recipes.Recipe:
+  def recipe(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> recipes.Recipe:
     """How it is trained; see `training`."""
     return training.make_recipe(_functions(settings, info), settings.training)
 
   @classmethod
-  def evaluation(cls, settings, info, real, held_out, seed):
+  def evaluation(
+    cls,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
+    real: datasets.Split,
+    held_out: dict[str, datasets.Split],
+    seed: int,
+  ) -> Evaluation | None:
     """By the distance from the training images; see Trained and `fid`."""
     del held_out
     return fid.evaluation(settings.training, info, real, seed)
 
   @classmethod
-  def make_draw(cls, settings, info: dataset_info.DatasetInfo):
+  def make_draw(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> Callable:
     """Builds the function that draws samples; see Generator."""
     functions = _functions(settings, info)
     truncation = settings.sampling.truncation
@@ -96,7 +115,10 @@ class StyleGAN2(Trained):
 
   @classmethod
   def read_released(
-    cls, path: epath.Path, settings, info: dataset_info.DatasetInfo
+    cls,
+    path: epath.Path,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
   ) -> dict:
     """Reads G_ema of a pickle of stylegan2-ada-pytorch; see Generator."""
     return released.read(path)

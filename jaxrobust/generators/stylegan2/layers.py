@@ -114,11 +114,18 @@ def _bias(x, features, offset=0.0):
 class Linear(hk.Module):
   """Linear layer; `multiplier` makes it learn so much faster, `offset` is its bias."""
 
-  def __init__(self, features, *, multiplier=1.0, offset=0.0, name=None):
+  def __init__(
+    self,
+    features: int,
+    *,
+    multiplier: float = 1.0,
+    offset: float = 0.0,
+    name: str | None = None,
+  ):
     super().__init__(name=name)
     self._features, self._multiplier, self._offset = features, multiplier, offset
 
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     shape = (x.shape[-1], self._features)
     normal = hk.initializers.RandomNormal(1 / self._multiplier)
     weights = hk.get_parameter('w', shape, x.dtype, init=normal)
@@ -130,11 +137,13 @@ class Linear(hk.Module):
 class Conv(hk.Module):
   """Convolution, with bias and activation."""
 
-  def __init__(self, features, size, resize='', name=None):
+  def __init__(
+    self, features: int, size: int, resize: str = '', name: str | None = None
+  ):
     super().__init__(name=name)
     self._features, self._size, self._resize = features, size, resize
 
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     kernel = _kernel(x, self._size, self._features)
     kernel = kernel / (self._size * x.shape[-1] ** 0.5)
     bias = _bias(x, self._features)
@@ -144,11 +153,11 @@ class Conv(hk.Module):
 class Skip(hk.Module):
   """A 1x1 convolution at half the resolution, without bias."""
 
-  def __init__(self, features, name=None):
+  def __init__(self, features: int, name: str | None = None):
     super().__init__(name=name)
     self._features = features
 
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     kernel = _kernel(x, 1, self._features) / x.shape[-1] ** 0.5
     return convolve(downsample(x), kernel)
 
@@ -156,11 +165,13 @@ class Skip(hk.Module):
 class StyledConv(hk.Module):
   """Modulated convolution (Karras et al. 2020, section 2.2), noise and activation."""
 
-  def __init__(self, features, resize='', name=None):
+  def __init__(self, features: int, resize: str = '', name: str | None = None):
     super().__init__(name=name)
     self._features, self._resize = features, resize
 
-  def __call__(self, x, style, noise):
+  def __call__(
+    self, x: jax.Array, style: jax.Array, noise: jax.Array | None
+  ) -> jax.Array:
     """Of x [b, H, W, C]; style [b, n]; noise [b, H', W', 1] or None."""
     scales = Linear(x.shape[-1], offset=1.0, name='style')(style)
     kernel = _kernel(x, 3, self._features)
@@ -174,11 +185,11 @@ class StyledConv(hk.Module):
 class ToImage(hk.Module):
   """Modulated 1x1 convolution to an image, neither demodulated nor activated."""
 
-  def __init__(self, channels, name=None):
+  def __init__(self, channels: int, name: str | None = None):
     super().__init__(name=name)
     self._channels = channels
 
-  def __call__(self, x, style):
+  def __call__(self, x: jax.Array, style: jax.Array) -> jax.Array:
     scales = Linear(x.shape[-1], offset=1.0, name='style')(style) / x.shape[-1] ** 0.5
     kernel = _kernel(x, 1, self._channels)
     x = convolve(x * scales[:, None, None], kernel)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info
 from jaxrobust.distributed import parallel
@@ -38,7 +39,9 @@ class Networks(NamedTuple):
   discriminator: hk.Transformed
 
 
-def make(settings, info: dataset_info.DatasetInfo, group: int) -> Networks:
+def make(
+  settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo, group: int
+) -> Networks:
   """The networks of a config.
 
   Args:

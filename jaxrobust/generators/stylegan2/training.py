@@ -10,14 +10,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import config_dict
 
-from jaxrobust.data import augment
+from jaxrobust.data import augment, pipeline
 from jaxrobust.distributed import parallel
 from jaxrobust.generators import adversarial
 from jaxrobust.generators import recipe as recipes
 
 GENERATOR, DISCRIMINATOR = 'generator', 'discriminator'
 _LOSS = adversarial.LOSSES['non-saturating']
+_Found = tuple[jax.Array, tuple[dict, dict]]  # loss, (state, metrics)
 _STYLES = ('latent', 'second-latent', 'mixing')  # what is random in styles
 
 
@@ -43,7 +45,9 @@ class Functions(NamedTuple):
   num_styles: int
 
 
-def make_recipe(functions: Functions, training) -> recipes.Recipe:
+def make_recipe(
+  functions: Functions, training: config_dict.ConfigDict
+) -> recipes.Recipe:
   """The recipe of a GAN of style-based functions.
 
   An iteration updates G, then D with images of the new G and new latents; each may have
@@ -106,7 +110,9 @@ def make_recipe(functions: Functions, training) -> recipes.Recipe:
   )
 
 
-def make_optimizer(training, interval: int) -> recipes.Optimizer:
+def make_optimizer(
+  training: config_dict.ConfigDict, interval: int
+) -> recipes.Optimizer:
   """Adam, slower by the share of updates that a penalty adds in its interval.
 
   A penalty that comes in every k-th iteration makes k + 1 updates of k: with the rate
@@ -126,7 +132,7 @@ def make_optimizer(training, interval: int) -> recipes.Optimizer:
   )
 
 
-def ema_decay(training, step: jax.Array) -> jax.Array:
+def ema_decay(training: config_dict.ConfigDict, step: jax.Array) -> jax.Array:
   """Decay of the average in an iteration, after `step` others."""
   halflife = float(training.ema_halflife_images)
   if training.ema_ramp:
@@ -143,11 +149,12 @@ class Losses:
   one layer on for all images of a device.
   """
 
-  def __init__(self, functions: Functions, training):
+  def __init__(self, functions: Functions, training: config_dict.ConfigDict):
+    """Makes them from `config.generator.training`."""
     self._functions, self._training = functions, training
     self.augmentation = adversarial.Augmentation(training.augmentation)
 
-  def init(self, rng: jax.Array):
+  def init(self, rng: jax.Array) -> tuple[dict, dict]:
     """(parameters, state) at first."""
     state = {
       'style_mean': jnp.zeros(self._functions.style_size),
@@ -156,12 +163,16 @@ class Losses:
     }
     return self._functions.init_fn(rng), state
 
-  def generator(self, params, state, batch, rngs):
+  def generator(
+    self, params: dict, state: dict, batch: pipeline.Batch, rngs: Callable
+  ) -> _Found:
     """Non-saturating."""
     state, logits = self._fake_logits(params, state, batch, rngs)
     return _LOSS.generator(logits), (state, {})
 
-  def discriminator(self, params, state, batch, rngs):
+  def discriminator(
+    self, params: dict, state: dict, batch: pipeline.Batch, rngs: Callable
+  ) -> _Found:
     """Logistic."""
     state, fake = self._fake_logits(params, state, batch, rngs)
     images = self._augment(
@@ -178,7 +189,9 @@ class Losses:
       },
     )
 
-  def r1(self, params, state, batch, rngs):
+  def r1(
+    self, params: dict, state: dict, batch: pipeline.Batch, rngs: Callable
+  ) -> _Found:
     """Squared gradient in the images, as they are before augmentation."""
 
     def total(images):
@@ -192,7 +205,9 @@ class Losses:
     loss = squares * self._training.r1_gamma / 2 * self._training.r1_interval_steps
     return loss, (self._count(state, logits), {'train/r1': squares})
 
-  def path_length(self, params, state, batch, rngs):
+  def path_length(
+    self, params: dict, state: dict, batch: pipeline.Batch, rngs: Callable
+  ) -> _Found:
     """How unequally images move with styles (Karras et al. 2020, section 3.2)."""
     styles, _ = self._styles(params, state, batch, rngs)
     noise = rngs('noise')
@@ -215,7 +230,7 @@ class Losses:
       {'train/path_length': jnp.mean(lengths)},
     )
 
-  def control(self, state: recipes.State):
+  def control(self, state: recipes.State) -> dict:
     """The state after an iteration: ADA's probability follows the signs."""
     known, size = state.net_state, self._training.batch_size
     moved = self.augmentation.control(known['augmentation'], state.step, size)
