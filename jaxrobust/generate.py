@@ -137,7 +137,7 @@ def open_run(config, workdir: str, stage: str) -> Run:
   if config.fitted:
     check_fitted(config)
   elif stage in ('', 'fit') and not has_generator:
-    generator_of(config).check_devices(config.generator, info)
+    generator_of(config).check_devices(config.generator, info, parallel.num_devices())
   elif stage == 'select' and not has_generator:
     raise UserError(
       f'{workdir} has no generator.npz, whose checksum the set names: restore it, or '

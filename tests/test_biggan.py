@@ -498,6 +498,8 @@ def test_a_plan_has_each_program_as_often_as_it_runs():
   ]
   for program in found:
     parallel.trace(program.fn, program.arguments, 4)
+  with pytest.raises(UserError, match='batch of 32 .* 32 devices, in 2 parts on each'):
+    device_programs.of(config, 'train', 32)
   [samples] = device_programs.of(config, 'sample', 4)
   parallel.trace(samples.fn, samples.arguments, 4)
 
@@ -525,15 +527,15 @@ def test_refusals(fields, words):
 
 def test_devices_must_share_parts_and_groups():
   config = make_config()
-  BigGAN.check_devices(config.generator, INFO)  # 4 images, half of a group.
+  BigGAN.check_devices(config.generator, INFO, 4)  # 4 images, half of a group.
   config.unlock().generator.training.update(batch_size=48, batch_norm_group=12)
-  BigGAN.check_devices(config.generator, INFO)  # 6 images, half of a group.
+  BigGAN.check_devices(config.generator, INFO, 4)  # 6 images, half of a group.
   config.generator.training.batch_norm_group = 8  # 6 images.
   with pytest.raises(UserError, match='batch_norm_group = 8 and parts of 6 .* of 4'):
-    BigGAN.check_devices(config.generator, INFO)
+    BigGAN.check_devices(config.generator, INFO, 4)
   config.generator.training.batch_size = 20  # 5 images, in 2 parts.
   with pytest.raises(UserError, match='2 parts'):
-    BigGAN.check_devices(config.generator, INFO)
+    BigGAN.check_devices(config.generator, INFO, 4)
 
 
 # Published weights.

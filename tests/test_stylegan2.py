@@ -589,10 +589,10 @@ def test_devices_must_share_groups():
   fields = {'network.stddev_group': 6, 'training.batch_size': 24 * 2}
   config = make_config(**{f'generator.{k}': v for k, v in fields.items()})
   StyleGAN2.check(config.generator, INFO)
-  StyleGAN2.check_devices(config.generator, INFO)  # 12 images, two groups.
+  StyleGAN2.check_devices(config.generator, INFO, 4)  # 12 images, two groups.
   config.unlock().generator.training.update(batch_size=36, path_length_weight=0.0)
   with pytest.raises(UserError, match='stddev_group = 6 and 9 images on each of 4'):
-    StyleGAN2.check_devices(config.generator, INFO)
+    StyleGAN2.check_devices(config.generator, INFO, 4)
 
 
 # A mixture in the plane.

@@ -86,9 +86,9 @@ class Generator:
     del settings, info
 
   @classmethod
-  def check_devices(cls, settings, info: dataset_info.DatasetInfo):
-    """Raises UserError if the devices of this run cannot share the work of a fit."""
-    del settings, info
+  def check_devices(cls, settings, info: dataset_info.DatasetInfo, num_devices: int):
+    """Raises UserError if so many devices cannot share the work of a fit."""
+    del settings, info, num_devices
 
   @classmethod
   def conditional(cls, settings) -> bool:

@@ -6,9 +6,9 @@ author published.
 """
 
 import jax
+from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, registries
-from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.generators import fid
 from jaxrobust.generators import recipe as recipes
@@ -53,17 +53,22 @@ class BigGAN(Trained):
       )
 
   @classmethod
-  def check_devices(cls, settings, info: dataset_info.DatasetInfo):
+  def check_devices(
+    cls,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
+    num_devices: int,
+  ) -> None:
     """Raises UserError if devices cannot share parts of a batch, or groups of them."""
-    super().check_devices(settings, info)
-    fields, count = settings.training, parallel.num_devices()
-    images = fields.batch_size // count // fields.discriminator_steps
+    super().check_devices(settings, info, num_devices)
+    fields = settings.training
+    images = fields.batch_size // num_devices // fields.discriminator_steps
     group = fields.batch_norm_group
     if images % group and group % images:
       raise UserError(
         f'config.generator.training.batch_norm_group = {group} and parts of {images} '
-        f'images on each of {count} devices: one must be a multiple of the other; '
-        'change it, batch_size, discriminator_steps or the number of devices'
+        f'images on each of {num_devices} devices: one must be a multiple of the '
+        'other; change it, batch_size, discriminator_steps or the number of devices'
       )
 
   @classmethod

@@ -13,7 +13,6 @@ from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, registries
 from jaxrobust.data import datasets
-from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.generators import fid
 from jaxrobust.generators import recipe as recipes
@@ -54,16 +53,19 @@ class StyleGAN2(Trained):
 
   @classmethod
   def check_devices(
-    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+    cls,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
+    num_devices: int,
   ) -> None:
     """Raises UserError if devices cannot share a batch, or a group of it, equally."""
-    super().check_devices(settings, info)
-    group, count = _group(settings), parallel.num_devices()
-    images = settings.training.batch_size // count
+    super().check_devices(settings, info, num_devices)
+    group = _group(settings)
+    images = settings.training.batch_size // num_devices
     if images % group and group % images:
       raise UserError(
         f'config.generator.network.stddev_group = {group} and {images} images on each '
-        f'of {count} devices: one must be a multiple of the other; change it, '
+        f'of {num_devices} devices: one must be a multiple of the other; change it, '
         'config.generator.training.batch_size or the number of devices'
       )
 
