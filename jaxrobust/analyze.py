@@ -61,7 +61,7 @@ from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.models import classifiers, zoo
+from jaxrobust.models import classifiers, feature_networks, zoo
 from jaxrobust.runs import checksums, cli, process_group
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.runs.stop_requests import StopRequests
@@ -155,8 +155,8 @@ def make_protocol(
 
 def features_path(config: config_dict.ConfigDict) -> epath.Path:
   """The file that config.features names."""
-  if config.features.startswith(quality.LPIPS):
-    return epath.Path(config.features.removeprefix(quality.LPIPS))
+  if config.features.startswith(feature_networks.LPIPS):
+    return epath.Path(config.features.removeprefix(feature_networks.LPIPS))
   if config.features.endswith('.npz'):
     return epath.Path(config.features)
   return find_classifier(config, 'features').path
@@ -168,7 +168,7 @@ def find_classifier(config: config_dict.ConfigDict, field: str) -> zoo.Found:
     config[field],
     f'config.{field}',
     dataset_info.of(config.dataset),
-    quality.OR_FEATURES if field == 'features' else '',
+    feature_networks.OR_FEATURES if field == 'features' else '',
   )
   if not found.path.exists():
     raise UserError(f'{found.path} is absent: {zoo.where_to_get(found.path)}')
@@ -275,7 +275,9 @@ def find_features(
   """
   if config.features.endswith('.npz'):
     return read_features(config, folder, sets)
-  network = quality.network(config.features or config.labeller, config.batch_size)
+  network = feature_networks.network(
+    config.features or config.labeller, config.batch_size
+  )
   found = {}
   for name, split in sets.items():
     path = parts / f'features-{name}.npy'
@@ -376,7 +378,7 @@ def compare(
 ) -> tuple[dict, complementarity.Neighbours]:
   """(figures of the features of SETS, neighbours of the generated images)."""
   logging.info('comparing %d features of each image', features['train'].shape[1])
-  fid = lambda name: quality.fid(features['train'], features[name])
+  fid = lambda name: feature_networks.fid(features['train'], features[name])
   distinguished = complementarity.two_sample_test(
     features['test'], features['generated'], config.seed
   )

@@ -42,8 +42,9 @@ images, and fields that are null where only you know them.
 With the config of a generator, --from is a file as the generator's authors published
 it, fetched by you: nothing is downloaded, and nothing in the file is run. The checksum
 and the licence, under which the samples fall too, are printed. Published weights of
-EDM (the `ema` of its .pkl files for CIFAR-10) and of VD-VAE (the `model-ema.th` files
-for CIFAR-10, as --config=experiments/cifar10_vdvae.py) are known.
+EDM (the `ema` of its .pkl files for CIFAR-10), of VD-VAE (its `model-ema.th` files for
+CIFAR-10), of StyleGAN2 (the `G_ema` of the .pkl files of stylegan2-ada-pytorch) and of
+BigGAN (a state dict of G, as .pth, by BigGAN-PyTorch) are known.
 """
 
 import json

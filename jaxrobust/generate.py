@@ -145,7 +145,9 @@ def open_run(config: config_dict.ConfigDict, workdir: str, stage: str) -> Run:
   if config.fitted:
     checks.check_fitted(config)
   elif stage in ('', 'fit') and not has_generator:
-    checks.generator_of(config).check_devices(config.generator, info)
+    checks.generator_of(config).check_devices(
+      config.generator, info, parallel.num_devices()
+    )
   elif stage == 'select' and not has_generator:
     raise UserError(
       f'{workdir} has no generator.npz, whose checksum the set names: restore it, or '

@@ -14,10 +14,10 @@ from etils import epath
 
 from jaxrobust import analyze
 from jaxrobust import config as configs
-from jaxrobust.analysis import complementarity, conditions, quality
+from jaxrobust.analysis import complementarity, conditions
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
-from jaxrobust.models import card, parameter_files
+from jaxrobust.models import card, feature_networks, parameter_files
 from jaxrobust.runs import cli
 from jaxrobust.samples import sample_sets, stratified
 from tests.helpers.programs import ends
@@ -214,8 +214,8 @@ def test_the_program_resumes_and_refuses(
     assert run()[0] == 130
   assert not (tmp_path / 'run/results.json').exists()
   with monkeypatch.context() as patch:  # Nothing is measured again.
-    network = quality.Network('tiny (penultimate layer)', None)
-    patch.setattr(quality, 'network', lambda *_: network)
+    network = feature_networks.Network('tiny (penultimate layer)', None)
+    patch.setattr(feature_networks, 'network', lambda *_: network)
     patch.setattr(analyze.Evaluator, '_attempt_shard', lambda *_: pytest.fail('again'))
     code, page, err = run()
   assert code == 0, err

@@ -304,8 +304,10 @@ def test_a_plan_has_each_program_as_often_as_it_runs():
 
 def test_devices_must_share_the_parts():
   config = tiny_gan.make_config(**{'generator.training.batch_size': 12})
-  with pytest.raises(UserError, match=r'batch_size = 12 on 4 .* 2 parts; .* of 8'):
-    tiny_gan.TinyGAN.check_devices(config.generator, INFO)
+  with pytest.raises(
+    UserError, match='batch of 12 .* over 4 devices, in 2 parts .* of 8'
+  ):
+    tiny_gan.TinyGAN.check_devices(config.generator, INFO, 4)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from jaxrobust.analysis import quality
 from jaxrobust.errors import UserError
+from jaxrobust.models import feature_networks
 
 # Of AlexNet: channels in and out, kernel, stride, padding, whether a maximum precedes.
 LAYERS = [
@@ -59,7 +59,7 @@ def save(state, folder):
 
 def test_squared_distances_are_those_of_the_formula(state, tmp_path):
   images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), np.uint8)
-  network = quality.network(save(state, tmp_path), batch_size=1)
+  network = feature_networks.network(save(state, tmp_path), batch_size=1)
   features = network.features(images)
   assert features.shape == (3, 5_760) and network.name == 'LPIPS (AlexNet)'
   whole = [list(activations(state, image)) for image in images]
@@ -75,11 +75,13 @@ def test_squared_distances_are_those_of_the_formula(state, tmp_path):
 
 def test_refusals(state, tmp_path):
   with pytest.raises(UserError, match='3 channels and at least 31 pixels, not'):
-    quality.network(save(state, tmp_path)).features(np.zeros((1, 8, 8, 1), np.uint8))
+    feature_networks.network(save(state, tmp_path)).features(
+      np.zeros((1, 8, 8, 1), np.uint8)
+    )
   less = {key: x for key, x in state.items() if not key.startswith('lin3')}
   negative = state | {'lin2.model.1.weight': -state['lin2.model.1.weight']}
   for wrong in (less, negative):
     with pytest.raises(UserError, match='gives no LPIPS by AlexNet'):
-      quality.network(save(wrong, tmp_path))
+      feature_networks.network(save(wrong, tmp_path))
   with pytest.raises(UserError, match='gives no LPIPS by AlexNet'):
-    quality.network('lpips:nowhere.safetensors')
+    feature_networks.network('lpips:nowhere.safetensors')

@@ -12,7 +12,7 @@ from jaxrobust.analysis import distances, quality
 from jaxrobust.data import __main__ as command_line
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
-from jaxrobust.models import card, parameter_files
+from jaxrobust.models import card, feature_networks, parameter_files
 from jaxrobust.samples import sample_sets, stratified
 
 
@@ -35,18 +35,18 @@ def test_frechet_distance_of_two_gaussians():
   means, stds = rng.normal(size=(2, 5)), rng.uniform(0.5, 2, (2, 5))
   sets = [exact(m, np.diag(s**2), rng) for m, s in zip(means, stds, strict=True)]
   wanted = np.square(means[0] - means[1]).sum() + np.square(stds[0] - stds[1]).sum()
-  found = quality.frechet_distance(*map(quality.moments, sets))
+  found = feature_networks.frechet_distance(*map(feature_networks.moments, sets))
   assert found == pytest.approx(wanted, rel=1e-10)
-  assert quality.frechet_distance(*[quality.moments(sets[0])] * 2) == pytest.approx(
-    0, abs=1e-10
-  )
+  assert feature_networks.frechet_distance(
+    *[feature_networks.moments(sets[0])] * 2
+  ) == pytest.approx(0, abs=1e-10)
 
 
 def test_frechet_distance_against_the_matrix_root_of_scipy():
   rng = np.random.default_rng(1)
   covariances = [random_covariance(rng, 6) for _ in range(2)]
-  found = quality.frechet_distance(
-    *(quality.moments(exact(np.zeros(6), c, rng)) for c in covariances)
+  found = feature_networks.frechet_distance(
+    *(feature_networks.moments(exact(np.zeros(6), c, rng)) for c in covariances)
   )
   root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
   wanted = np.trace(covariances[0] + covariances[1] - 2 * root.real)
@@ -56,13 +56,13 @@ def test_frechet_distance_against_the_matrix_root_of_scipy():
 def test_moments_do_not_depend_on_batches_and_do_not_cancel():
   """Far from 0, where a sum of squares would lose 12 of its 16 digits."""
   rows = np.random.default_rng(2).normal(size=(50, 3)) + 1e6
-  found = quality.Moments(3)
+  found = feature_networks.Moments(3)
   for part in np.split(rows, [0, 1, 7, 30]):
     found.update(part)
   np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-14)
   np.testing.assert_allclose(found.covariance(), np.cov(rows.T), rtol=1e-7, atol=1e-9)
   with pytest.raises(UserError, match='at least 2'):
-    quality.moments(rows[:1]).covariance()
+    feature_networks.moments(rows[:1]).covariance()
 
 
 @pytest.fixture(scope='module')
@@ -107,12 +107,12 @@ def test_neighbours_are_exact_among_far_clusters(monkeypatch):
 @pytest.mark.parametrize('sizes', [(12, 12), (9, 30), (30, 9)])
 def test_fid_of_fewer_images_than_features(sizes, monkeypatch):
   """Both forms; the root of a rounded 0 is 1e-8 of the largest singular value."""
-  monkeypatch.setattr(quality, '_BLOCK', 8)
+  monkeypatch.setattr(feature_networks, '_BLOCK', 8)
   rng = np.random.default_rng(6)
   sets = [rng.normal(size=(n, 20)) + 3 * (n == 12) for n in sizes]
-  wanted = quality.frechet_distance(*map(quality.moments, sets))
-  monkeypatch.setattr(quality, 'moments', None)  # Which is not needed.
-  assert quality.fid(*sets) == pytest.approx(wanted, rel=1e-5)
+  wanted = feature_networks.frechet_distance(*map(feature_networks.moments, sets))
+  monkeypatch.setattr(feature_networks, 'moments', None)  # Which is not needed.
+  assert feature_networks.fid(*sets) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_density_and_coverage_by_their_definition(clouds, monkeypatch):
@@ -155,7 +155,7 @@ def test_command_on_features_of_another_network(repeated, tmp_path, capsys):
   command = ['quality', str(repeated.path), '--dataset=digits', f'--features={file}']
   assert command_line.main([*command, '--count=20', f'--picture={picture}']) == 0
   shown = capsys.readouterr().out
-  found = quality.fid(*flat)
+  found = feature_networks.fid(*flat)
   assert 'features: pixels, 64' in shown and f'FID {found:.4f}' in shown
   assert '1000 of digits train, 20 generated' in shown and 'at 0: 6' in shown
   drawn = np.asarray(PIL.Image.open(picture))
@@ -191,12 +191,12 @@ def test_features_of_a_classifier_do_not_depend_on_batches(tmp_path):
   parameter_files.export_npy(path, *variables)
   card.path_of(path).write_text(described.to_json())
   images = datasets.load('digits', 'test').images[:11]
-  network = quality.network(str(path), batch_size=2)
+  network = feature_networks.network(str(path), batch_size=2)
   wanted = jax.jit(model.features)(*variables, np.float32(images) / 255)
   # Sums of a few hundred products in another order.
   np.testing.assert_allclose(network.features(images), wanted, rtol=1e-4, atol=1e-5)
   assert network.name == 'tiny (penultimate layer)'
   with pytest.raises(UserError, match='trained on digits, which has other images'):
-    quality.network(str(path), dataset='mnist')
+    feature_networks.network(str(path), dataset='mnist')
   with pytest.raises(UserError, match='nothing says what network'):
-    quality.network(str(tmp_path / 'none.npy'))
+    feature_networks.network(str(tmp_path / 'none.npy'))

@@ -135,6 +135,8 @@ GENERATORS = Registry(
     'edm': 'jaxrobust.generators.edm',
     'mixup': 'jaxrobust.generators.mixup',
     'vdvae': 'jaxrobust.generators.vdvae',
+    'stylegan2': 'jaxrobust.generators.stylegan2',
+    'biggan': 'jaxrobust.generators.biggan',
   },
 )
 # Beside wrn-DEPTH-WIDTH and preact-resnet-18.

@@ -96,10 +96,13 @@ class Generator:
 
   @classmethod
   def check_devices(
-    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+    cls,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
+    num_devices: int,
   ) -> None:
-    """Raises UserError if the devices of this run cannot share the work of a fit."""
-    del settings, info
+    """Raises UserError if so many devices cannot share the work of a fit."""
+    del settings, info, num_devices
 
   @classmethod
   def conditional(cls, settings: config_dict.ConfigDict) -> bool:
@@ -156,6 +159,19 @@ class Generator:
 
   # To be given by some.
 
+  def evaluate(self, images: np.ndarray, seed: int) -> dict[str, float]:
+    """How likely it finds images that it did not see; every process calls it.
+
+    Args:
+      images: uint8 [n, H, W, C].
+      seed: of what is random in it.
+
+    Returns:
+      Figures by name, means over the images; none where a generator has no likelihood.
+    """
+    del images, seed
+    return {}
+
   @classmethod
   def read_released(
     cls, path: epath.Path, settings, info: dataset_info.DatasetInfo
@@ -178,19 +194,6 @@ class Generator:
       f'{path}: no published weights of {settings.name} are known here: give a config '
       'of another generator, or fit this one with jaxrobust generate'
     )
-
-  def evaluate(self, images: np.ndarray, seed: int) -> dict[str, float]:
-    """How likely it finds images that it did not see; every process calls it.
-
-    Args:
-      images: uint8 [n, H, W, C].
-      seed: of what is random in it.
-
-    Returns:
-      Figures by name, means over the images; none where a generator has no likelihood.
-    """
-    del images, seed
-    return {}
 
   # The same for all.
 

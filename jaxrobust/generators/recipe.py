@@ -73,6 +73,7 @@ class Phase(NamedTuple):
     accept_fn: `(gradient, metrics) -> bool []`: whether the update is made; if not, the
       schedule of the learning rate alone goes on. None for always; then a loss that is
       not finite ends the run.
+    norm_metric: name under which the norm of the gradient is written, '' for none.
   """
 
   network: str
@@ -84,6 +85,7 @@ class Phase(NamedTuple):
   parts: tuple[int, ...] = (0,)
   decay_fn: Callable[[jax.Array], Any] | None = None
   accept_fn: Callable[..., jax.Array] | None = None
+  norm_metric: str = ''
 
 
 class Recipe(NamedTuple):
@@ -226,6 +228,8 @@ def _make_update(recipe: Recipe, index: int, seed: int):
     )
     metrics = {phase.metric: loss, **metrics}
     grads, net_state, metrics = parallel.mean_over_devices((grads, net_state, metrics))
+    if phase.norm_metric:
+      metrics[phase.norm_metric] = optax.global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state[phase.network], before)
     params = {**state.params, phase.network: optax.apply_updates(before, updates)}
     averaged = state.averaged

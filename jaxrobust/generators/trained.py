@@ -72,17 +72,19 @@ class Trained(Generator):
 
   @classmethod
   def check_devices(
-    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+    cls,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
+    num_devices: int,
   ) -> None:
     """Raises UserError if devices and phases cannot share a batch equally."""
     size = settings.training.batch_size
-    parallel.process_slots(size)
     parts = max(phase.num_parts for phase in cls.recipe(settings, info).phases)
-    if size // parallel.num_devices() % parts:
+    if size % (num_devices * parts):
+      each = f', in {parts} parts on each' if parts > 1 else ''
       raise UserError(
-        f'config.generator.training.batch_size = {size} on {parallel.num_devices()} '
-        f'devices: {settings.name} cuts the batch of each into {parts} parts; use a '
-        f'multiple of {parallel.num_devices() * parts}'
+        f'config.generator.training.batch_size: a batch of {size} does not divide over '
+        f'{num_devices} devices{each}: use a multiple of {num_devices * parts}'
       )
 
   @classmethod

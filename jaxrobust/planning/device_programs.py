@@ -126,6 +126,7 @@ def of(config: config_dict.ConfigDict, what: str, num_devices: int) -> list[Prog
       'use a multiple of that number, or another --topology'
     )
   if 'generator' in config:
+    _generator_of(config).check_devices(config.generator, info, num_devices)
     return _training_of_generator(config, info, images)
   return [_training(config, info, images)]
 
