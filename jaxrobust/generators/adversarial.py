@@ -5,7 +5,7 @@ The state of the augmentation is a tree of numbers beside the networks' states; 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ LOSSES = {
 class Augmentation:
   """What the discriminator sees changed, by a probability that may adapt."""
 
-  def __init__(self, fields):
+  def __init__(self, fields: Any):
     """Makes it from `config.generator.training.augmentation`."""
     self._fields = fields
 

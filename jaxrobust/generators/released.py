@@ -4,6 +4,7 @@ import hashlib
 
 import jax
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, registries
 from jaxrobust.config import generator as generator_configs
@@ -14,7 +15,9 @@ from jaxrobust.runs import workdir as workdirs
 _FILE = 'generator.npz'
 
 
-def convert(config, source: epath.Path, target: epath.Path) -> str:
+def convert(
+  config: config_dict.ConfigDict, source: epath.Path, target: epath.Path
+) -> str:
   """Writes published weights as `generator.npz`, into the workdir of a config.
 
   The folder is then a run of `generate` that has been fitted: `--workdir=` goes on with

@@ -56,7 +56,7 @@ class Trained(Generator):
   @classmethod
   def evaluation(
     cls,
-    settings,
+    settings: config_dict.ConfigDict,
     info: dataset_info.DatasetInfo,
     real: datasets.Split,
     held_out: dict[str, datasets.Split],

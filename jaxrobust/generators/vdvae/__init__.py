@@ -5,11 +5,15 @@ likelihood (Child 2021), by the training loop of the classifiers; samples are dr
 the prior, with averaged parameters. It knows no classes.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, registries
 from jaxrobust.data import datasets
@@ -31,12 +35,19 @@ class VDVAE(Trained):
 
   licence = 'MIT, that of the code that Child published with them'
 
-  def __init__(self, variables, settings, info: dataset_info.DatasetInfo):
+  def __init__(
+    self,
+    variables: Any,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
+  ):
     super().__init__(variables, settings, info)
     self._judge = parallel.pmap(_make_judge(settings, info))
 
   @classmethod
-  def check(cls, settings, info: dataset_info.DatasetInfo):
+  def check(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> None:
     """Raises UserError for settings that cannot be meant for images of `info`."""
     height, width, channels = info.image_shape
     if height != width or channels not in (1, 3):
@@ -53,13 +64,15 @@ class VDVAE(Trained):
       )
 
   @classmethod
-  def conditional(cls, settings) -> bool:
+  def conditional(cls, settings: config_dict.ConfigDict) -> bool:
     """Whether samples are drawn for classes: never."""
     del settings
     return False
 
   @classmethod
-  def recipe(cls, settings, info: dataset_info.DatasetInfo) -> recipes.Recipe:
+  def recipe(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> recipes.Recipe:
     """The bound grows, by updates that are left out where a gradient is too great.
 
     Deviation: the decay of the average grows to theirs, as `optimizer.ema_decay` says;
@@ -90,7 +103,7 @@ class VDVAE(Trained):
   @classmethod
   def evaluation(
     cls,
-    settings,
+    settings: config_dict.ConfigDict,
     info: dataset_info.DatasetInfo,
     real: datasets.Split,
     held_out: dict[str, datasets.Split],
@@ -135,13 +148,20 @@ class VDVAE(Trained):
     return {_BITS: float(distortion + rate)} | {k: float(v) for k, v in parts.items()}
 
   @classmethod
-  def read_released(cls, path: epath.Path, settings, info: dataset_info.DatasetInfo):
+  def read_released(
+    cls,
+    path: epath.Path,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
+  ) -> dict:
     """Reads weights as Child published them, the averaged ones; see Generator."""
     like = cls.variables_like(settings, info)
     return released.read(path, like, make_network(settings, info))
 
   @classmethod
-  def make_draw(cls, settings, info: dataset_info.DatasetInfo):
+  def make_draw(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> Callable:
     """Builds the function that draws samples; see Generator.
 
     Deviation: pixels are rounded, as those of all generators; the released code cuts
@@ -162,7 +182,9 @@ class VDVAE(Trained):
 _BITS = 'bits_per_dim'
 
 
-def make_network(settings, info: dataset_info.DatasetInfo) -> networks.Network:
+def make_network(
+  settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+) -> networks.Network:
   """The sizes of the network; UserError if its parts do not fit to each other."""
   fields, size = settings.network, info.image_shape[0]
   encoder = stages.encoder(fields.encoder, size)
@@ -180,7 +202,7 @@ def make_network(settings, info: dataset_info.DatasetInfo) -> networks.Network:
   )
 
 
-def make_optimizer(training) -> recipes.Optimizer:
+def make_optimizer(training: config_dict.ConfigDict) -> recipes.Optimizer:
   """Adam with a clipped gradient and decoupled weight decay.
 
   Args:
@@ -204,7 +226,7 @@ def make_optimizer(training) -> recipes.Optimizer:
 
 
 def terms(
-  network: networks.Network, params, images: jax.Array, latent_fn
+  network: networks.Network, params: Any, images: jax.Array, latent_fn: Callable
 ) -> tuple[jax.Array, jax.Array]:
   """The two parts of the bound.
 

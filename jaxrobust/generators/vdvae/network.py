@@ -125,7 +125,7 @@ class _First(NamedTuple):
   middle: float = 0.0
 
 
-def encode(network: Network, params, images: jax.Array) -> dict[int, jax.Array]:
+def encode(network: Network, params: Any, images: jax.Array) -> dict[int, jax.Array]:
   """The last map of each size that the encoder makes.
 
   Args:
@@ -153,7 +153,7 @@ def encode(network: Network, params, images: jax.Array) -> dict[int, jax.Array]:
 
 def decode(
   network: Network,
-  params,
+  params: Any,
   latent_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
   batch_size: int,
   encoded: dict[int, jax.Array] | None = None,
@@ -206,7 +206,9 @@ def decode(
   return _conv(params['output'], x), jnp.concatenate(rates)
 
 
-def divergence(mean, log_std, other_mean, other_log_std) -> jax.Array:
+def divergence(
+  mean: jax.Array, log_std: jax.Array, other_mean: jax.Array, other_log_std: jax.Array
+) -> jax.Array:
   """KL of a normal distribution from another one, in nats, of each number."""
   squares = jnp.exp(2 * log_std) + (mean - other_mean) ** 2
   return other_log_std - log_std - 0.5 + squares * jnp.exp(-2 * other_log_std) / 2
