@@ -10,7 +10,7 @@ import re
 import struct
 import zipfile
 import zlib
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -64,7 +64,7 @@ class Tensor(NamedTuple):
   strides: tuple[int, ...]
 
 
-def tensor(storage, offset, shape, strides, *others) -> Tensor:
+def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *others: Any) -> Tensor:
   """What PyTorch's pickles call to make a tensor, with its arguments unchecked.
 
   Args:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import config_dict
 
 from jaxrobust.errors import UserError
 
@@ -81,7 +82,7 @@ def loss(
   return jnp.mean((predicted - noise) ** 2, axis=(1, 2, 3))
 
 
-def denoiser(predict: Callable, process: Process):
+def denoiser(predict: Callable, process: Process) -> Callable:
   """The images that predictions of noise mean, for samplers of `heun`.
 
   Args:
@@ -106,7 +107,7 @@ def denoiser(predict: Callable, process: Process):
   return denoise
 
 
-def noise_predictor(denoise: Callable):
+def noise_predictor(denoise: Callable) -> Callable:
   """The noise that denoised images mean, for samplers of `samplers`; see `denoiser`.
 
   Args:
@@ -151,7 +152,7 @@ def guided(
   return predict_guided
 
 
-def check_guidance(settings):
+def check_guidance(settings: config_dict.ConfigDict) -> None:
   """Raises UserError for `config.generator` with guidance that it cannot have."""
   guidance = settings.sampling.guidance
   if guidance and not settings.network.conditional:

@@ -153,7 +153,10 @@ class Generator:
 
   @classmethod
   def read_released(
-    cls, path: epath.Path, settings, info: dataset_info.DatasetInfo
+    cls,
+    path: epath.Path,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
   ) -> Any:
     """Reads weights as the generator's authors published them.
 
@@ -269,8 +272,12 @@ class Generator:
 
   @classmethod
   def check_fits(
-    cls, path: epath.Path, variables: Any, settings, info: dataset_info.DatasetInfo
-  ):
+    cls,
+    path: epath.Path,
+    variables: Any,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
+  ) -> None:
     """Raises UserError unless variables of a file are as the settings say."""
     like, found = cls.variables_like(settings, info), dict(_named(variables))
     expected = dict(_named(like))

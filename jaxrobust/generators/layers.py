@@ -1,6 +1,7 @@
 """Layers of the U-Nets of diffusion."""
 
 import math
+from collections.abc import Callable
 
 import haiku as hk
 import jax
@@ -29,7 +30,7 @@ def sinusoids(times: jax.Array, size: int) -> jax.Array:
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
-def dropout(x, share, rngs):
+def dropout(x: jax.Array, share: float, rngs: jax.Array) -> jax.Array:
   """Drops a share of each image's values, by its own key.
 
   The share is rounded to a multiple of 2**-16: random bits are what dropout costs on
@@ -45,12 +46,19 @@ def dropout(x, share, rngs):
 class Conv(hk.Module):
   """3x3 convolution with bias, by the package's own gradient rule."""
 
-  def __init__(self, features, stride=1, scale=1.0, in_loops=True, name=None):
+  def __init__(
+    self,
+    features: int,
+    stride: int = 1,
+    scale: float = 1.0,
+    in_loops: bool = True,
+    name: str | None = None,
+  ):
     super().__init__(name=name)
     self._features, self._stride, self._scale = features, stride, scale
     self._in_loops = in_loops
 
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     shape = (3, 3, x.shape[-1], self._features)
     kernel = hk.get_parameter('w', shape, x.dtype, init=initializer(self._scale))
     bias = hk.get_parameter('b', shape[-1:], x.dtype, init=jnp.zeros)
@@ -58,7 +66,7 @@ class Conv(hk.Module):
     return x + bias.reshape(1, 1, 1, -1)
 
 
-def linear(features, name, scale=1.0):
+def linear(features: int, name: str, scale: float = 1.0) -> Callable:
   """A matrix product over channels.
 
   Of a matrix: XLA on CPU is slow with the gradient of a product over more axes.
@@ -67,7 +75,7 @@ def linear(features, name, scale=1.0):
   return lambda x: linear(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
 
-def initializer(scale: float = 1.0):
+def initializer(scale: float = 1.0) -> hk.initializers.Initializer:
   """The uniform distribution of Glorot and Bengio (2010), its variance times `scale`.
 
   Deviation: 0 is 0, with which the last layer of each residual part of the U-Net of Ho
@@ -86,11 +94,11 @@ class GroupNorm(hk.Module):
   2 to 3.5 times as long on CPU with its gradient: it sums over axes that are apart.
   """
 
-  def __init__(self, name, groups=None):
+  def __init__(self, name: str, groups: int | None = None):
     super().__init__(name=name)
     self._groups = groups
 
-  def __call__(self, inputs):
+  def __call__(self, inputs: jax.Array) -> jax.Array:
     batch, height, width, channels = inputs.shape
     scale = hk.get_parameter('scale', (channels,), inputs.dtype, init=jnp.ones)
     offset = hk.get_parameter('offset', (channels,), inputs.dtype, init=jnp.zeros)

@@ -11,13 +11,14 @@ import functools
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info
 from jaxrobust.errors import UserError
 from jaxrobust.generators import layers
 
 
-def check(network, info: dataset_info.DatasetInfo):
+def check(network: config_dict.ConfigDict, info: dataset_info.DatasetInfo) -> None:
   """Raises UserError for a network that cannot be built for images.
 
   Args:

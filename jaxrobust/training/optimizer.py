@@ -69,7 +69,9 @@ def ema_decay(decay: float, step: jax.Array) -> jax.Array:
   return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 
-def halflife_decay(step, *, batch_size: int, halflife: float, ramp: float):
+def halflife_decay(
+  step: jax.Array | float, *, batch_size: int, halflife: float, ramp: float
+) -> jax.Array:
   """Decay of averaged parameters at `step`, by a half-life in images.
 
   Source: Karras et al. 2020 and 2022, the released code of StyleGAN2 and EDM.

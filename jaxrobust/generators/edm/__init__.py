@@ -6,11 +6,14 @@ in 35 evaluations. Beside the noise it may know the class, and it knows how an i
 augmented, so that no sample is.
 """
 
+from collections.abc import Callable
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
 from etils import epath
+from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, registries
 from jaxrobust.errors import UserError
@@ -31,7 +34,9 @@ class EDM(Trained):
   licence = released.LICENCE
 
   @classmethod
-  def check(cls, settings, info: dataset_info.DatasetInfo):
+  def check(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> None:
     """Raises UserError for settings that cannot be meant for images of `info`."""
     unet.check(settings.network, info)
     sampling = settings.sampling
@@ -48,12 +53,14 @@ class EDM(Trained):
     diffusion.check_guidance(settings)
 
   @classmethod
-  def conditional(cls, settings) -> bool:
+  def conditional(cls, settings: config_dict.ConfigDict) -> bool:
     """Whether samples are drawn for classes, by these settings."""
     return settings.network.conditional
 
   @classmethod
-  def recipe(cls, settings, info: dataset_info.DatasetInfo) -> recipes.Recipe:
+  def recipe(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> recipes.Recipe:
     """The network takes noise away (Karras et al., equation 8, with their settings)."""
     net, training = make_network(settings, info), settings.training
 
@@ -82,7 +89,9 @@ class EDM(Trained):
     )
 
   @classmethod
-  def make_draw(cls, settings, info: dataset_info.DatasetInfo):
+  def make_draw(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> Callable:
     """Builds the function that draws samples; see Generator."""
     denoise = make_denoiser(settings, info)
     sampling = settings.sampling
@@ -112,13 +121,18 @@ class EDM(Trained):
 
   @classmethod
   def read_released(
-    cls, path: epath.Path, settings, info: dataset_info.DatasetInfo
+    cls,
+    path: epath.Path,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
   ) -> dict:
     """Reads `edm-cifar10-32x32-cond-vp.pkl` and its like; see Generator."""
     return released.read(path)
 
 
-def make_network(settings, info: dataset_info.DatasetInfo) -> hk.Transformed:
+def make_network(
+  settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+) -> hk.Transformed:
   """The network: `apply(params, images, levels, classes, labels, rngs) -> F`."""
   fields = settings.network.to_dict()
   del fields['data_sigma']
@@ -130,7 +144,9 @@ def make_network(settings, info: dataset_info.DatasetInfo) -> hk.Transformed:
   )
 
 
-def make_denoiser(settings, info: dataset_info.DatasetInfo):
+def make_denoiser(
+  settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+) -> Callable:
   """D: `(params, noisy images, sigmas, classes, labels, rngs) -> images`."""
   net = make_network(settings, info)
 
@@ -143,7 +159,7 @@ def make_denoiser(settings, info: dataset_info.DatasetInfo):
   return denoise
 
 
-def make_optimizer(training) -> recipes.Optimizer:
+def make_optimizer(training: config_dict.ConfigDict) -> recipes.Optimizer:
   """Adam; gradients that are not finite become 0, or 1e5 where infinite, as theirs.
 
   Args:
@@ -166,7 +182,9 @@ def make_optimizer(training) -> recipes.Optimizer:
   )
 
 
-def make_loss(settings, info: dataset_info.DatasetInfo):
+def make_loss(
+  settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+) -> Callable:
   """Builds the loss of `recipes.Phase`: the error of images without their noise."""
   denoise, training = make_denoiser(settings, info), settings.training
 
