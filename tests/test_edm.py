@@ -15,7 +15,7 @@ from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.generators import ddpm, edm, trained
+from jaxrobust.generators import checks, ddpm, edm, trained
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.edm import augmentation
 from jaxrobust.planning import device_programs
@@ -332,14 +332,14 @@ def test_a_hostile_file_writes_nothing(run, tmp_path):
 )
 def test_refusals(fields, words):
   with pytest.raises(UserError, match=words):
-    generate.check(make_config(**fields))
+    checks.check(make_config(**fields))
 
 
 def test_ddpm_takes_the_same_solver():
   config = digits_ddpm.get_config().unlock()
   config.labeller, config.generator.sampling.sampler = 'condition', 'heun'
   config.generator.network.conditional = True
-  generate.check(config)
+  checks.check(config)
   info, settings = INFO, config.generator
   like = ddpm.DDPM.variables_like(settings, info)
   rngs = jax.random.split(jax.random.key(0), 2)
@@ -349,4 +349,4 @@ def test_ddpm_takes_the_same_solver():
   assert images.shape == (2, 8, 8, 1)
   config.generator.sampling.num_steps = 1
   with pytest.raises(UserError, match='num_steps = 1: heun takes 2 or more'):
-    generate.check(config)
+    checks.check(config)

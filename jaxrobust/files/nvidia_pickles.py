@@ -8,6 +8,7 @@ modules are kept. Their numbers stand in files of PyTorch inside the pickle.
 
 import io
 import os
+from typing import Any
 
 import numpy as np
 
@@ -76,24 +77,24 @@ def _flat(name: str, module: dict) -> dict[str, np.ndarray]:
 class _ModuleUnpickler(pickles.ArrayUnpickler):
   """Reads modules as dictionaries of their attributes."""
 
-  def find_class(self, module, name):
+  def find_class(self, module: str, name: str) -> Any:
     return _NAMES.get((module, name)) or super().find_class(module, name)
 
-  def new_object(self, kind, arguments):
+  def new_object(self, kind: Any, arguments: Any) -> Any:
     if kind not in (_MODULE, _DICTIONARY) or arguments != ():
       return super().new_object(kind, arguments)
     return {}
 
-  def attributes(self, target, state):
+  def attributes(self, target: dict, state: dict) -> None:
     target.update(state)
 
-  def module(self, meta):
+  def module(self, meta: Any) -> dict:
     """The stand-in for what makes a module: its attributes."""
     if type(meta) is not dict or type(meta.get('state')) is not dict:
       raise ValueError('it holds a module without a state')
     return meta['state']
 
-  def storage(self, content):
+  def storage(self, content: Any) -> torch_files.TorchFile:
     """The stand-in for what opens a file of PyTorch, which holds one storage."""
     if type(content) is not bytes:
       raise ValueError('it holds a storage that is not of bytes')
@@ -103,7 +104,9 @@ class _ModuleUnpickler(pickles.ArrayUnpickler):
       raise ValueError('it holds a file of PyTorch that is no storage')
     return found
 
-  def tensor(self, storage, offset, shape, strides, *others):
+  def tensor(
+    self, storage: Any, offset: Any, shape: Any, strides: Any, *others: Any
+  ) -> np.ndarray:
     """The stand-in for what makes a tensor."""
     if type(storage) is not torch_files.TorchFile:
       raise ValueError('it holds a tensor without a storage')
@@ -111,11 +114,11 @@ class _ModuleUnpickler(pickles.ArrayUnpickler):
       torch_files.tensor(storage.content, offset, shape, strides, *others)
     )
 
-  def parameter(self, tensor, *others):
+  def parameter(self, tensor: Any, *others: Any) -> Any:
     """The stand-in for a tensor that is trained."""
     return tensor
 
-  def set(self, items=()):
+  def set(self, items: Any = ()) -> Any:
     """The stand-in for a set, which comes as a list."""
     if type(items) not in (list, tuple):
       raise ValueError('it makes a set of what is no list')

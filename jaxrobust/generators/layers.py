@@ -1,6 +1,7 @@
 """Layers of the U-Nets of diffusion."""
 
 import math
+from collections.abc import Callable
 
 import haiku as hk
 import jax
@@ -65,7 +66,7 @@ class Conv(hk.Module):
     return x + bias.reshape(1, 1, 1, -1)
 
 
-def linear(features: int, name: str, scale: float = 1.0) -> hk.Linear:
+def linear(features: int, name: str, scale: float = 1.0) -> Callable:
   """A matrix product over channels.
 
   Of a matrix: XLA on CPU is slow with the gradient of a product over more axes.

@@ -6,10 +6,10 @@ import jax
 from etils import epath
 from ml_collections import config_dict
 
-from jaxrobust.config import dataset_info, registries
-from jaxrobust.config import generator as generator_configs
+from jaxrobust.config import dataset_info
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays
+from jaxrobust.generators import checks
 from jaxrobust.runs import workdir as workdirs
 
 _FILE = 'generator.npz'
@@ -42,10 +42,9 @@ def convert(
     )
   if target.exists():
     raise UserError(f'{target} exists: remove it, or give another --to')
-  generator_configs.check(config)
-  kind = registries.GENERATORS.get(config.generator.name, 'config.generator.name')
+  checks.check(config, is_labelled=False)
+  kind = checks.generator_of(config)
   settings, info = config.generator, dataset_info.of(config.dataset)
-  kind.check(settings, info)
   variables = kind.read_released(source, settings, info)
   kind.check_fits(source, variables, settings, info)
   folder = workdirs.claim(str(target.parent), config)

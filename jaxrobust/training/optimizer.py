@@ -70,7 +70,7 @@ def ema_decay(decay: float, step: jax.Array) -> jax.Array:
 
 
 def halflife_decay(
-  step: jax.Array, *, batch_size: int, halflife: float, ramp: float
+  step: jax.Array | float, *, batch_size: int, halflife: float, ramp: float
 ) -> jax.Array:
   """Decay of averaged parameters at `step`, by a half-life in images.
 
