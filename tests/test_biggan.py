@@ -17,7 +17,7 @@ from jaxrobust.config import dataset_info, generator
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.generators import adversarial, biggan, fid, trained
+from jaxrobust.generators import adversarial, biggan, fid, released, trained
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.biggan import BigGAN, layers, training
 from jaxrobust.planning import device_programs
@@ -593,6 +593,23 @@ def test_published_names_of_all_kinds_are_known(tmp_path):
   # Outputs of the first layer are by channel there, by pixel here: maps of 4x4.
   wanted = tensors['linear.bias'].reshape(8, 4, 4).transpose(1, 2, 0).ravel()
   np.testing.assert_array_equal(params['linear']['b'], wanted)
+
+
+def test_published_weights_become_a_run(tmp_path):
+  config = make_config()
+  source, folder = epath.Path(tmp_path) / 'G_ema.pth', epath.Path(tmp_path) / 'run'
+  tensors = released_names(config)
+  source.write_bytes(torch_archives.make(tensors))
+  said = released.convert(config, source, folder / 'generator.npz')
+  assert 'MIT' in said and str(source) in said
+  found = BigGAN.restore(folder / 'generator.npz', config.generator, INFO).variables
+  wanted = tensors['output_layer.0.stored_var']
+  np.testing.assert_array_equal(found['state']['output_bn']['var'], wanted)
+  tensors.pop('blocks.0.0.conv_sc.u0')
+  source.write_bytes(torch_archives.make(tensors))
+  with pytest.raises(UserError, match='another network .*block0_conv_sc'):
+    released.convert(config, source, epath.Path(tmp_path) / 'other/generator.npz')
+  assert not (tmp_path / 'other').exists()
 
 
 @pytest.mark.parametrize(

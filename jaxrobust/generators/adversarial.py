@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
 from jaxrobust.generators import ada, diff_augment
 
@@ -44,7 +45,7 @@ LOSSES = {
 class Augmentation:
   """What the discriminator sees changed, by a probability that may adapt."""
 
-  def __init__(self, fields: Any):
+  def __init__(self, fields: config_dict.ConfigDict):
     """Makes it from `config.generator.training.augmentation`."""
     self._fields = fields
 

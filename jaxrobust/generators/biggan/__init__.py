@@ -5,15 +5,19 @@ synthesis"; the defaults are the recipe for CIFAR-10 of the PyTorch code that it
 author published.
 """
 
+from collections.abc import Callable
+
 import jax
+from etils import epath
 from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, registries
+from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.generators import fid
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.biggan import networks, released, training
-from jaxrobust.generators.trained import Trained
+from jaxrobust.generators.trained import Evaluation, Trained
 
 
 @registries.GENERATORS.register('biggan')
@@ -28,7 +32,9 @@ class BigGAN(Trained):
   licence = released.LICENCE
 
   @classmethod
-  def check(cls, settings, info: dataset_info.DatasetInfo):
+  def check(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> None:
     """Raises UserError for settings that cannot be meant for images of `info`."""
     network, fields = settings.network, 'config.generator.network'
     _check_sizes(network, info)
@@ -72,23 +78,34 @@ class BigGAN(Trained):
       )
 
   @classmethod
-  def conditional(cls, settings) -> bool:
+  def conditional(cls, settings: config_dict.ConfigDict) -> bool:
     """It always is."""
     return True
 
   @classmethod
-  def recipe(cls, settings, info: dataset_info.DatasetInfo) -> recipes.Recipe:
+  def recipe(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> recipes.Recipe:
     """How it is trained; see `training`."""
     return training.make_recipe(_functions(settings, info), settings.training)
 
   @classmethod
-  def evaluation(cls, settings, info, real, held_out, seed):
+  def evaluation(
+    cls,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
+    real: datasets.Split,
+    held_out: dict[str, datasets.Split],
+    seed: int,
+  ) -> Evaluation | None:
     """By the distance from the training images; see Trained and `fid`."""
     del held_out
     return fid.evaluation(settings.training, info, real, seed)
 
   @classmethod
-  def make_draw(cls, settings, info: dataset_info.DatasetInfo):
+  def make_draw(
+    cls, settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+  ) -> Callable:
     """Builds the function that draws samples; see Generator."""
     functions, limit = _functions(settings, info), settings.sampling.truncation
     shape = (functions.latent_size,)
@@ -108,7 +125,12 @@ class BigGAN(Trained):
     return draw
 
   @classmethod
-  def read_released(cls, path, settings, info: dataset_info.DatasetInfo):
+  def read_released(
+    cls,
+    path: epath.Path,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
+  ) -> dict:
     """Reads G of the published code; see `released`.
 
     Its statistics are the file's, whatever `training.standing_batches` says.

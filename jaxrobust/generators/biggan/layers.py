@@ -91,11 +91,13 @@ def _bias(features, fan_in, dtype):
 class Linear(hk.Module):
   """Linear layer with spectral normalisation."""
 
-  def __init__(self, features, mode: Mode, bias=True, name=None):
+  def __init__(
+    self, features: int, mode: Mode, bias: bool = True, name: str | None = None
+  ):
     super().__init__(name=name)
     self._features, self._mode, self._bias = features, mode, bias
 
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     shape = (x.shape[-1], self._features)
     weights = hk.get_parameter('w', shape, x.dtype, init=self._mode.init)
     x = x @ _normalised(weights, self._mode)
@@ -105,12 +107,19 @@ class Linear(hk.Module):
 class Conv(hk.Module):
   """Convolution with spectral normalisation, stride 1; 1x1 is a matrix product."""
 
-  def __init__(self, features, size, mode: Mode, bias=True, name=None):
+  def __init__(
+    self,
+    features: int,
+    size: int,
+    mode: Mode,
+    bias: bool = True,
+    name: str | None = None,
+  ):
     super().__init__(name=name)
     self._features, self._size, self._mode = features, size, mode
     self._bias = bias
 
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     shape = (self._size, self._size, x.shape[-1], self._features)
     kernel = hk.get_parameter('w', shape, x.dtype, init=self._mode.init)
     fan_in = self._size**2 * x.shape[-1]
@@ -129,11 +138,18 @@ class Conv(hk.Module):
 class Embedding(hk.Module):
   """A row of a table for each class, perhaps with spectral normalisation."""
 
-  def __init__(self, num_classes, size, mode: Mode, normalised=False, name=None):
+  def __init__(
+    self,
+    num_classes: int,
+    size: int,
+    mode: Mode,
+    normalised: bool = False,
+    name: str | None = None,
+  ):
     super().__init__(name=name)
     self._shape, self._mode, self._normalised = (num_classes, size), mode, normalised
 
-  def __call__(self, classes, dtype):
+  def __call__(self, classes: jax.Array, dtype: jnp.dtype) -> jax.Array:
     table = hk.get_parameter('table', self._shape, dtype, init=self._mode.init)
     if self._normalised:
       table = _normalised(table, self._mode, transposed=True)
@@ -147,11 +163,13 @@ class BatchNorm(hk.Module):
   parallel module they move by those of the first device.
   """
 
-  def __init__(self, mode: Mode, name=None):
+  def __init__(self, mode: Mode, name: str | None = None):
     super().__init__(name=name)
     self._mode = mode
 
-  def __call__(self, x, gain=None, bias=None):
+  def __call__(
+    self, x: jax.Array, gain: jax.Array | None = None, bias: jax.Array | None = None
+  ) -> jax.Array:
     """Normalises x [b, H, W, C]; gain and bias are each image's [b, C], or learned."""
     shape = x.shape[-1:]
     if gain is None:
@@ -191,11 +209,11 @@ class BatchNorm(hk.Module):
 class Attention(hk.Module):
   """Self-attention of maps (Zhang et al. 2019), which at first changes nothing."""
 
-  def __init__(self, mode: Mode, name=None):
+  def __init__(self, mode: Mode, name: str | None = None):
     super().__init__(name=name)
     self._mode = mode
 
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     batch, _, _, channels = x.shape
     conv = lambda features, name: Conv(features, 1, self._mode, bias=False, name=name)
     rows = lambda x: x.reshape(batch, -1, x.shape[-1])

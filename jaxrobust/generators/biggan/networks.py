@@ -7,12 +7,15 @@ defaults are that code's recipe for CIFAR-10.
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info
 from jaxrobust.generators.biggan import layers, training
 
 
-def smallest(settings, info: dataset_info.DatasetInfo) -> tuple[int, int]:
+def smallest(
+  settings: config_dict.ConfigDict, info: dataset_info.DatasetInfo
+) -> tuple[int, int]:
   """Height and width of G's first maps."""
   halvings = len(settings.multipliers) - 1
   height, width = (size >> halvings for size in info.image_shape[:2])
@@ -20,7 +23,10 @@ def smallest(settings, info: dataset_info.DatasetInfo) -> tuple[int, int]:
 
 
 def make(
-  settings, info: dataset_info.DatasetInfo, epsilon: float, group: int
+  settings: config_dict.ConfigDict,
+  info: dataset_info.DatasetInfo,
+  epsilon: float,
+  group: int,
 ) -> training.Functions:
   """The networks of a config, as functions to be trained.
 

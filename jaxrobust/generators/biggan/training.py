@@ -10,14 +10,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import config_dict
 
-from jaxrobust.data import augment
+from jaxrobust.data import augment, pipeline
 from jaxrobust.generators import adversarial
 from jaxrobust.generators import recipe as recipes
 
 GENERATOR, DISCRIMINATOR = 'generator', 'discriminator'
 # The root of the keys of standing statistics, which are of no sample and no update.
 _STANDING = 2**32 - 2
+_Found = tuple[jax.Array, tuple[dict, dict]]  # loss, (state, metrics)
 
 
 class Functions(NamedTuple):
@@ -41,7 +43,9 @@ class Functions(NamedTuple):
   num_classes: int
 
 
-def make_recipe(functions: Functions, training) -> recipes.Recipe:
+def make_recipe(
+  functions: Functions, training: config_dict.ConfigDict
+) -> recipes.Recipe:
   """The recipe of a GAN of two networks with states, in which both know the class.
 
   Args:
@@ -86,7 +90,9 @@ def make_recipe(functions: Functions, training) -> recipes.Recipe:
   )
 
 
-def make_standing(functions: Functions, training):
+def make_standing(
+  functions: Functions, training: config_dict.ConfigDict
+) -> Callable[[dict], dict]:
   """Builds `variables -> variables` with standing statistics of BatchNorm.
 
   They are means, over some batches of images whose keys are the same in every fit, of
@@ -152,17 +158,20 @@ def _adam(training, rate: float) -> recipes.Optimizer:
 class Losses:
   """The losses of the phases; each is `(params, state, batch, rngs)`, see `Phase`."""
 
-  def __init__(self, functions: Functions, training):
+  def __init__(self, functions: Functions, training: config_dict.ConfigDict):
+    """Makes them from `config.generator.training`."""
     self._functions, self._training = functions, training
     self._loss = adversarial.LOSSES[training.loss]
     self.augmentation = adversarial.Augmentation(training.augmentation)
 
-  def init(self, rng: jax.Array):
+  def init(self, rng: jax.Array) -> tuple[dict, dict]:
     """(parameters, states) at first."""
     params, states = self._functions.init_fn(rng)
     return params, {**states, 'augmentation': self.augmentation.init()}
 
-  def discriminator(self, params, state, batch, rngs):
+  def discriminator(
+    self, params: dict, state: dict, batch: pipeline.Batch, rngs: Callable
+  ) -> _Found:
     """Real and generated images go through D together: one iteration of each norm."""
     fakes, classes, state = self._fakes(params, state, batch, rngs)
     images = augment.augment(
@@ -191,7 +200,9 @@ class Losses:
     state = {**state, DISCRIMINATOR: moved, 'augmentation': counted}
     return sum(losses), (state, metrics)
 
-  def generator(self, params, state, batch, rngs):
+  def generator(
+    self, params: dict, state: dict, batch: pipeline.Batch, rngs: Callable
+  ) -> _Found:
     """By D's logits, and perhaps a penalty of weights that are not orthogonal."""
     fakes, classes, state = self._fakes(params, state, batch, rngs)
     logits, moved = self._functions.logit_fn(
@@ -202,7 +213,7 @@ class Losses:
       loss += self._training.orthogonal_weight * _penalties(params[GENERATOR])
     return loss, ({**state, DISCRIMINATOR: moved}, {})
 
-  def control(self, state: recipes.State):
+  def control(self, state: recipes.State) -> dict:
     """The state after an iteration."""
     known = state.net_state
     found = self.augmentation.control(
