@@ -3,7 +3,8 @@ r"""BigGAN samples for TinyImageNet, pseudo-labelled and balanced.
   python -m jaxrobust.generate --workdir=DIR \
       --config=experiments/tiny_imagenet_biggan.py --config.labeller=LABELLER
 
-The paper has samples of a diffusion model only (experiments/tiny_imagenet_ddpm.py).
+Published: nothing for this data set. The paper has samples of a diffusion model only
+(experiments/tiny_imagenet_ddpm.py).
 Networks are those of the authors' code for 64x64 pixels, with what Brock et al. 2019
 use for ImageNet: a shared embedding, latent vectors in parts, attention, orthogonal
 weights.

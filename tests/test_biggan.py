@@ -17,7 +17,7 @@ from jaxrobust.config import dataset_info, generator
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.generators import adversarial, biggan, fid, released, trained
+from jaxrobust.generators import adversarial, biggan, checks, fid, released, trained
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.biggan import BigGAN, layers, training
 from jaxrobust.planning import device_programs
@@ -522,7 +522,7 @@ def test_a_plan_has_each_program_as_often_as_it_runs():
 )
 def test_refusals(fields, words):
   with pytest.raises(UserError, match=words):
-    generate.check(make_config(**{f'generator.{k}': v for k, v in fields.items()}))
+    checks.check(make_config(**{f'generator.{k}': v for k, v in fields.items()}))
 
 
 def test_devices_must_share_parts_and_groups():

@@ -217,7 +217,7 @@ def test_stopped_before_an_evaluation_it_ends_the_same(judged, tmp_path, monkeyp
 
 def test_early_stopping_needs_validation_images():
   with pytest.raises(UserError, match='early_stopping = True .*validation_images = 0'):
-    generate.check(
+    checks.check(
       tiny_gan.make_config(
         **{
           'generator.training.early_stopping': True,

@@ -8,10 +8,11 @@ import jax
 import pytest
 
 from experiments import paper
-from jaxrobust import analyze, generate
+from jaxrobust import analyze
 from jaxrobust import config as configs
 from jaxrobust.attacks import norms, suites
 from jaxrobust.data import pipeline
+from jaxrobust.generators import checks
 from jaxrobust.reporting import planned_runs, tables
 from tests.helpers.experiment_steps import CASES, MODELS, load, step_shapes
 
@@ -54,7 +55,7 @@ def test_every_row_resolves_and_is_judged_by_a_known_suite(name):
       assert point.suite == table.suite and suites.get(point.suite, ball)
       assert configs.experiment_name(point.config) == point.workdir.name
     if 'generate' in point.programs:
-      generate.check(point.config)
+      checks.check(point.config)
     if 'analyze' in point.programs:
       analyze.check(point.config)
   assert len({row.name for row in table.rows}) == len(table.rows)

@@ -16,7 +16,7 @@ from jaxrobust.config import dataset_info, generator
 from jaxrobust.data import datasets, pipeline
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.generators import fid, trained
+from jaxrobust.generators import checks, fid, trained
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.stylegan2 import StyleGAN2, layers, networks, training
 from jaxrobust.models import feature_networks
@@ -575,14 +575,14 @@ def test_without_path_length_two_updates_are_one_program():
 )
 def test_refusals(fields, words):
   with pytest.raises(UserError, match=words):
-    generate.check(make_config(**fields))
+    checks.check(make_config(**fields))
 
 
 def test_images_must_be_squares_of_a_power_of_two():
   config = generator.get_config('stylegan2', 'mnist')
   config.labeller = 'x'
   with pytest.raises(UserError, match='images of 28x28 .*8, 16, 32'):
-    generate.check(config)
+    checks.check(config)
 
 
 def test_devices_must_share_groups():

@@ -17,7 +17,7 @@ from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.generators import trained, vdvae
+from jaxrobust.generators import checks, trained, vdvae
 from jaxrobust.planning import device_programs
 from jaxrobust.runs import checkpoints
 from jaxrobust.samples import sample_sets
@@ -238,7 +238,7 @@ def test_a_plan_has_the_step_and_the_samples():
 
 def test_a_set_of_a_generator_without_classes_needs_a_labeller():
   with pytest.raises(UserError, match='generator without classes'):
-    generate.check(make_config(labeller='condition'))
+    checks.check(make_config(labeller='condition'))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ The state of the augmentation is a tree of numbers beside the networks' states; 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
