@@ -33,16 +33,14 @@ PREPARATIONS = {
   'cifar10_labeller': Preparation(
     'train', f'{_CIFAR10},real', {'loss.name': 'standard'}
   ),
-  'cifar10_gaussian': Preparation(
-    'generate',
-    'cifar10_gaussian',
-    {'labeller': '{workdir}/cifar10_labeller'},
-  ),
-  'cifar10_mixup': Preparation(
-    'generate',
-    'cifar10_mixup',
-    {'labeller': '{workdir}/cifar10_labeller'},
-  ),
+  **{
+    f'cifar10_{name}': Preparation(
+      'generate',
+      f'cifar10_{name}',
+      {'labeller': '{workdir}/cifar10_labeller'},
+    )
+    for name in ('gaussian', 'mixup', 'stylegan2', 'biggan', 'vdvae')
+  },
   'digits_labeller': Preparation('train', f'{_DIGITS}:labeller'),
   **{
     f'digits_{name}': Preparation(
@@ -50,7 +48,7 @@ PREPARATIONS = {
       f'digits_{name}',
       {'labeller': '{workdir}/digits_labeller'},
     )
-    for name in ('gaussian', 'ddpm', 'mixup')
+    for name in ('gaussian', 'mixup', 'ddpm', 'edm', 'vdvae', 'stylegan2', 'biggan')
   },
 }
 
@@ -81,8 +79,10 @@ _C10_DDPM = Row(
 )
 _C10_REAL_POINT = _C10_REAL._replace(name='real images only', fraction=1.0)
 
-# Their pools of samples are not released; data/cifar10_NAME is one of your own.
+# Their pools of samples are not released: these are of our own generators, unless a set
+# is imported to WORKDIR/cifar10_NAME/samples before.
 _OTHERS = {'StyleGAN2': 'stylegan2', 'BigGAN': 'biggan', 'VD-VAE': 'vdvae'}
+_OUR_SAMPLES = 'samples were not released: those of our own generator'
 _C10_GAUSSIAN = {'data.samples': '{workdir}/cifar10_gaussian/samples'}
 _GAUSSIAN_FIT = 'the covariance is not published: empirical'
 # Shares that 32 devices and four occurrences of each image divide.
@@ -101,7 +101,12 @@ _C10_BY_GENERATOR = {
   **{
     curve: list(
       _fractions(
-        curve, f'{_CIFAR10},{name}', _C10_SHARES, _C10_USUAL, uncertain=_OWN_SAMPLES
+        curve,
+        f'{_CIFAR10},{name}',
+        _C10_SHARES,
+        _C10_USUAL,
+        {'data.samples': f'{{workdir}}/cifar10_{name}/samples'},
+        uncertain=_OUR_SAMPLES,
       )
     )
     for curve, name in _OTHERS.items()
@@ -173,19 +178,19 @@ _C10_ANALYSES = [
     uncertain=_GAUSSIAN_FIT,
   ),
   _analysis(
-    *('VD-VAE', 'data/cifar10_vdvae'),
+    *('VD-VAE', '{workdir}/cifar10_vdvae/samples'),
     *(None, 12.14, 75.89, 34.20, None),
-    uncertain=_VDVAE + _OWN_SAMPLES,
+    uncertain=_VDVAE + _OUR_SAMPLES,
   ),
   _analysis(
-    *('BigGAN', 'data/cifar10_biggan'),
+    *('BigGAN', '{workdir}/cifar10_biggan/samples'),
     *(14.97, 14.81, 70.22, 38.86, 39.06),
-    uncertain=_OWN_SAMPLES,
+    uncertain=_OUR_SAMPLES,
   ),
   _analysis(
-    *('StyleGAN2', 'data/cifar10_stylegan2'),
+    *('StyleGAN2', '{workdir}/cifar10_stylegan2/samples'),
     *(28.13, 27.22, 44.65, 50.16, 48.29),
-    uncertain=_OWN_SAMPLES,
+    uncertain=_OUR_SAMPLES,
   ),
   _analysis('DDPM', 'data/cifar10_ddpm', 29.29, 29.17, 41.54, 49.07, 49.10),
 ]
@@ -468,6 +473,14 @@ _BESIDE = {
 _D_REAL = Row('real images', _DIGITS)
 _D_REAL_POINT = _D_REAL._replace(name='real images only', fraction=1.0)
 _D_SHARES, _D_USUAL = (0.0, 0.25, 0.5, 0.75), 0.5
+_D_GENERATORS = {
+  'Gaussian': 'gaussian',
+  'VD-VAE': 'vdvae',
+  'BigGAN': 'biggan',
+  'StyleGAN2': 'stylegan2',
+  'DDPM': 'ddpm',
+  'EDM': 'edm',
+}
 _D_BY_GENERATOR = {
   curve: list(
     _fractions(
@@ -475,19 +488,22 @@ _D_BY_GENERATOR = {
       _DIGITS,
       _D_SHARES,
       _D_USUAL,
-      {'data.samples': f'{{workdir}}/digits_{curve.lower()}/samples'},
+      {'data.samples': f'{{workdir}}/digits_{name}/samples'},
     )
   )
-  for curve in ('DDPM', 'Gaussian')
+  for curve, name in _D_GENERATORS.items()
+}
+_D_HALF = {
+  curve: rows[_D_SHARES.index(_D_USUAL)] for curve, rows in _D_BY_GENERATOR.items()
 }
 _D_GAUSSIAN, _D_DDPM = (
-  rows[_D_SHARES.index(_D_USUAL)]._replace(name=f'{curve}, {_D_USUAL:.0%} real')
-  for curve, rows in reversed(_D_BY_GENERATOR.items())
+  _D_HALF[curve]._replace(name=f'{curve}, {_D_USUAL:.0%} real')
+  for curve in ('Gaussian', 'DDPM')
 )
 
 _D_ANALYSES = [
-  _analysis(name, f'{{workdir}}/digits_{name.lower()}/samples')
-  for name in ('mixup', 'Gaussian', 'DDPM')
+  _analysis(curve, f'{{workdir}}/digits_{name}/samples')
+  for curve, name in {'mixup': 'mixup', **_D_GENERATORS}.items()
 ]
 
 _DIGITS_EDITION = {
@@ -515,11 +531,7 @@ _DIGITS_EDITION = {
   'digits-quality': Table(
     'Robust accuracy by generator, digits, l-inf 0.2',
     'accuracies',
-    [
-      _D_DDPM._replace(name='DDPM'),
-      _D_GAUSSIAN._replace(name='Gaussian'),
-      _D_REAL,
-    ],
+    [*(row._replace(name=curve) for curve, row in _D_HALF.items()), _D_REAL],
     'autoattack',
     _DIGITS_SEEDS,
     'Half of each batch is real.',
