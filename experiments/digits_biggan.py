@@ -20,7 +20,7 @@ def get_config():
   c.generator.network.discriminator_halvings = 1
   c.generator.network.latent_size = 32
   c.generator.network.initialisation = 'orthogonal'
-  c.generator.training.num_steps = 900
+  c.generator.training.num_steps = 1_800
   c.generator.training.batch_size = 64
   c.generator.training.discriminator_steps = 2
   c.generator.training.generator_learning_rate = 1e-3
@@ -31,7 +31,7 @@ def get_config():
   c.generator.training.augmentation.kind = 'upright'
   c.generator.training.augmentation.probability = 0.3
   c.generator.training.augmentation.target = 0.0
-  c.generator.training.checkpoint_interval_steps = 300
+  c.generator.training.checkpoint_interval_steps = 600
   c.generator.training.log_interval_steps = 100
   c.samples.count = 10_000
   return c.lock()

@@ -129,7 +129,7 @@ class Conv(hk.Module):
       rows = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
       x = rows.reshape(*x.shape[:-1], self._features)
     else:
-      x = conv2d(x, kernel)
+      x = conv2d(x, kernel, in_loops=False)  # Steps do not loop.
     if not self._bias:
       return x
     return x + _bias(self._features, fan_in, x.dtype)[None, None, None]
