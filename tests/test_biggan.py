@@ -599,14 +599,14 @@ def test_published_weights_become_a_run(tmp_path):
   config = make_config()
   source, folder = epath.Path(tmp_path) / 'G_ema.pth', epath.Path(tmp_path) / 'run'
   tensors = released_names(config)
-  source.write_bytes(torch_archives.make(tensors))
+  source.write_bytes(torch_archives.archive(tensors))
   said = released.convert(config, source, folder / 'generator.npz')
   assert 'MIT' in said and str(source) in said
   found = BigGAN.restore(folder / 'generator.npz', config.generator, INFO).variables
   wanted = tensors['output_layer.0.stored_var']
   np.testing.assert_array_equal(found['state']['output_bn']['var'], wanted)
   tensors.pop('blocks.0.0.conv_sc.u0')
-  source.write_bytes(torch_archives.make(tensors))
+  source.write_bytes(torch_archives.archive(tensors))
   with pytest.raises(UserError, match='another network .*block0_conv_sc'):
     released.convert(config, source, epath.Path(tmp_path) / 'other/generator.npz')
   assert not (tmp_path / 'other').exists()
@@ -624,7 +624,7 @@ def test_published_weights_become_a_run(tmp_path):
 )
 def test_files_of_other_networks_are_refused(tmp_path, name, value, words):
   config = make_config()
-  tensors = released_names(config) | {name: value}
+  tensors = released_names(config) | {name: np.float32(value)}
   with pytest.raises(UserError, match=words) as e:
     read_released(tmp_path, tensors, config.generator, INFO)
   assert 'G_ema.pth' in str(e.value) and '\n' not in str(e.value)
