@@ -42,7 +42,6 @@ sets are read at random, so the workdir is a local folder; it may be gs:// for
 --stage=fit, whose result --config.fitted=gs://… takes.
 """
 
-import hashlib
 from collections.abc import Callable
 
 import jax
@@ -55,13 +54,13 @@ from jaxrobust.config.generator import CONDITION
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.generators import checks
+from jaxrobust.generators import candidates, checks
 from jaxrobust.generators.generator import Generator
 from jaxrobust.models import classifiers
 from jaxrobust.models.labeller import Labeller, labeller_of
-from jaxrobust.runs import cli, metrics, process_group, stop_requests
+from jaxrobust.runs import checksums, cli, metrics, process_group, stop_requests
 from jaxrobust.runs import workdir as workdirs
-from jaxrobust.samples import candidates, sample_sets, selection, shards
+from jaxrobust.samples import sample_sets, selection, shards
 
 STAGES = ('fit', 'evaluate', 'sample', 'label', 'select')
 _WITHOUT_LABELLER = STAGES[:3]
@@ -343,10 +342,9 @@ def _write(run: Run, num_files: int, stop: Callable):
 def _described_fit(config, folder: epath.Path) -> dict:
   """Which generator made the samples, for metadata.json."""
   home = epath.Path(config.fitted or folder)
-  content = (home / 'generator.npz').read_bytes()
   return {
     'seed': workdirs.read_config(home).seed,
-    'generator_sha256': hashlib.sha256(content).hexdigest(),
+    'generator_sha256': checksums.sha256(home / 'generator.npz'),
   }
 
 

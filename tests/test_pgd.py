@@ -222,9 +222,9 @@ def test_restarts_keep_the_highest_of_each_image():
 def test_a_flat_objective_stays_where_it_starts():
   images = some_images()
   reference = jax.nn.softmax(curved(images))
-  for rule in pgd.STEP_RULES.values():
+  for rule in pgd.STEP_RULES:
     found = attack(
-      step_rule=rule,
+      step_rule=pgd.STEP_RULES[rule],
       objective=lambda logits, _: 0 * logits[:, 0],
       initialization='zero',
     )(curved, KEYS, images, reference)

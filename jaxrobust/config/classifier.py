@@ -30,9 +30,13 @@ def attack_fields(
       'kl_divergence or squared_distance (to the clean prediction; with CutMix or '
       'mixup to the targets), margin, or cross_entropy (plain adversarial training: '
       'loss.name adversarial)',
+      choices=registries.OBJECTIVES,
     ),
     'step_rule': field(
-      'adam', 'of the gradient', choices=('adam', 'sign', 'normalized', 'sparse')
+      'adam',
+      "a gradient's way to a step: by Adam, or the steepest in l-inf (sign), l2 "
+      '(normalized) or l1 (sparse)',
+      choices=registries.STEP_RULES,
     ),
     'num_steps': field(num_steps, 'of the attack', above=0),
     'step_sizes': field(
@@ -42,7 +46,9 @@ def attack_fields(
       step_boundaries, 'attack steps at which the next size starts', least=0
     ),
     'initialization': field(
-      'uniform', 'where each restart begins', choices=('uniform', 'zero')
+      'uniform',
+      'at a random point of the ball, or at the image (zero)',
+      choices=registries.INITIALIZATIONS,
     ),
     'restarts': field(1, 'of the attack', above=0),
   }
@@ -177,7 +183,7 @@ FIELDS: dict[str, Any] = {
       'of trades: kl; improved_kl, beta * soft cross-entropy + pairwise * differences '
       'of logits (Cui et al. 2023); squared distances of probabilities in both terms '
       '(SCORE)',
-      choices=('kl', 'improved_kl', 'squared'),
+      choices=registries.DIVERGENCES,
     ),
     'pairwise': field(
       10.0, 'of improved_kl: weight of the differences of logits', least=0
@@ -367,6 +373,9 @@ def with_arg(
   return c.lock()
 
 
+_OF_TRAINING = ('loss', 'attack')  # parts that only training reads
+
+
 def resolve(config: config_dict.ConfigDict) -> Derived:
   """Checks a config and computes what follows from it.
 
@@ -380,7 +389,8 @@ def resolve(config: config_dict.ConfigDict) -> Derived:
     UserError: for a value out of its range, or fields that contradict each other.
   """
   check(config)
-  fields.check(config.loss, FIELDS['loss'], 'loss.')
+  for part in _OF_TRAINING:
+    fields.check(config[part], FIELDS[part], f'{part}.')
   _check_loss(config.loss)
   batch_size = config.data.batch_size
   steps = lambda epochs: max(
@@ -412,8 +422,8 @@ def resolve(config: config_dict.ConfigDict) -> Derived:
 def check(config: config_dict.ConfigDict) -> None:
   """Raises UserError for the first field with a value that cannot be meant.
 
-  The loss is left to `resolve`: whoever judges what was trained by a loss of his own
-  need not know it.
+  The loss and the attack of training are left to `resolve`: who judges what was trained
+  by a loss or an attack of one's own need not know it.
   """
   if 'threat' not in config or 'training' not in config:
     raise UserError(
@@ -421,7 +431,7 @@ def check(config: config_dict.ConfigDict) -> None:
       'experiments/digits.py, or the workdir of such a run'
     )
   dataset_info.check(config.dataset)
-  fields.check(config, {k: x for k, x in FIELDS.items() if k != 'loss'})
+  fields.check(config, {k: x for k, x in FIELDS.items() if k not in _OF_TRAINING})
   check_epsilon(config.threat.norm, config.threat.epsilon)
   if config.checkpoint.export == 'best' and not config.dataset.validation_images:
     raise UserError(

@@ -92,7 +92,7 @@ def _export(args: argparse.Namespace) -> None:
 def _select(args: argparse.Namespace) -> None:
   """A sample set of some of the samples of another."""
   found = sample_sets.SampleSet.open(args.set)
-  made = selection.select(
+  made = selection.subset(
     found,
     args.out,
     count=args.count,
@@ -157,7 +157,10 @@ def _progress(batches: Iterable, total: int) -> Iterator:
 
 def _judge(args: argparse.Namespace) -> None:
   """How close a sample set is to the training images; draws the closest."""
-  from jaxrobust.analysis import quality  # jax, which no other command needs
+  from jaxrobust.analysis import (  # jax, which no other command needs
+    image_features,
+    quality,
+  )
 
   found = sample_sets.SampleSet.open(args.set)
   real = datasets.load(
@@ -175,11 +178,11 @@ def _judge(args: argparse.Namespace) -> None:
   if args.count < 2:
     raise UserError(f'count = {args.count}: compare at least 2 samples')
   generated = found.gather(stratified.one_of_each_part(len(found), args.count, 0))
-  name, *features = quality.features_of(
+  name, *rows = image_features.of_real_and_generated(
     args.features, real, generated, dataset=args.dataset
   )
-  figures = quality.compare(*features)
-  print(f'features: {name}, {features[0].shape[1]} of each image')
+  figures = quality.compare(*rows)
+  print(f'features: {name}, {rows[0].shape[1]} of each image')
   print(f'images: {len(real)} of {args.dataset} train, {len(generated)} generated')
   print(f'FID {figures.fid:.4f} (comparable with the same features and numbers only)')
   print(f'density {figures.density:.4f}, coverage {figures.coverage:.4f}')

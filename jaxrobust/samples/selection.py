@@ -2,7 +2,7 @@
 
 The authors draw samples until each class has its number of them; later work draws five
 times as many and keeps the 20 % of each class whose labels are surest. A `Rule` says
-so of samples that are being drawn (`jaxrobust.generate`), `select` of a sample set that
+so of samples that are being drawn (`jaxrobust.generate`), `subset` of a sample set that
 exists. None holds images in memory.
 """
 
@@ -87,7 +87,7 @@ class Rule(NamedTuple):
     return np.ceil(shares / self.top_fraction - 1e-6).astype(int)
 
 
-def select(
+def subset(
   source: sample_sets.SampleSet,
   out: str | os.PathLike,
   *,
