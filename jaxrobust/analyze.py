@@ -86,7 +86,7 @@ def main(config: config_dict.ConfigDict, workdir: str) -> None:
   parallel.barrier('analyzed')
   if parallel.is_writer():
     print(conditions.page(entry), end='')
-    print(f'figures: {folder / "figures"}')
+    print(f'figures: {folder / workdirs.FIGURES}')
 
 
 def check(config: config_dict.ConfigDict) -> None:
@@ -120,7 +120,7 @@ def analyze(
   """Measures, draws and writes; returns the entry of results.json if this writes it."""
   identity = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
   parts = folder / 'parts' / identity[:12]
-  for path in (folder / 'figures', parts):
+  for path in (folder / workdirs.FIGURES, parts):
     path.mkdir(parents=True, exist_ok=True)
   images = {name: sets.draw(name, 'num_images')[0] for name in SETS}
   judged = {name: sets.draw(name, 'num_attacked') for name in SETS[1:]}
@@ -143,7 +143,7 @@ def analyze(
     ('conditions', conditions.draw(entry, protocol, confidences)),
     ('neighbours', conditions.draw_neighbours(images, neighbours)),
   ):
-    workdirs.write(folder / 'figures' / f'{name}.png', png)
+    workdirs.write(folder / workdirs.FIGURES / f'{name}.png', png)
   entry = workdirs.add_result(folder, protocol, entry)
   logging.info('wrote %s', folder / 'results.json')
   (folder / 'parts').rmtree()

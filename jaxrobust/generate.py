@@ -56,7 +56,7 @@ from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
 from jaxrobust.generators import candidates, checks
 from jaxrobust.generators.generator import Generator
-from jaxrobust.models import classifiers
+from jaxrobust.models import named_classifiers
 from jaxrobust.models.labeller import Labeller, labeller_of
 from jaxrobust.runs import checksums, cli, metrics, process_group, stop_requests
 from jaxrobust.runs import workdir as workdirs
@@ -118,7 +118,7 @@ class Run:
   @property
   def generator_path(self) -> epath.Path:
     """Where the fitted generator is, or will be."""
-    return epath.Path(self.config.fitted or self.folder) / 'generator.npz'
+    return epath.Path(self.config.fitted or self.folder) / workdirs.GENERATOR
 
   @property
   def generator(self) -> Generator:
@@ -140,7 +140,7 @@ class Run:
 def open_run(config: config_dict.ConfigDict, workdir: str, stage: str) -> Run:
   """Checks what the stages will need, then claims the workdir."""
   info, folder = dataset_info.of(config.dataset), epath.Path(workdir)
-  has_generator = (folder / 'generator.npz').exists()
+  has_generator = (folder / workdirs.GENERATOR).exists()
   if config.fitted:
     checks.check_fitted(config)
   elif stage in ('', 'fit') and not has_generator:
@@ -149,14 +149,14 @@ def open_run(config: config_dict.ConfigDict, workdir: str, stage: str) -> Run:
     )
   elif stage == 'select' and not has_generator:
     raise UserError(
-      f'{workdir} has no generator.npz, whose checksum the set names: restore it, or '
-      'begin with --stage=fit'
+      f'{workdir} has no {workdirs.GENERATOR}, whose checksum the set names: restore '
+      'it, or begin with --stage=fit'
     )
   labeller = None
   if stage not in _WITHOUT_LABELLER:
     labeller = labeller_of(config.labeller, info, config.samples.batch_size)
   elif config.labeller not in ('', CONDITION):  # A mistake should not wait for days.
-    classifiers.find(config.labeller, 'config.labeller', info)
+    named_classifiers.find(config.labeller, 'config.labeller', info)
   process_group.require_alike(
     {
       'labeller': labeller and labeller.described,
@@ -296,14 +296,14 @@ def select(run: Run, stop: Callable) -> None:
 
 def is_finished(config: config_dict.ConfigDict, workdir: str) -> bool:
   """Whether the set is there; then what is left of its making is removed."""
-  finished = shards.is_whole(epath.Path(workdir) / 'samples')
+  finished = shards.is_whole(epath.Path(workdir) / workdirs.SAMPLES)
   parallel.require_agreement(int(finished))
   if finished:
     folder = workdirs.claim(workdir, config)
-    found = shards.read_metadata(folder / 'samples')['counts']['total']
+    found = shards.read_metadata(folder / workdirs.SAMPLES)['counts']['total']
     if parallel.is_writer():
       _draws(config, folder).remove()  # A run killed before it did so.
-    logging.info('%s is finished: %d samples', folder / 'samples', found)
+    logging.info('%s is finished: %d samples', folder / workdirs.SAMPLES, found)
   return finished
 
 
@@ -312,7 +312,7 @@ def _write(run: Run, num_files: int, stop: Callable):
   config, folder = run.config, run.folder
   batches, described = run.files.choose(num_files, run.info.num_classes)
   sample_sets.write(
-    str(folder / 'samples'),
+    str(folder / workdirs.SAMPLES),
     _shown(batches, config.samples.count, stop),
     metadata={
       'generator': config.generator.to_dict(),
@@ -329,7 +329,7 @@ def _write(run: Run, num_files: int, stop: Callable):
   agreement = described.get('agreement_with_condition')
   logging.info(
     'wrote %s: %d of %d samples drawn%s',
-    folder / 'samples',
+    folder / workdirs.SAMPLES,
     config.samples.count,
     described['drawn'],
     ''
@@ -344,7 +344,7 @@ def _described_fit(config, folder: epath.Path) -> dict:
   home = epath.Path(config.fitted or folder)
   return {
     'seed': workdirs.read_config(home).seed,
-    'generator_sha256': checksums.sha256(home / 'generator.npz'),
+    'generator_sha256': checksums.sha256(home / workdirs.GENERATOR),
   }
 
 

@@ -235,7 +235,7 @@ def test_losses_of_all_names_are_functions_of_the_passes():
 def said(monkeypatch):
   """The lines that waits log, each taken when it is said."""
   lines = queue.Queue()
-  monkeypatch.setattr(waiting.metrics, 'say', lines.put)
+  monkeypatch.setattr(waiting.metrics, 'log_line', lines.put)
   return lines
 
 

@@ -16,7 +16,7 @@ from jaxrobust.config import dataset_info
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays
-from jaxrobust.models import classifiers, feature_networks
+from jaxrobust.models import feature_networks, named_classifiers
 from jaxrobust.runs import checksums, stop_requests
 from jaxrobust.runs import workdir as workdirs
 
@@ -90,7 +90,7 @@ def sha256(config: config_dict.ConfigDict) -> str:
   path = epath.Path(config.features.removeprefix(feature_networks.LPIPS))
   if not config.features.startswith(feature_networks.LPIPS) and path.suffix != '.npz':
     info = dataset_info.of(config.dataset)
-    path = classifiers.path_of(
+    path = named_classifiers.path_of(
       config.features, 'config.features', info, feature_networks.OR_FEATURES
     )
   return checksums.sha256(path) if path.exists() else ''

@@ -14,7 +14,7 @@ from jaxrobust.attacks.evaluation import Evaluator
 from jaxrobust.attacks.record import Record
 from jaxrobust.config import dataset_info
 from jaxrobust.distributed import parallel
-from jaxrobust.models import classifiers
+from jaxrobust.models import named_classifiers
 from jaxrobust.runs import checksums, stop_requests
 
 _FIELD = 'config.labeller'
@@ -33,7 +33,7 @@ def sha256_of_labeller(config: config_dict.ConfigDict) -> str:
     UserError: if it is absent, or sees other images than those of the data set.
   """
   info = dataset_info.of(config.dataset)
-  return checksums.sha256(classifiers.path_of(config.labeller, _FIELD, info))
+  return checksums.sha256(named_classifiers.path_of(config.labeller, _FIELD, info))
 
 
 def judge(
@@ -59,7 +59,7 @@ def judge(
     PreemptedError: because the process was asked to stop.
     UserError: for a labeller that is absent or damaged.
   """
-  _, model, variables = classifiers.load(config.labeller, _FIELD)
+  _, model, variables = named_classifiers.load(config.labeller, _FIELD)
   logits_fn = lambda v, x: model.apply(*v, x, batch_stats=False)[0]
   mapped = parallel.pmap(
     lambda v, x: jax.nn.softmax(logits_fn(v, jnp.asarray(x, jnp.float32) / 255)),

@@ -112,7 +112,7 @@ def _verify(args: argparse.Namespace) -> None:
   print(f'{found.path}: {len(found)} images, every file as written')
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _estimate_hosts(args: argparse.Namespace) -> None:
   """What the set, or a set of so many images, asks of each host."""
   if number := re.fullmatch('([0-9][0-9_]*)([kM]?)', args.set):
     count = int(number[1].replace('_', '')) * {'': 1, 'k': 10**3, 'M': 10**6}[number[2]]
@@ -155,7 +155,7 @@ def _progress(batches: Iterable, total: int) -> Iterator:
       bar.update(len(batch[0]))
 
 
-def _judge(args: argparse.Namespace) -> None:
+def _compare_with_real(args: argparse.Namespace) -> None:
   """How close a sample set is to the training images; draws the closest."""
   from jaxrobust.analysis import (  # jax, which no other command needs
     image_features,
@@ -222,8 +222,8 @@ _COMMANDS = {
   'import': _import,
   'export': _export,
   'select': _select,
-  'plan': _plan,
-  'quality': _judge,
+  'plan': _estimate_hosts,
+  'quality': _compare_with_real,
   'info': _show,
   'verify': _verify,
 }

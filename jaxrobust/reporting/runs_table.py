@@ -32,8 +32,9 @@ def find(folder: epath.Path) -> list[tuple[epath.Path, config_dict.ConfigDict]]:
   """(workdir, config) of the classifier's run that a folder is, or of those in it."""
   found = []
   for child in [folder, *sorted(folder.iterdir())]:
-    path = child / 'config.json'
-    if path.exists() and 'training' in (config := workdirs.read_config(child)):
+    if not workdirs.has_run(child):
+      continue
+    if 'training' in (config := workdirs.read_config(child)):
       found.append((child, config))
   return found
 

@@ -63,7 +63,7 @@ def train(
   config = workdirs.continued(workdir, config)
   config = training_images.record(config, train, validation)
   derived = configs.resolve(config)
-  finished = epath.Path(workdir) / 'checkpoint.npy'
+  finished = epath.Path(workdir) / workdirs.CHECKPOINT
   done = finished.exists()
   parallel.require_agreement(int(done))
   if done:
@@ -249,7 +249,7 @@ class Run:
   def _export(self) -> epath.Path:
     """Writes checkpoint.npy from the best or the last checkpoint."""
     checkpoints = self._loop.checkpoints
-    step, path = self._derived.num_steps, self._folder / 'checkpoint.npy'
+    step, path = self._derived.num_steps, self._folder / workdirs.CHECKPOINT
     state = parallel.unreplicate(self._loop.state)
     if parallel.is_writer():
       if self._config.checkpoint.export == 'best':

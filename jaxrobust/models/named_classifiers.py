@@ -1,4 +1,4 @@
-"""Trained classifiers that another program uses: found, checked and loaded."""
+"""Classifiers that a field of a config or a flag names: found, checked and loaded."""
 
 from typing import Any, NamedTuple
 
