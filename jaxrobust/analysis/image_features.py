@@ -78,7 +78,7 @@ def read_features(
 
 
 def sha256(config: config_dict.ConfigDict) -> str:
-  """Of the file that an analysis's `config.features` names.
+  """The sha256 of the file that an analysis's `config.features` names.
 
   Returns:
     '' where LPIPS or a file of features is absent: the latter may be made when it is
@@ -149,7 +149,7 @@ def of_sets(
 
 
 def _read_of_sets(config, folder: epath.Path, images: dict):
-  """As `of_sets`, of a file; where it is absent, writes what it is to be made of."""
+  """Reads them from a file; where it is absent, writes the images to make it of."""
   if not epath.Path(config.features).exists():
     if parallel.is_writer():
       workdirs.write_npz(folder / 'images.npz', **images)

@@ -45,7 +45,7 @@ class ImageSets:
     self._real_fn = real_fn
 
   def sha256(self) -> str:
-    """Of the sample set: of its metadata, which have that of each of its files."""
+    """The sha256 of the sample set's metadata, which have that of each of its files."""
     return checksums.sha256(self._generated.path / shards.METADATA)
 
   def draw(self, name: str, field: str) -> Arrays:
@@ -68,7 +68,7 @@ class ImageSets:
 
   @functools.cached_property
   def _sources(self) -> dict[str, tuple[int, Callable]]:
-    """Of each set its size, and a function from indices to images and labels."""
+    """The size of each set, and a function from indices to its images and labels."""
     made = self._generated
     sources: dict[str, tuple[int, Callable]] = {
       'generated': (len(made), lambda i: (made.gather(i), made.gather_labels(i)))

@@ -27,7 +27,7 @@ def make_attack(config: config_dict.ConfigDict) -> pgd.PGD:
 
 
 def sha256_of_labeller(config: config_dict.ConfigDict) -> str:
-  """Of the file of an analysis's labeller.
+  """The sha256 of the file of an analysis's labeller.
 
   Raises:
     UserError: if it is absent, or sees other images than those of the data set.

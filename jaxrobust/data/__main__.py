@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _disk_error(error: Exception) -> UserError | None:
-  """As `workdir.disk_error`."""
+  """One line on a disk or bucket that cannot be used; see `workdir.disk_error`."""
   from jaxrobust.runs import workdir  # jax, which few commands need
 
   return workdir.disk_error(error)

@@ -30,7 +30,7 @@ class TrainingImages(NamedTuple):
   generated: sample_sets.SampleSet | None
 
   def checksums(self) -> dict[str, str]:
-    """Of each source that there is."""
+    """The checksum of each source that there is, by what it is."""
     found = {'training images': self.real.checksum()}
     if self.validation is not None:
       found['validation images'] = self.validation.checksum()

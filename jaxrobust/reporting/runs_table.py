@@ -79,7 +79,7 @@ def lines(runs: list[tuple[epath.Path, config_dict.ConfigDict]]) -> list[Line]:
 
 
 def names_of(found: list[Line]) -> list[str]:
-  """Of each line the name of its experiment, and what sets apart those that share it.
+  """The name of each line's experiment, and what sets apart those that share it.
 
   That is the fields in which their configs differ, or where these are many the folder.
   """

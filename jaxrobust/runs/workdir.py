@@ -411,7 +411,7 @@ def disk_error(e: Exception, workdir: str | None = None) -> UserError | None:
 
 
 def package_versions() -> dict[str, str]:
-  """Of the libraries that the numbers depend on."""
+  """The versions of the libraries that the numbers depend on."""
   return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
