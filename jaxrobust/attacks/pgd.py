@@ -9,8 +9,8 @@ import optax
 from ml_collections import config_dict
 
 from jaxrobust.attacks import attack, norms, objectives
+from jaxrobust.config import attack as attack_configs
 from jaxrobust.config import registries
-from jaxrobust.errors import UserError
 
 STEP_RULES, INITIALIZATIONS = registries.STEP_RULES, registries.INITIALIZATIONS
 
@@ -146,47 +146,20 @@ def from_config(config: config_dict.ConfigDict, ball: norms.Ball) -> PGD:
   """The attack of a config.
 
   Args:
-    config: has the fields objective, step_rule, num_steps, step_sizes,
-      step_boundaries, initialization and restarts; names are those of
-      `config.registries`.
+    config: has the fields that `config.attack` declares.
     ball: where images may go.
 
   Raises:
     UserError: for an unknown name, or numbers that do not describe an attack.
   """
-  for field, choices in (
-    ('objective', objectives.OBJECTIVES),
-    ('step_rule', STEP_RULES),
-    ('initialization', INITIALIZATIONS),
-  ):
-    choices.check(config[field], f'attack.{field}')
-  for field in ('num_steps', 'restarts'):
-    if (value := config[field]) < 1:
-      raise UserError(f'attack.{field} = {value}: use 1 or more')
-  sizes, boundaries = tuple(config.step_sizes), tuple(config.step_boundaries)
-  if len(sizes) != len(boundaries) + 1:
-    raise UserError(
-      f'attack.step_sizes = {sizes} with attack.step_boundaries = {boundaries}: '
-      'give one size more than boundaries'
-    )
-  if not all(size > 0 for size in sizes):
-    raise UserError(f'attack.step_sizes = {sizes}: use sizes above 0')
-  if any(b <= a for a, b in zip((0, *boundaries), boundaries, strict=False)):
-    raise UserError(
-      f'attack.step_boundaries = {boundaries}: use steps above 0, in rising order'
-    )
-  if config.initialization == 'zero' and config.restarts > 1:
-    raise UserError(
-      f"attack.restarts = {config.restarts} with attack.initialization = 'zero' "
-      "would repeat one attack: use 1 restart, or initialization = 'uniform'"
-    )
+  attack_configs.check(config)
   return PGD(
     ball=ball,
     objective=objectives.OBJECTIVES[config.objective],
     step_rule=STEP_RULES[config.step_rule],
     num_steps=config.num_steps,
-    step_sizes=sizes,
-    step_boundaries=boundaries,
+    step_sizes=tuple(config.step_sizes),
+    step_boundaries=tuple(config.step_boundaries),
     initialization=config.initialization,
     restarts=config.restarts,
   )
