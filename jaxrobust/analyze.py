@@ -41,41 +41,40 @@ nearest in each set), and until it is finished parts/, from which an interrupted
 analysis goes on.
 """
 
+import functools
 import hashlib
-import io
 import json
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import config_dict
 
-from jaxrobust.analysis import complementarity, conditions, quality
+from jaxrobust.analysis import (
+  complementarity,
+  conditions,
+  image_features,
+  image_sets,
+  predictions,
+)
 from jaxrobust.analysis.complementarity import SETS
-from jaxrobust.attacks import norms, pgd, suites
-from jaxrobust.attacks.evaluation import Evaluator
-from jaxrobust.attacks.record import Record
+from jaxrobust.config import analysis as analysis_configs
 from jaxrobust.config import dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
-from jaxrobust.errors import UserError
-from jaxrobust.models import classifiers, feature_networks, zoo
-from jaxrobust.runs import checksums, cli, process_group
+from jaxrobust.runs import cli, process_group
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.runs.stop_requests import StopRequests
-from jaxrobust.samples import sample_sets, stratified
 
-_SIZES = ('num_images', 'num_attacked', 'batch_size')
+_COUNTS = ('num_images', 'num_attacked')
 
 
 def main(config: config_dict.ConfigDict, workdir: str) -> None:
   """Measures what is not measured yet, and prints the page."""
   config = datasets.record(workdirs.continued(workdir, config))
   check(config)
-  sample_set = open_samples(config)
-  protocol = make_protocol(config, sample_set)
+  real_fn = functools.partial(datasets.of, config.dataset)
+  sets = image_sets.ImageSets(config, real_fn)
+  protocol = make_protocol(config, sets)
   process_group.require_alike(protocol)
   folder = workdirs.claim(workdir, config)
   entry = workdirs.find_result(folder, protocol)
@@ -83,133 +82,68 @@ def main(config: config_dict.ConfigDict, workdir: str) -> None:
   if entry is not None:
     logging.info('%s is finished', folder)
   else:
-    entry = analyze(config, folder, sample_set, protocol)
+    entry = analyze(config, folder, sets, protocol)
   parallel.barrier('analyzed')
   if parallel.is_writer():
     print(conditions.page(entry), end='')
-    print(f'figures: {folder / "figures"}')
+    print(f'figures: {folder / workdirs.FIGURES}')
 
 
 def check(config: config_dict.ConfigDict) -> None:
   """Raises UserError for a value that cannot be meant."""
-  if 'rules' not in config:
-    raise UserError(
-      "this is not an analysis's config: give an experiment such as "
-      'experiments/digits_analysis.py'
-    )
-  dataset_info.check(config.dataset)
-  for field, least in zip(_SIZES, (4, 1, 1), strict=True):
-    if config[field] < least:
-      raise UserError(f'config.{field} = {config[field]}: use {least} or more')
-  for field, value in config.rules.items():
-    if not 0 <= value <= 1:
-      raise UserError(f'config.rules.{field} = {value}: use a number from 0 to 1')
-  for field, what in (
-    ('samples', 'the folder of the sample set'),
-    ('labeller', 'the workdir of a non-robust classifier'),
-  ):
-    if not config[field]:
-      raise UserError(f'config.{field} is not set: give {what}')
-  make_attack(config)
+  analysis_configs.check(config)
+  predictions.make_attack(config)
 
 
-def make_attack(config: config_dict.ConfigDict) -> pgd.PGD:
-  """The attack that tries to change predictions."""
-  ball = norms.get(config.threat.norm, config.threat.epsilon)
-  return suites.attack_from_config(config.attack, ball)
-
-
-def open_samples(config: config_dict.ConfigDict) -> sample_sets.SampleSet:
-  """The sample set; UserError if its images are not like those of the data set."""
-  found = sample_sets.SampleSet.open(config.samples)
-  info = dataset_info.of(config.dataset)
-  # Imported sets may lack the last classes.
-  if found.image_shape != info.image_shape or found.num_classes > info.num_classes:
-    raise UserError(
-      f'config.samples = {config.samples} holds images {list(found.image_shape)} of '
-      f'{found.num_classes} classes, {info.name} {list(info.image_shape)} of '
-      f'{info.num_classes}: name the data set that the samples are of'
-    )
-  return found
-
-
-def make_protocol(
-  config: config_dict.ConfigDict, sample_set: sample_sets.SampleSet
-) -> dict:
+def make_protocol(config: config_dict.ConfigDict, sets: image_sets.ImageSets) -> dict:
   """What is compared and how, with checksums of all that is read (JSON values)."""
   protocol = {
     'dataset': dataset_info.identity(config.dataset),
-    'samples_sha256': checksums.sha256(epath.Path(sample_set.path) / 'metadata.json'),
-    'labeller_sha256': checksums.sha256(find_classifier(config, 'labeller').path),
+    'samples_sha256': sets.sha256(),
+    'labeller_sha256': predictions.sha256_of_labeller(config),
   }
   if config.features:
-    path = features_path(config)
-    # An .npz may be made when it is known of which images.
-    protocol['features_sha256'] = checksums.sha256(path) if path.exists() else ''
-  for field in ('samples', 'labeller', 'features', 'seed', *_SIZES[:2]):
+    protocol['features_sha256'] = image_features.sha256(config)
+  for field in ('samples', 'labeller', 'features', 'seed', *_COUNTS):
     protocol[field] = config[field]
   for field in ('threat', 'attack', 'rules'):
     protocol[field] = config[field].to_dict()
   return json.loads(json.dumps(protocol))
 
 
-def features_path(config: config_dict.ConfigDict) -> epath.Path:
-  """The file that config.features names."""
-  if config.features.startswith(feature_networks.LPIPS):
-    return epath.Path(config.features.removeprefix(feature_networks.LPIPS))
-  if config.features.endswith('.npz'):
-    return epath.Path(config.features)
-  return find_classifier(config, 'features').path
-
-
-def find_classifier(config: config_dict.ConfigDict, field: str) -> zoo.Found:
-  """What is known of the classifier in a field; UserError if it sees other images."""
-  found = classifiers.find(
-    config[field],
-    f'config.{field}',
-    dataset_info.of(config.dataset),
-    feature_networks.OR_FEATURES if field == 'features' else '',
-  )
-  if not found.path.exists():
-    raise UserError(f'{found.path} is absent: {zoo.where_to_get(found.path)}')
-  return found
-
-
 def analyze(
   config: config_dict.ConfigDict,
   folder: epath.Path,
-  sample_set: sample_sets.SampleSet,
+  sets: image_sets.ImageSets,
   protocol: dict,
 ) -> dict | None:
   """Measures, draws and writes; returns the entry of results.json if this writes it."""
   identity = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
   parts = folder / 'parts' / identity[:12]
-  for path in (folder / 'figures', parts):
+  for path in (folder / workdirs.FIGURES, parts):
     path.mkdir(parents=True, exist_ok=True)
-  sources = open_sources(config, sample_set)
-  compared = {name: images_of(config, sources, name, 'num_images') for name in SETS}
-  judged = {name: images_of(config, sources, name, 'num_attacked') for name in SETS[1:]}
+  images = {name: sets.draw(name, 'num_images')[0] for name in SETS}
+  judged = {name: sets.draw(name, 'num_attacked') for name in SETS[1:]}
   with StopRequests('the state is saved') as stops:
-    network, features = find_features(config, folder, compared, parts, stops)
-    figures, confidences = judge(config, judged, protocol, parts, stops)
+    network, found = image_features.of_sets(config, folder, images, parts, stops)
+    figures, confidences = predictions.judge(config, judged, protocol, parts, stops)
   parallel.barrier('measured')  # The parts are read.
   if not parallel.is_writer():
     return None
-  more, neighbours = compare(config, features)
+  more, neighbours = complementarity.compare(found, config.seed)
   entry = {
     'network': network,
-    'num_features': features['train'].shape[1],
-    **said_of_labels(sample_set.metadata, protocol),
+    'num_features': found['train'].shape[1],
+    **said_of_labels(sets.metadata, protocol),
     **figures,
     **more,
   }
   entry['verdicts'] = conditions.verdicts(entry, protocol['rules'])
-  images = {name: split.images for name, split in compared.items()}
   for name, png in (
     ('conditions', conditions.draw(entry, protocol, confidences)),
     ('neighbours', conditions.draw_neighbours(images, neighbours)),
   ):
-    workdirs.write(folder / 'figures' / f'{name}.png', png)
+    workdirs.write(folder / workdirs.FIGURES / f'{name}.png', png)
   entry = workdirs.add_result(folder, protocol, entry)
   logging.info('wrote %s', folder / 'results.json')
   (folder / 'parts').rmtree()
@@ -229,172 +163,6 @@ def said_of_labels(metadata: dict, protocol: dict) -> dict:
     # With the classes that samples were drawn for; null where for none, or not known.
     'agreement_with_condition': selection.get('agreement_with_condition'),
   }
-
-
-def open_sources(
-  config: config_dict.ConfigDict, sample_set: sample_sets.SampleSet
-) -> dict:
-  """Of each of SETS: its size, and a function from indices to a Split."""
-  sources = {
-    'generated': (
-      len(sample_set),
-      lambda i: datasets.Split(sample_set.gather(i), sample_set.gather_labels(i)),
-    )
-  }
-  for name in ('train', 'test'):
-    real = datasets.of(config.dataset, name)
-    sources[name] = (
-      len(real.images),
-      lambda i, real=real: datasets.Split(real.images[i], real.labels[i]),
-    )
-  return sources
-
-
-def images_of(
-  config: config_dict.ConfigDict, sources: dict, name: str, field: str
-) -> datasets.Split:
-  """`config[field]` images of a set; UserError if it has fewer."""
-  (total, gather), count = sources[name], config[field]
-  if count > total:
-    raise UserError(
-      f'config.{field} = {count}: there are {total} {name} images; use at most {total}'
-    )
-  return gather(stratified.one_of_each_part(total, count, config.seed))
-
-
-def find_features(
-  config: config_dict.ConfigDict,
-  folder: epath.Path,
-  sets: dict,
-  parts: epath.Path,
-  stops: StopRequests,
-) -> tuple[str, dict[str, np.ndarray]]:
-  """(name of the network, features [n, F] of each of SETS), kept in `parts`.
-
-  Every process computes all of them, which takes less than to compare them.
-  """
-  if config.features.endswith('.npz'):
-    return read_features(config, folder, sets)
-  network = feature_networks.network(
-    config.features or config.labeller, config.batch_size
-  )
-  found = {}
-  for name, split in sets.items():
-    path = parts / f'features-{name}.npy'
-    if parallel.everywhere(path.exists()):
-      found[name] = np.load(io.BytesIO(path.read_bytes()))
-      continue
-    progress = stops.progress(f'features of {name}', len(split.images), 'images')
-    size, rows = config.batch_size * parallel.num_local_devices(), []
-    for start in range(0, len(split.images), size):
-      rows.append(network.features(split.images[start : start + size]))
-      progress.advance(len(rows[-1]))
-    progress.close()
-    found[name] = np.concatenate(rows)
-    if parallel.is_writer():
-      buffer = io.BytesIO()
-      np.save(buffer, found[name])
-      workdirs.write(path, buffer.getvalue())
-  return network.name, found
-
-
-def read_features(
-  config: config_dict.ConfigDict, folder: epath.Path, sets: dict
-) -> tuple[str, dict[str, np.ndarray]]:
-  """The same of a file; where it is absent, UserError after writing what it is of."""
-  if not epath.Path(config.features).exists():
-    if parallel.is_writer():
-      images = {name: split.images for name, split in sets.items()}
-      workdirs.write_npz(folder / 'images.npz', **images)
-    parallel.barrier('images')
-    raise UserError(
-      f'config.features = {config.features} is absent: compute features '
-      f'[{config.num_images}, F] of train, test and generated in '
-      f'{folder / "images.npz"} and save them there, under these names and with '
-      'network, a name'
-    )
-  network, *rows = quality.read_features(config.features, SETS)
-  if [len(x) for x in rows] != [config.num_images] * len(SETS):
-    raise UserError(
-      f'{config.features} has features of {[len(x) for x in rows]} images: '
-      f'config.num_images = {config.num_images} of each of {", ".join(SETS)} are needed'
-    )
-  return network, dict(zip(SETS, rows, strict=True))
-
-
-def judge(
-  config: config_dict.ConfigDict,
-  sets: dict,
-  protocol: dict,
-  parts: epath.Path,
-  stops: StopRequests,
-) -> tuple[dict, dict[str, np.ndarray]]:
-  """What the labeller says of test and generated images, and what an attack changes.
-
-  Returns:
-    (figures, confidences of test and generated).
-  """
-  _, model, variables = classifiers.load(config.labeller, 'config.labeller')
-  logits_fn = lambda v, x: model.apply(*v, x, batch_stats=False)[0]
-  mapped = parallel.pmap(
-    lambda v, x: jax.nn.softmax(logits_fn(v, jnp.asarray(x, jnp.float32) / 255)),
-    local=True,
-  )
-  attack = make_attack(config)
-  evaluator = Evaluator(
-    logits_fn,
-    [(f'pgd-{attack.num_steps}', attack)],
-    batch_size=config.batch_size * parallel.num_devices(),
-    seed=config.seed,
-  )
-  right, confidences, flips = {}, {}, {}
-  for name, (images, labels) in sets.items():
-    said = parallel.map_in_batches(mapped, variables, images, config.batch_size)
-    predictions = said.argmax(-1)
-    right[name] = float((predictions == labels).mean())
-    confidences[name] = said.max(-1)
-    outcome = evaluator(
-      variables,
-      images,
-      predictions,
-      record=Record(len(images), parts / f'attack-{name}', protocol),
-      progress=lambda what, *rest, name=name: stops.progress(
-        f'{what} of {name}', *rest
-      ),
-    )
-    flips[name] = 1 - float(outcome.robust.mean())
-  return {
-    'label_agreement': right['generated'],
-    'labeller_test_accuracy': right['test'],
-    'mean_confidence': float(confidences['generated'].mean()),
-    'mean_confidence_test': float(confidences['test'].mean()),
-    'flip_rate_generated': flips['generated'],
-    'flip_rate_test': flips['test'],
-  }, confidences
-
-
-def compare(
-  config: config_dict.ConfigDict, features: dict[str, np.ndarray]
-) -> tuple[dict, complementarity.Neighbours]:
-  """(figures of the features of SETS, neighbours of the generated images)."""
-  logging.info('comparing %d features of each image', features['train'].shape[1])
-  fid = lambda name: feature_networks.fid(features['train'], features[name])
-  distinguished = complementarity.two_sample_test(
-    features['test'], features['generated'], config.seed
-  )
-  neighbours = complementarity.neighbours(features, 'generated')
-  shares = neighbours.shares()
-  return {
-    'fid': fid('generated'),
-    'fid_test': fid('test'),
-    'two_sample_accuracy': distinguished.accuracy,
-    'two_sample_standard_error': distinguished.standard_error,
-    'nearest_train': float(shares[0]),
-    'nearest_test': float(shares[1]),
-    'nearest_itself': float(shares[2]),
-    'coverage_train': complementarity.coverage(features, 'train'),
-    'coverage_test': complementarity.coverage(features, 'test'),
-  }, neighbours
 
 
 PROGRAM = cli.Program('analyze', main, config='needed', example='digits_analysis')

@@ -74,7 +74,7 @@ _ADVERSARIAL = 'adversarial.npz'
 def default_config(workdir: str, suite: str, checkpoint: str) -> config_dict.ConfigDict:
   """The config where none is given: the workdir's, or what the checkpoint says."""
   del suite
-  if (epath.Path(workdir) / 'config.json').exists() or not checkpoint:
+  if workdirs.has_run(workdir) or not checkpoint:
     return workdirs.read_config(workdir).unlock()
   found = zoo.find(checkpoint)
   if found is None:
@@ -85,8 +85,8 @@ def default_config(workdir: str, suite: str, checkpoint: str) -> config_dict.Con
   config, card = classifier.get_config(), found.card
   config.dataset.name = card.dataset
   run = zoo.split_step(found.path)[0]
-  run = run.parent if run.name == 'checkpoint.npy' else run
-  if card.dataset not in dataset_info.INFO and (run / 'config.json').exists():
+  run = run.parent if run.name == workdirs.CHECKPOINT else run
+  if card.dataset not in dataset_info.INFO and workdirs.has_run(run):
     config.dataset.update(workdirs.read_config(run).dataset)  # Images of one's own.
   config.threat.norm, config.threat.epsilon = card.norm, card.epsilon
   config.model.update(card.model)
@@ -165,7 +165,7 @@ def main(
     if parallel.is_writer():
       if save_images:
         _save_images(state / _ADVERSARIAL, images, labels, outcome, suite)
-      examples = folder / 'figures' / 'examples.npz'
+      examples = folder / workdirs.FIGURES / 'examples.npz'
       _save_images(examples, images, labels, outcome, suite)
       entry = entry or workdirs.add_result(folder, protocol, outcome.to_dict())
       logging.info('wrote %s', folder / 'results.json')
@@ -219,7 +219,7 @@ def _sha256(path: epath.Path, variables) -> str:
   """Checksum of the checkpoint's file, or of what was read of a step of a run."""
   if zoo.split_step(path)[1] is not None:
     return checkpoints.digest(variables)
-  file = path / 'checkpoint.npy' if path.is_dir() else path
+  file = path / workdirs.CHECKPOINT if path.is_dir() else path
   return checksums.sha256(file)
 
 

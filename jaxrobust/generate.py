@@ -42,7 +42,6 @@ sets are read at random, so the workdir is a local folder; it may be gs:// for
 --stage=fit, whose result --config.fitted=gs://… takes.
 """
 
-import hashlib
 from collections.abc import Callable
 
 import jax
@@ -55,13 +54,13 @@ from jaxrobust.config.generator import CONDITION
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.generators import checks
+from jaxrobust.generators import candidates, checks
 from jaxrobust.generators.generator import Generator
-from jaxrobust.models import classifiers
+from jaxrobust.models import named_classifiers
 from jaxrobust.models.labeller import Labeller, labeller_of
-from jaxrobust.runs import cli, metrics, process_group, stop_requests
+from jaxrobust.runs import checksums, cli, metrics, process_group, stop_requests
 from jaxrobust.runs import workdir as workdirs
-from jaxrobust.samples import candidates, sample_sets, selection, shards
+from jaxrobust.samples import sample_sets, selection, shards
 
 STAGES = ('fit', 'evaluate', 'sample', 'label', 'select')
 _WITHOUT_LABELLER = STAGES[:3]
@@ -119,7 +118,7 @@ class Run:
   @property
   def generator_path(self) -> epath.Path:
     """Where the fitted generator is, or will be."""
-    return epath.Path(self.config.fitted or self.folder) / 'generator.npz'
+    return epath.Path(self.config.fitted or self.folder) / workdirs.GENERATOR
 
   @property
   def generator(self) -> Generator:
@@ -141,7 +140,7 @@ class Run:
 def open_run(config: config_dict.ConfigDict, workdir: str, stage: str) -> Run:
   """Checks what the stages will need, then claims the workdir."""
   info, folder = dataset_info.of(config.dataset), epath.Path(workdir)
-  has_generator = (folder / 'generator.npz').exists()
+  has_generator = (folder / workdirs.GENERATOR).exists()
   if config.fitted:
     checks.check_fitted(config)
   elif stage in ('', 'fit') and not has_generator:
@@ -150,14 +149,14 @@ def open_run(config: config_dict.ConfigDict, workdir: str, stage: str) -> Run:
     )
   elif stage == 'select' and not has_generator:
     raise UserError(
-      f'{workdir} has no generator.npz, whose checksum the set names: restore it, or '
-      'begin with --stage=fit'
+      f'{workdir} has no {workdirs.GENERATOR}, whose checksum the set names: restore '
+      'it, or begin with --stage=fit'
     )
   labeller = None
   if stage not in _WITHOUT_LABELLER:
     labeller = labeller_of(config.labeller, info, config.samples.batch_size)
   elif config.labeller not in ('', CONDITION):  # A mistake should not wait for days.
-    classifiers.find(config.labeller, 'config.labeller', info)
+    named_classifiers.find(config.labeller, 'config.labeller', info)
   process_group.require_alike(
     {
       'labeller': labeller and labeller.described,
@@ -297,14 +296,14 @@ def select(run: Run, stop: Callable) -> None:
 
 def is_finished(config: config_dict.ConfigDict, workdir: str) -> bool:
   """Whether the set is there; then what is left of its making is removed."""
-  finished = shards.is_whole(epath.Path(workdir) / 'samples')
+  finished = shards.is_whole(epath.Path(workdir) / workdirs.SAMPLES)
   parallel.require_agreement(int(finished))
   if finished:
     folder = workdirs.claim(workdir, config)
-    found = shards.read_metadata(folder / 'samples')['counts']['total']
+    found = shards.read_metadata(folder / workdirs.SAMPLES)['counts']['total']
     if parallel.is_writer():
       _draws(config, folder).remove()  # A run killed before it did so.
-    logging.info('%s is finished: %d samples', folder / 'samples', found)
+    logging.info('%s is finished: %d samples', folder / workdirs.SAMPLES, found)
   return finished
 
 
@@ -313,7 +312,7 @@ def _write(run: Run, num_files: int, stop: Callable):
   config, folder = run.config, run.folder
   batches, described = run.files.choose(num_files, run.info.num_classes)
   sample_sets.write(
-    str(folder / 'samples'),
+    str(folder / workdirs.SAMPLES),
     _shown(batches, config.samples.count, stop),
     metadata={
       'generator': config.generator.to_dict(),
@@ -330,7 +329,7 @@ def _write(run: Run, num_files: int, stop: Callable):
   agreement = described.get('agreement_with_condition')
   logging.info(
     'wrote %s: %d of %d samples drawn%s',
-    folder / 'samples',
+    folder / workdirs.SAMPLES,
     config.samples.count,
     described['drawn'],
     ''
@@ -343,10 +342,9 @@ def _write(run: Run, num_files: int, stop: Callable):
 def _described_fit(config, folder: epath.Path) -> dict:
   """Which generator made the samples, for metadata.json."""
   home = epath.Path(config.fitted or folder)
-  content = (home / 'generator.npz').read_bytes()
   return {
     'seed': workdirs.read_config(home).seed,
-    'generator_sha256': hashlib.sha256(content).hexdigest(),
+    'generator_sha256': checksums.sha256(home / workdirs.GENERATOR),
   }
 
 

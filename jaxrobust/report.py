@@ -136,7 +136,7 @@ def trained(line: texts.Line) -> list[tuple[epath.Path, config_dict.ConfigDict]]
   return [
     (point.workdir, point.config)
     for point, (state, _) in zip(line.points, line.states, strict=True)
-    if state != 'other' and (point.workdir / 'metrics.jsonl').exists()
+    if state != 'other' and (point.workdir / metrics.FILE).exists()
   ]
 
 

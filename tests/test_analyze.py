@@ -14,7 +14,7 @@ from etils import epath
 
 from jaxrobust import analyze
 from jaxrobust import config as configs
-from jaxrobust.analysis import complementarity, conditions
+from jaxrobust.analysis import complementarity, conditions, image_features, predictions
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.models import card, feature_networks, parameter_files
@@ -216,7 +216,9 @@ def test_the_program_resumes_and_refuses(
   with monkeypatch.context() as patch:  # Nothing is measured again.
     network = feature_networks.Network('tiny (penultimate layer)', None)
     patch.setattr(feature_networks, 'network', lambda *_: network)
-    patch.setattr(analyze.Evaluator, '_attempt_shard', lambda *_: pytest.fail('again'))
+    patch.setattr(
+      predictions.Evaluator, '_attempt_shard', lambda *_: pytest.fail('again')
+    )
     code, page, err = run()
   assert code == 0, err
   [entry] = json.loads((tmp_path / 'run/results.json').read_text())
@@ -311,15 +313,15 @@ def test_features_of_another_program(run, tmp_path):
   np.savez(file, network='pixels', **flat)
   config = importlib.import_module('experiments.digits_analysis').get_config().unlock()
   config.features, config.num_images = str(file), 60
-  network, found = analyze.find_features(config, tmp_path, {}, tmp_path, None)
+  network, found = image_features.of_sets(config, tmp_path, {}, tmp_path, None)
   assert network == 'pixels'
   np.testing.assert_array_equal(found['test'], flat['test'])
-  figures, neighbours = analyze.compare(config, found)
+  figures, neighbours = complementarity.compare(found, config.seed)
   assert figures['nearest_train'] > 0.9  # The lowest bits of grey differ.
   assert neighbours.indices.shape == (60, 3)
   config.num_images = 59
   with pytest.raises(UserError, match=r'of \[60, 60, 60\] images: config.num_images'):
-    analyze.find_features(config, tmp_path, {}, tmp_path, None)
+    image_features.of_sets(config, tmp_path, {}, tmp_path, None)
 
 
 @pytest.mark.parametrize('file', ['digits_analysis', 'cifar10_analysis'])

@@ -22,9 +22,9 @@ from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.biggan import BigGAN, layers, training
 from jaxrobust.planning import device_programs
 from jaxrobust.runs import checkpoints
-from tests.conftest import ROOT
 from tests.helpers import ring, torch_archives
 from tests.helpers.mutations import mutations
+from tests.helpers.programs import ROOT
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 INFO = dataset_info.INFO['digits']

@@ -13,6 +13,7 @@ import jaxrobust
 from experiments import digits
 from jaxrobust import evaluate, train
 from jaxrobust.config import experiments, registries
+from jaxrobust.data import training_images
 from jaxrobust.errors import UserError
 from jaxrobust.models import parameter_files
 from jaxrobust.runs import cli, flags, waiting
@@ -234,7 +235,7 @@ def test_losses_of_all_names_are_functions_of_the_passes():
 def said(monkeypatch):
   """The lines that waits log, each taken when it is said."""
   lines = queue.Queue()
-  monkeypatch.setattr(waiting.metrics, 'say', lines.put)
+  monkeypatch.setattr(waiting.metrics, 'log_line', lines.put)
   return lines
 
 
@@ -272,8 +273,7 @@ def test_what_is_returned_takes_the_images_that_it_was_trained_on(run, config, i
 
 def test_images_as_those_of_the_data_set_take_their_place(config):
   images = np.zeros((64, 8, 8, 1), np.uint8), np.arange(64) % 10
-  split = classifier._given(config, images, None)
-  assert classifier._recorded_of(config, *split) is config
+  assert training_images.record(config, images) is config
 
 
 def test_validation_images_must_be_of_the_same_kind(config, images, tmp_path):

@@ -9,11 +9,9 @@ from ml_collections import config_dict
 
 from experiments import cifar10_linf, digits, digits_ddpm
 from jaxrobust import config as configs
-from jaxrobust.attacks import pgd
 from jaxrobust.config import analysis, classifier, experiments, fields, generator
 from jaxrobust.config.fields import field
 from jaxrobust.errors import UserError
-from jaxrobust.training import losses
 
 
 @pytest.fixture
@@ -342,15 +340,3 @@ def test_any_two_trees_are_compared():
   tree = lambda name: config_dict.ConfigDict({'dataset': name, 'name': {'x': 1}})
   found = configs.differences(tree('digits'), tree('mnist'), ())
   assert found == ['dataset: digits → mnist']
-
-
-@pytest.mark.parametrize(
-  'part, name, known',
-  [
-    ('attack', 'step_rule', pgd.STEP_RULES),
-    ('attack', 'initialization', pgd.INITIALIZATIONS),
-    ('loss', 'divergence', losses.DIVERGENCES),
-  ],
-)
-def test_choices_are_what_is_implemented(part, name, known):
-  assert set(classifier.FIELDS[part][name].choices) == set(known)

@@ -252,7 +252,7 @@ def test_stages_alone_and_the_surest_samples(finished, labeller, tmp_path):
     assert (tmp_path / 'run' / made).exists()
   run('select')
   pool = sample_sets.SampleSet.open(finished / 'samples')
-  selection.select(pool, tmp_path / 'set', top_fraction=0.5, shard_size=16)
+  selection.subset(pool, tmp_path / 'set', top_fraction=0.5, shard_size=16)
   assert sha256(tmp_path / 'run/samples') == sha256(tmp_path / 'set')
   found = sample_sets.SampleSet.open(tmp_path / 'run/samples')
   assert found.confidence().min() > 0.1

@@ -10,8 +10,8 @@ from jaxrobust import config as configs
 from jaxrobust import generate
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.generators import checks
-from jaxrobust.samples import candidates, selection
+from jaxrobust.generators import candidates, checks
+from jaxrobust.samples import selection
 from tests.helpers.mutations import mutations
 
 

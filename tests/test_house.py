@@ -228,3 +228,58 @@ def test_generators_reach_no_attack():
 def test_experiments_import_the_fields_alone():
   for path in (ROOT / 'experiments').glob('*.py'):
     assert all(m.startswith('jaxrobust.config') for m in imports(path)), path
+
+
+def house_of(module: str) -> str:
+  """The folder or program at the top of the repository that a dotted name lies in."""
+  parts = module.split('.')
+  return '.'.join(parts[: 2 if parts[0] == PACKAGE.name else 1])
+
+
+def test_few_rooms_know_each_other():
+  """A top-level module or a folder is a room; an arrow leads to one that it imports."""
+  folders = [ROOT / name for name in ('benchmarks', 'experiments', 'launch')]
+  paths = [*MODULES, *(path for folder in folders for path in folder.glob('*.py'))]
+  modules = {
+    '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+    for path in paths
+  }
+  arrows = set()
+  for path in paths:
+    here = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+    used = imports(path) & modules
+    # As above: a package is not used by who names a module in it.
+    used -= {m for m in used if any(x.startswith(f'{m}.') for x in used)}
+    arrows |= {(house_of(here), house_of(there)) for there in used}
+  arrows = {(here, there) for here, there in arrows if here != there}
+  assert len({room for arrow in arrows for room in arrow}) <= 30
+  assert 100 < len(arrows) <= 125, sorted(arrows)
+  below = {here: {b for a, b in arrows if a == here} for here, _ in arrows}
+  graphlib.TopologicalSorter(below).prepare()  # No circle, of which one runs up.
+
+
+TESTS = sorted((ROOT / 'tests').rglob('*.py'))
+# Functions of numpy and of the standard library that draw from a state of all.
+DRAWS = {
+  *('rand', 'randn', 'randint', 'randrange', 'random', 'random_sample', 'normal'),
+  *('uniform', 'choice', 'choices', 'sample', 'permutation', 'shuffle', 'getrandbits'),
+}
+
+SEEDED = ('default_rng', 'RandomState', 'Random')
+
+
+def test_tests_import_helpers_and_not_each_other():
+  for path in TESTS:
+    used = {m for m in imports(path) if m.startswith('tests.')}
+    assert not {m for m in used if not m.startswith('tests.helpers')}, path
+
+
+def test_tests_draw_from_seeds():
+  for path in TESTS:
+    for node in ast.walk(ast.parse(path.read_text())):
+      if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        continue
+      called, where = ast.unparse(node.func), f'{path}, line {node.lineno}'
+      owner, _, name = called.rpartition('.')
+      assert not (owner in ('random', 'np.random') and name in DRAWS), where
+      assert node.args or node.keywords or name not in SEEDED, where

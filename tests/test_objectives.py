@@ -116,7 +116,8 @@ def test_saturated_logits_have_finite_values_and_gradients():
     'either': jnp.array([1, 1]),
     'probabilities': jnp.array([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]),
   }
-  for name, objective in objectives.OBJECTIVES.items():
+  for name in objectives.OBJECTIVES:
+    objective = objectives.OBJECTIVES[name]
     reference = references[objectives.REFERENCES[name]]
     values, gradient = jax.value_and_grad(
       lambda x, f=objective, r=reference: f(x, r).sum()
@@ -258,8 +259,10 @@ def test_ranked_class_takes_a_traced_rank():
 @pytest.fixture
 def registry(monkeypatch):
   """Forgets afterwards what a test registers."""
-  for name in ('OBJECTIVES', 'REFERENCES'):
-    monkeypatch.setattr(objectives, name, dict(getattr(objectives, name)))
+  monkeypatch.setattr(objectives, 'REFERENCES', dict(objectives.REFERENCES))
+  for name in ('_items', '_homes'):
+    known = dict(getattr(objectives.OBJECTIVES, name))
+    monkeypatch.setattr(objectives.OBJECTIVES, name, known)
 
 
 def test_an_own_objective_is_known_by_name(registry):

@@ -222,9 +222,9 @@ def test_restarts_keep_the_highest_of_each_image():
 def test_a_flat_objective_stays_where_it_starts():
   images = some_images()
   reference = jax.nn.softmax(curved(images))
-  for rule in pgd.STEP_RULES.values():
+  for rule in pgd.STEP_RULES:
     found = attack(
-      step_rule=rule,
+      step_rule=pgd.STEP_RULES[rule],
       objective=lambda logits, _: 0 * logits[:, 0],
       initialization='zero',
     )(curved, KEYS, images, reference)
@@ -278,10 +278,10 @@ def test_from_config():
     ({'objective': 'loss'}, "attack.objective = 'loss': use one of cross_entropy"),
     ({'step_rule': 'sgd'}, "attack.step_rule = 'sgd': use one of adam"),
     ({'initialization': 'ones'}, "attack.initialization = 'ones'"),
-    ({'num_steps': 0}, 'attack.num_steps = 0: use 1 or more'),
+    ({'num_steps': 0}, 'attack.num_steps = 0: use a number above 0'),
     ({'restarts': 0}, 'attack.restarts = 0'),
     ({'step_sizes': (0.1,)}, 'one size more than boundaries'),
-    ({'step_sizes': (0.1, 0.0, 0.1)}, 'use sizes above 0'),
+    ({'step_sizes': (0.1, 0.0, 0.1)}, 'attack.step_sizes = .*: use a number above 0'),
     ({'step_boundaries': (30, 20)}, 'in rising order'),
     ({'step_boundaries': (0, 20)}, 'above 0'),
     ({'initialization': 'zero', 'restarts': 2}, 'would repeat one attack'),

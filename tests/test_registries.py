@@ -1,6 +1,7 @@
 """Registries: names without imports, things on demand, refusals."""
 
 import json
+import pathlib
 import sys
 import types
 
@@ -11,6 +12,8 @@ from jaxrobust import train
 from jaxrobust.config import experiments, registries
 from jaxrobust.errors import UserError
 from jaxrobust.runs import cli, workdir
+
+PACKAGE = str(pathlib.Path(registries.__file__).parent.parent)
 
 
 @pytest.fixture
@@ -48,6 +51,27 @@ def test_own_things_are_added_by_a_decorator_or_a_call(room):
   assert registry.get('number') == 4
 
 
+@pytest.mark.parametrize(
+  'registry',
+  [
+    registries.LOSSES,
+    registries.DIVERGENCES,
+    registries.OBJECTIVES,
+    registries.STEP_RULES,
+    registries.INITIALIZATIONS,
+    registries.ATTACKS,
+    registries.GENERATORS,
+  ],
+  ids=lambda registry: registry.kind,
+)
+def test_what_the_package_names_it_brings(registry):
+  """Where a config's choices stand, nothing else is known of them."""
+  for name in registry:
+    assert callable(registry[name]) or registry.kind == 'step rule'
+  brought = {x for x in registry._items if registry._homes[x].startswith(PACKAGE)}
+  assert brought == set(registry._builtin)
+
+
 def test_names_of_the_package_and_of_other_files_are_taken(room):
   registry, register = room
   register()
@@ -78,16 +102,22 @@ def test_the_names_of_the_package_are_those_that_its_modules_know():
 
 @pytest.fixture
 def own_loss(tmp_path, monkeypatch):
-  """An experiment's file that registers its loss, and the workdir of its run."""
-  for name in ('_items', '_homes'):
-    monkeypatch.setattr(registries.LOSSES, name, dict(getattr(registries.LOSSES, name)))
+  """An experiment's file that registers its loss, and the workdir of its run.
+
+  It has an objective of its own, too.
+  """
+  kinds = registries.LOSSES, registries.OBJECTIVES
+  for kind in kinds:
+    for name in ('_items', '_homes'):
+      monkeypatch.setattr(kind, name, dict(getattr(kind, name)))
   file = tmp_path / 'mine.py'
   file.write_text(
     'from jaxrobust.config import experiments, registries\n'
     "registries.LOSSES.register('mine', print)\n"
+    "registries.OBJECTIVES.register('mine', print)\n"
     'def get_config(arg=""):\n'
     "  c = experiments.load('digits').unlock()\n"
-    "  c.loss.name = 'mine'\n"
+    "  c.loss.name = c.attack.objective = 'mine'\n"
     '  return c.lock()\n'
   )
 
@@ -98,8 +128,9 @@ def own_loss(tmp_path, monkeypatch):
   command = [f'--workdir={tmp_path}/run', f'--config={file}', '--config.seed=3']
   program = cli.Program('train', main)
   assert cli._run(program, command) == 0
-  forgotten = {k: x for k, x in registries.LOSSES._items.items() if k != 'mine'}
-  monkeypatch.setattr(registries.LOSSES, '_items', forgotten)
+  for kind in kinds:
+    forgotten = {k: x for k, x in kind._items.items() if k != 'mine'}
+    monkeypatch.setattr(kind, '_items', forgotten)
   return program, file, tmp_path / 'run'
 
 

@@ -78,7 +78,7 @@ def test_confidences_that_are_refused(tmp_path, confidences, message):
 )
 def test_selections_by_hand(tmp_path, options, kept):
   source = pool(tmp_path / 'pool')
-  found = selection.select(source, tmp_path / 'set', shard_size=2, **options)
+  found = selection.subset(source, tmp_path / 'set', shard_size=2, **options)
   kept = np.array(kept)
   everything = np.arange(len(kept))
   np.testing.assert_array_equal(found.gather(everything)[:, 0, 0, 0], kept)
@@ -103,12 +103,12 @@ def test_a_count_takes_the_same_share_of_each_class(tmp_path):
   )
   kept = np.zeros(40)
   for seed in range(20):
-    found = selection.select(source, tmp_path / f'set{seed}', count=8, seed=seed)
+    found = selection.subset(source, tmp_path / f'set{seed}', count=8, seed=seed)
     assert found.metadata['counts']['per_class'] == [2, 2, 2, 2]
     kept[found.gather(np.arange(8)).ravel()] += 1
   # Binomial, 20 of 0.2: mean 4, deviation 1.8; five of them are allowed.
   assert abs(kept - 4).max() < 9
-  found = selection.select(source, tmp_path / 'again', count=8, seed=19)
+  found = selection.subset(source, tmp_path / 'again', count=8, seed=19)
   assert sorted(found.gather(np.arange(8)).ravel()) == sorted(
     sample_sets.SampleSet.open(tmp_path / 'set19').gather(np.arange(8)).ravel()
   )
@@ -130,9 +130,9 @@ def test_a_count_takes_the_same_share_of_each_class(tmp_path):
 def test_selections_that_are_refused(tmp_path, options, message):
   source = pool(tmp_path / 'pool')
   with pytest.raises(UserError, match=message):
-    selection.select(source, tmp_path / 'set', **options)
+    selection.subset(source, tmp_path / 'set', **options)
   with pytest.raises(UserError, match='no confidences'):
-    selection.select(pool(tmp_path / 'old', None), tmp_path / 'set', top_fraction=0.5)
+    selection.subset(pool(tmp_path / 'old', None), tmp_path / 'set', top_fraction=0.5)
 
 
 @pytest.mark.parametrize(

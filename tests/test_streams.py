@@ -13,7 +13,7 @@ import pytest
 
 from experiments import digits
 from jaxrobust.config import resolve
-from jaxrobust.data import pipeline
+from jaxrobust.data import pipeline, training_images
 from jaxrobust.data.datasets import Split
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
@@ -211,14 +211,20 @@ def test_damaged_records_of_verifications_say_nothing(folder, tmp_path):
   assert found.is_verified()
 
 
-def test_a_run_opens_the_streams_of_its_slots(folder, monkeypatch):
+def test_a_run_opens_the_streams_of_its_slots(folder, tmp_path, monkeypatch):
   """And without a sample set it has one."""
   config = digits.get_config().unlock()
   config.data.update(samples=str(folder), streams=COUNT)
   monkeypatch.setattr(parallel, 'process_slots', lambda batch: (batch // 2, batch))
   arrays = np.zeros((600, 2, 2, 1), np.uint8), np.arange(600) % K
-  data = classifier.load_data(config, arrays)
-  assert data.generated.images == range(50, 101)
+  loaded, load = [], training_images.load
+  monkeypatch.setattr(
+    training_images, 'load', lambda *given: loaded.append(load(*given)) or 1 / 0
+  )
+  with pytest.raises(ZeroDivisionError):
+    classifier.train(config.lock(), tmp_path / 'run', train=arrays)
+  assert loaded[0].generated.images == range(50, 101)
+  config.unlock()
   assert resolve(config).streams == COUNT
   assert classifier.check_batch(config, resolve(config)) == [(32, 32)]
   config.data.streams = 64

@@ -21,8 +21,8 @@ from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.stylegan2 import StyleGAN2, layers, networks, training
 from jaxrobust.models import feature_networks
 from jaxrobust.planning import device_programs
-from tests.conftest import ROOT
 from tests.helpers import nvidia_files, ring
+from tests.helpers.programs import ROOT
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 INFO = dataset_info.INFO['digits']

@@ -69,7 +69,7 @@ def test_progress_leaves_compilation_out_of_the_speed(monkeypatch):
   clock = iter([0, 100, 110, 120])  # The first step takes 100 seconds, the others 10.
   monkeypatch.setattr(metrics.time, 'monotonic', lambda: next(clock))
   lines = []
-  monkeypatch.setattr(metrics, 'say', lines.append)
+  monkeypatch.setattr(metrics, 'log_line', lines.append)
   progress = metrics.Progress('train', 10, 'steps', seconds=0)
   for _ in range(3):
     progress.advance(1, 'loss 1')
@@ -85,7 +85,7 @@ def test_what_took_its_time_long_ago_says_nothing_of_the_time_left(monkeypatch):
   clock = iter([0, 1, 1_001, *range(1_002, 1_017)])
   monkeypatch.setattr(metrics.time, 'monotonic', lambda: next(clock))
   lines = []
-  monkeypatch.setattr(metrics, 'say', lines.append)
+  monkeypatch.setattr(metrics, 'log_line', lines.append)
   progress = metrics.Progress('train', 100, 'steps', seconds=0)
   for _ in range(17):
     progress.advance()

@@ -10,9 +10,11 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 from jaxrobust.analysis.distances import nearest as nearest_rows
 from jaxrobust.errors import UserError
+from jaxrobust.models import feature_networks
 
 SETS = ('train', 'test', 'generated')
 
@@ -124,3 +126,36 @@ def _others(rows):
   # Of repeated images the first column may be another one.
   itself = indices[:, :1] == np.arange(len(rows))[:, None]
   return distances[:, 1:], np.where(itself, indices[:, 1:], indices[:, :1])
+
+
+def compare(
+  features: dict[str, np.ndarray], seed: int
+) -> tuple[dict[str, float], Neighbours]:
+  """All figures of three sets.
+
+  Args:
+    features: [n, F] of each of SETS.
+    seed: of the two-sample test.
+
+  Returns:
+    (figures by name, shares as fractions; neighbours of the generated images).
+
+  Raises:
+    UserError: for sets of different sizes.
+  """
+  logging.info('comparing %d features of each image', features['train'].shape[1])
+  fid = lambda name: feature_networks.fid(features['train'], features[name])
+  distinguished = two_sample_test(features['test'], features['generated'], seed)
+  found = neighbours(features, 'generated')
+  shares = found.shares()
+  return {
+    'fid': fid('generated'),
+    'fid_test': fid('test'),
+    'two_sample_accuracy': distinguished.accuracy,
+    'two_sample_standard_error': distinguished.standard_error,
+    'nearest_train': float(shares[0]),
+    'nearest_test': float(shares[1]),
+    'nearest_itself': float(shares[2]),
+    'coverage_train': coverage(features, 'train'),
+    'coverage_test': coverage(features, 'test'),
+  }, found

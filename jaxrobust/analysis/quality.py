@@ -7,15 +7,12 @@ published FIDs are by one Inception network, whose features can be given as a fi
 This coverage is Naeem's, not the share of the paper's coverage table.
 """
 
-import os
 from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 
 from jaxrobust.analysis import distances
-from jaxrobust.errors import UserError
-from jaxrobust.files import arrays
 from jaxrobust.models import feature_networks
 from jaxrobust.samples import pictures, stratified
 
@@ -94,59 +91,3 @@ def neighbours(
   """
   order = np.argsort(figures.distances[:, 0], kind='stable')[:rows]
   return pictures.grid([[generated[i], *real[figures.indices[i]]] for i in order])
-
-
-def features_of(
-  source: str, real: np.ndarray, generated: np.ndarray, dataset: str = ''
-) -> tuple[str, np.ndarray, np.ndarray]:
-  """The features of real and generated images, by a network or from a file.
-
-  Args:
-    source: an `.npz` as of `read_features`, or a network as of `models.features`.
-    real, generated: uint8 [n, H, W, C].
-    dataset: as of `find_classifier`.
-
-  Returns:
-    (name of the network, features [n, F] of real, and of generated).
-
-  Raises:
-    UserError: as those; the file is of other numbers of images.
-  """
-  if not source.endswith('.npz'):
-    name, features_fn = feature_networks.network(source, dataset=dataset)
-    return name, features_fn(real), features_fn(generated)
-  name, *features = read_features(source)
-  rows = [len(real), len(generated)]
-  if [len(x) for x in features] != rows:
-    raise UserError(
-      f'{source} has features of {[len(x) for x in features]} real and generated '
-      f'images; it needs {rows}'
-    )
-  return name, *features
-
-
-def read_features(
-  path: str | os.PathLike, sets: tuple[str, ...] = ('real', 'generated')
-) -> tuple[str, ...]:
-  """Reads features that another program computed.
-
-  Args:
-    path: `.npz` with `network` (its name), and float [n, F] for each of the sets.
-    sets: their names; F is the same for all.
-
-  Returns:
-    (network, features of each set).
-
-  Raises:
-    UserError: the file is absent, damaged or holds something else.
-  """
-  expected = {'network': ('U', 0), **{name: ('fiu', 2) for name in sets}}
-  content = arrays.read_npz(path, expected)
-  found = [content[name] for name in sets]
-  if len({x.shape[1] for x in found}) > 1 or not found[0].shape[1]:
-    shapes = zip(sets, (list(x.shape) for x in found), strict=True)
-    raise UserError(
-      f'{path} holds {" and ".join(f"{name} {shape}" for name, shape in shapes)}: '
-      'they must be [n, F], of one F'
-    )
-  return str(content['network']), *found

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxrobust.config import check_epsilon
+from jaxrobust.config import attack
 from jaxrobust.errors import UserError
 
 
@@ -275,7 +275,7 @@ def get(name: str, epsilon: float) -> Ball:
   """
   if name not in _BALLS:
     raise UserError(f'norm {name!r} is unknown: use one of {", ".join(_BALLS)}')
-  check_epsilon(name, epsilon, 'epsilon')
+  attack.check_epsilon(name, epsilon, 'epsilon')
   return _BALLS[name](float(epsilon))
 
 

@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrobust.config import registries
 from jaxrobust.errors import UserError
 
 # (logits [B, K], reference) → [B], to be maximised.
 Objective = Callable[[jax.Array, jax.Array], jax.Array]
 
-OBJECTIVES: dict[str, Objective] = {}
+OBJECTIVES = registries.OBJECTIVES
 
 # What each takes as its reference: labels int [B], probabilities [B, K], or either.
 REFERENCES: dict[str, str] = {}
@@ -31,10 +32,8 @@ REFERENCES: dict[str, str] = {}
 def register(name: str, reference: str) -> Callable[[Objective], Objective]:
   """Makes an objective known to configs, by its name.
 
-  A function that is defined again, as in a notebook, takes the place of what it was.
-
   Args:
-    name: as in `config.attack.objective`.
+    name: as in `config.attack.objective`; as of `registries.Registry.register`.
     reference: what it takes beside the logits [B, K]: 'labels', 'probabilities' or
       'either'.
 
@@ -44,23 +43,13 @@ def register(name: str, reference: str) -> Callable[[Objective], Objective]:
   Raises:
     UserError: for a name that is taken, or another kind of reference.
   """
-
-  def add(objective):
-    known = OBJECTIVES.get(name, objective)
-    place = lambda fn: (fn.__module__, fn.__qualname__)
-    if place(known) != place(objective):
-      raise UserError(
-        f'objective {name!r} is registered already: use another name than '
-        f'{", ".join(OBJECTIVES)}'
-      )
-    if reference not in ('labels', 'probabilities', 'either'):
-      raise UserError(
-        f'objective {name!r}: reference = {reference!r}; use labels, probabilities or '
-        'either'
-      )
-    OBJECTIVES[name], REFERENCES[name] = objective, reference
-    return objective
-
+  if reference not in ('labels', 'probabilities', 'either'):
+    raise UserError(
+      f'objective {name!r}: reference = {reference!r}; use labels, probabilities or '
+      'either'
+    )
+  add = OBJECTIVES.register(name, frames=2)
+  REFERENCES[name] = reference
   return add
 
 

@@ -9,18 +9,29 @@ import optax
 from ml_collections import config_dict
 
 from jaxrobust.attacks import attack, norms, objectives
-from jaxrobust.errors import UserError
+from jaxrobust.config import attack as attack_configs
+from jaxrobust.config import registries
+
+STEP_RULES, INITIALIZATIONS = registries.STEP_RULES, registries.INITIALIZATIONS
+
+
+def _steepest(ball: type[norms.Ball]) -> optax.GradientTransformation:
+  """Steps as long as the step size in the norm of a kind of ball."""
+  return optax.stateless(lambda gradient, _: ball.steepest(gradient))
+
 
 # A gradient's way to a step, before the step size. The published attacks use Adam
 # with these constants (released code).
-STEP_RULES = {
-  'adam': optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-9),
-  'sign': optax.stateless(lambda gradient, _: norms.Linf.steepest(gradient)),
-  'normalized': optax.stateless(lambda gradient, _: norms.L2.steepest(gradient)),
-  'sparse': optax.stateless(lambda gradient, _: norms.L1.steepest(gradient)),
-}
+STEP_RULES.register('adam', optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-9))
+STEP_RULES.register('sign', _steepest(norms.Linf))
+STEP_RULES.register('normalized', _steepest(norms.L2))
+STEP_RULES.register('sparse', _steepest(norms.L1))
 
-INITIALIZATIONS = ('uniform', 'zero')
+# (ball, rngs [B], images [B, H, W, C]) → where an attack starts, [B, H, W, C].
+INITIALIZATIONS.register(
+  'uniform', lambda ball, rngs, images: ball.initialize(rngs, images)
+)
+INITIALIZATIONS.register('zero', lambda ball, rngs, images: images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +130,7 @@ class PGD(attack.Attack):
       update, state = self.step_rule.update(gradient_of(iterate), state)
       return self.ball.project(iterate + sizes[index] * update, images), state
 
-    start = images
-    if self.initialization == 'uniform':
-      start = self.ball.initialize(rngs, images)
+    start = INITIALIZATIONS[self.initialization](self.ball, rngs, images)
     start = (start, self.step_rule.init(images))
     return jax.lax.fori_loop(0, self.num_steps, step, start)[0]
 
@@ -137,48 +146,20 @@ def from_config(config: config_dict.ConfigDict, ball: norms.Ball) -> PGD:
   """The attack of a config.
 
   Args:
-    config: has the fields objective, step_rule, num_steps, step_sizes,
-      step_boundaries, initialization and restarts; names are those of
-      `objectives.OBJECTIVES`, `STEP_RULES` and `INITIALIZATIONS`.
+    config: has the fields that `config.attack` declares.
     ball: where images may go.
 
   Raises:
     UserError: for an unknown name, or numbers that do not describe an attack.
   """
-  for field, choices in (
-    ('objective', objectives.OBJECTIVES),
-    ('step_rule', STEP_RULES),
-    ('initialization', INITIALIZATIONS),
-  ):
-    if (value := config[field]) not in choices:
-      raise UserError(f'attack.{field} = {value!r}: use one of {", ".join(choices)}')
-  for field in ('num_steps', 'restarts'):
-    if (value := config[field]) < 1:
-      raise UserError(f'attack.{field} = {value}: use 1 or more')
-  sizes, boundaries = tuple(config.step_sizes), tuple(config.step_boundaries)
-  if len(sizes) != len(boundaries) + 1:
-    raise UserError(
-      f'attack.step_sizes = {sizes} with attack.step_boundaries = {boundaries}: '
-      'give one size more than boundaries'
-    )
-  if not all(size > 0 for size in sizes):
-    raise UserError(f'attack.step_sizes = {sizes}: use sizes above 0')
-  if any(b <= a for a, b in zip((0, *boundaries), boundaries, strict=False)):
-    raise UserError(
-      f'attack.step_boundaries = {boundaries}: use steps above 0, in rising order'
-    )
-  if config.initialization == 'zero' and config.restarts > 1:
-    raise UserError(
-      f"attack.restarts = {config.restarts} with attack.initialization = 'zero' "
-      "would repeat one attack: use 1 restart, or initialization = 'uniform'"
-    )
+  attack_configs.check(config)
   return PGD(
     ball=ball,
     objective=objectives.OBJECTIVES[config.objective],
     step_rule=STEP_RULES[config.step_rule],
     num_steps=config.num_steps,
-    step_sizes=sizes,
-    step_boundaries=boundaries,
+    step_sizes=tuple(config.step_sizes),
+    step_boundaries=tuple(config.step_boundaries),
     initialization=config.initialization,
     restarts=config.restarts,
   )

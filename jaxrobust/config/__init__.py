@@ -9,7 +9,6 @@ here and in `tables`; `experiments` finds and reads their files.
 from jaxrobust.config.classifier import (
   Derived,
   check,
-  check_epsilon,
   experiment_name,
   resolve,
   without_seed,
@@ -26,7 +25,6 @@ from jaxrobust.config.records import (
 __all__ = [
   'Derived',
   'check',
-  'check_epsilon',
   'continued',
   'describe',
   'differences',

@@ -2,7 +2,7 @@
 
 from ml_collections import config_dict
 
-from jaxrobust.config import classifier, dataset_info, fields
+from jaxrobust.config import attack, classifier, dataset_info, fields
 from jaxrobust.config.fields import field
 from jaxrobust.errors import UserError
 
@@ -35,7 +35,7 @@ FIELDS = {
     10_000, 'of each of test and generated that are labelled and attacked', least=1
   ),
   'batch_size': field(256, 'images on a device at a time', least=1, free=True),
-  'threat': classifier.threat_fields(),
+  'threat': attack.THREAT,
   # On the labeller's predictions.
   'attack': classifier.FIELDS['evaluation']['attack'],
   # When a condition counts as met: rules of this program, the paper gives no numbers.
@@ -102,7 +102,7 @@ def check(config: config_dict.ConfigDict) -> None:
     )
   dataset_info.check(config.dataset)
   fields.check(config, FIELDS)
-  classifier.check_epsilon(config.threat.norm, config.threat.epsilon)
+  attack.check_epsilon(config.threat.norm, config.threat.epsilon)
   for field_name, what in (
     ('samples', 'the folder of the sample set'),
     ('labeller', 'the workdir of a non-robust classifier'),

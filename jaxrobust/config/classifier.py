@@ -8,55 +8,15 @@ number of steps with it.
 """
 
 import dataclasses
-import math
 import os
 import re
 from typing import Any
 
 from ml_collections import config_dict
 
-from jaxrobust.config import dataset_info, fields, registries
+from jaxrobust.config import attack, dataset_info, fields, registries
 from jaxrobust.config.fields import field
 from jaxrobust.errors import UserError
-
-
-def attack_fields(
-  objective: str, num_steps: int, step_sizes: tuple, step_boundaries: tuple
-) -> dict:
-  """The fields of an attack by projected gradients, with these defaults."""
-  return {
-    'objective': field(
-      objective,
-      'kl_divergence or squared_distance (to the clean prediction; with CutMix or '
-      'mixup to the targets), margin, or cross_entropy (plain adversarial training: '
-      'loss.name adversarial)',
-    ),
-    'step_rule': field(
-      'adam', 'of the gradient', choices=('adam', 'sign', 'normalized', 'sparse')
-    ),
-    'num_steps': field(num_steps, 'of the attack', above=0),
-    'step_sizes': field(
-      step_sizes, 'pixel values; one more than boundaries', type=tuple, above=0
-    ),
-    'step_boundaries': field(
-      step_boundaries, 'attack steps at which the next size starts', least=0
-    ),
-    'initialization': field(
-      'uniform', 'where each restart begins', choices=('uniform', 'zero')
-    ),
-    'restarts': field(1, 'of the attack', above=0),
-  }
-
-
-def threat_fields() -> dict:
-  """The fields of what an attack may do."""
-  return {
-    'norm': field('linf', 'of the perturbation', choices=('linf', 'l2', 'l1')),
-    'epsilon': field(
-      8 / 255, 'greatest norm, in pixel values from 0 to 1, such as 8/255', above=0
-    ),
-  }
-
 
 FIELDS: dict[str, Any] = {
   'seed': field(0, 'of initialisation, data order, augmentation and attacks', least=0),
@@ -168,7 +128,7 @@ FIELDS: dict[str, Any] = {
       choices=('float32', 'bfloat16'),
     ),
   },
-  'threat': threat_fields(),
+  'threat': attack.THREAT,
   'loss': {
     'name': field('trades', 'of training', choices=registries.LOSSES),
     'beta': field(6.0, 'weight of the KL term, or of what takes its place', least=0),
@@ -177,7 +137,7 @@ FIELDS: dict[str, Any] = {
       'of trades: kl; improved_kl, beta * soft cross-entropy + pairwise * differences '
       'of logits (Cui et al. 2023); squared distances of probabilities in both terms '
       '(SCORE)',
-      choices=('kl', 'improved_kl', 'squared'),
+      choices=registries.DIVERGENCES,
     ),
     'pairwise': field(
       10.0, 'of improved_kl: weight of the differences of logits', least=0
@@ -205,7 +165,7 @@ FIELDS: dict[str, Any] = {
       5e-4, 'of 0.5 * sum of squares of weights and biases', least=0
     ),
   },
-  'attack': attack_fields('kl_divergence', 10, (0.1, 0.01), (5,)),  # of training
+  'attack': attack.fields_of('kl_divergence', 10, (0.1, 0.01), (5,)),  # of training
   'optimizer': {
     'learning_rate': field(
       None,
@@ -275,7 +235,7 @@ FIELDS: dict[str, Any] = {
     ),
     'save_adversarial': field(False, 'of every image that falls', free=True),
     # PGD-40.
-    'attack': attack_fields('margin', 40, (0.1, 0.01, 0.0001), (20, 30)),
+    'attack': attack.fields_of('margin', 40, (0.1, 0.01, 0.0001), (20, 30)),
   },
   'checkpoint': {
     'interval_epochs': field(10.0, 'between checkpoints', above=0),
@@ -367,6 +327,9 @@ def with_arg(
   return c.lock()
 
 
+_OF_TRAINING = ('loss', 'attack')  # parts that only training reads
+
+
 def resolve(config: config_dict.ConfigDict) -> Derived:
   """Checks a config and computes what follows from it.
 
@@ -380,7 +343,8 @@ def resolve(config: config_dict.ConfigDict) -> Derived:
     UserError: for a value out of its range, or fields that contradict each other.
   """
   check(config)
-  fields.check(config.loss, FIELDS['loss'], 'loss.')
+  for part in _OF_TRAINING:
+    fields.check(config[part], FIELDS[part], f'{part}.')
   _check_loss(config.loss)
   batch_size = config.data.batch_size
   steps = lambda epochs: max(
@@ -412,8 +376,8 @@ def resolve(config: config_dict.ConfigDict) -> Derived:
 def check(config: config_dict.ConfigDict) -> None:
   """Raises UserError for the first field with a value that cannot be meant.
 
-  The loss is left to `resolve`: whoever judges what was trained by a loss of his own
-  need not know it.
+  The loss and the attack of training are left to `resolve`: who judges what was trained
+  by a loss or an attack of one's own need not know it.
   """
   if 'threat' not in config or 'training' not in config:
     raise UserError(
@@ -421,8 +385,8 @@ def check(config: config_dict.ConfigDict) -> None:
       'experiments/digits.py, or the workdir of such a run'
     )
   dataset_info.check(config.dataset)
-  fields.check(config, {k: x for k, x in FIELDS.items() if k != 'loss'})
-  check_epsilon(config.threat.norm, config.threat.epsilon)
+  fields.check(config, {k: x for k, x in FIELDS.items() if k not in _OF_TRAINING})
+  attack.check_epsilon(config.threat.norm, config.threat.epsilon)
   if config.checkpoint.export == 'best' and not config.dataset.validation_images:
     raise UserError(
       "config.checkpoint.export = 'best' with no validation images to choose by: "
@@ -449,33 +413,6 @@ def check(config: config_dict.ConfigDict) -> None:
       'use a divisor of the number of groups'
     )
   _check_augment(config)
-
-
-def check_epsilon(
-  norm: str, epsilon: float, given: str = 'config.threat.epsilon'
-) -> None:
-  """Refuses a ball that was meant in pixel values from 0 to 255, or cannot be meant.
-
-  Args:
-    norm: 'linf', 'l2' or 'l1'.
-    epsilon: radius, in pixel values from 0 to 1.
-    given: what it was given as, for the message.
-
-  Raises:
-    UserError: for an l-inf of 1 or more, with which any image becomes any other; for an
-      l2 of 100 or more (the published ones are 0.25 to 5), an l1 of 10,000 or more (12
-      to 255, on images of up to 224x224), and for what is not above 0.
-  """
-  limits = {'linf': 1, 'l2': 100, 'l1': 10_000}
-  if isinstance(epsilon, str) or not 0 < epsilon < limits[norm]:
-    meant = ''
-    if not isinstance(epsilon, str) and limits[norm] <= epsilon < math.inf:
-      levels = epsilon if epsilon / 255 < limits[norm] else 8
-      meant = f'; did you mean {levels:g}/255?'
-    raise UserError(
-      f'{given} = {epsilon} in {norm}: use a number above 0 and below '
-      f'{limits[norm]}, in pixel values from 0 to 1{meant}'
-    )
 
 
 def _check_augment(config):

@@ -10,7 +10,8 @@ it is imported before the name is used; an experiment's file is:
 
 From then on `--config.loss.name=mine` is a choice like any other: checks, help and
 messages know it. What is registered, the room that uses it says: `training.losses`,
-`attacks.suites`, `generators`, `models` and `config.dataset_info`.
+`attacks.objectives`, `attacks.pgd`, `attacks.suites`, `generators`, `models` and
+`config.dataset_info`.
 
 The names of what the package brings stand here, with the module that registers each, so
 that a config is checked without importing jax.
@@ -39,18 +40,21 @@ class Registry:
     self._items: dict[str, Any] = {}
     self._homes: dict[str, str] = {}
 
-  def register(self, name: str, item: Any = None) -> Callable[[Any], Any] | Any:
+  def register(
+    self, name: str, item: Any = None, *, frames: int = 1
+  ) -> Callable[[Any], Any] | Any:
     """Adds a thing under a name: a decorator, or with `item` a call.
 
     Args:
       name: what configs and flags say. The same file may register it again, as a
         notebook's cell does that runs twice.
       item: the thing; left out, the decorated function or class is.
+      frames: how many calls above this one the file stands that registers it.
 
     Raises:
       UserError: if the package or another file has registered that name.
     """
-    caller = sys._getframe(1).f_globals
+    caller = sys._getframe(frames).f_globals
     home = caller.get('__file__', caller['__name__'])
     owner = self._builtin.get(name, caller['__name__'])
     if owner != caller['__name__'] or self._homes.setdefault(name, home) != home:
@@ -118,6 +122,23 @@ LOSSES = Registry(
     'jaxrobust.training.losses',
     *('standard', 'adversarial', 'trades', 'lbgat', 'uat'),
   ),
+)
+# Of `config.loss.divergence`.
+DIVERGENCES = Registry(
+  'divergence', _all('jaxrobust.training.losses', 'kl', 'improved_kl', 'squared')
+)
+OBJECTIVES = Registry(
+  'objective',
+  _all(
+    'jaxrobust.attacks.objectives',
+    *('cross_entropy', 'kl_divergence', 'squared_distance', 'margin'),
+  ),
+)
+STEP_RULES = Registry(
+  'step rule', _all('jaxrobust.attacks.pgd', 'adam', 'sign', 'normalized', 'sparse')
+)
+INITIALIZATIONS = Registry(
+  'initialization', _all('jaxrobust.attacks.pgd', 'uniform', 'zero')
 )
 ATTACKS = Registry(
   'attack',

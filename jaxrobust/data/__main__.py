@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _disk_error(error: Exception) -> UserError | None:
-  """As `workdir.disk_error`."""
+  """One line on a disk or bucket that cannot be used; see `workdir.disk_error`."""
   from jaxrobust.runs import workdir  # jax, which few commands need
 
   return workdir.disk_error(error)
@@ -92,7 +92,7 @@ def _export(args: argparse.Namespace) -> None:
 def _select(args: argparse.Namespace) -> None:
   """A sample set of some of the samples of another."""
   found = sample_sets.SampleSet.open(args.set)
-  made = selection.select(
+  made = selection.subset(
     found,
     args.out,
     count=args.count,
@@ -112,7 +112,7 @@ def _verify(args: argparse.Namespace) -> None:
   print(f'{found.path}: {len(found)} images, every file as written')
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _estimate_hosts(args: argparse.Namespace) -> None:
   """What the set, or a set of so many images, asks of each host."""
   if number := re.fullmatch('([0-9][0-9_]*)([kM]?)', args.set):
     count = int(number[1].replace('_', '')) * {'': 1, 'k': 10**3, 'M': 10**6}[number[2]]
@@ -155,9 +155,12 @@ def _progress(batches: Iterable, total: int) -> Iterator:
       bar.update(len(batch[0]))
 
 
-def _judge(args: argparse.Namespace) -> None:
+def _compare_with_real(args: argparse.Namespace) -> None:
   """How close a sample set is to the training images; draws the closest."""
-  from jaxrobust.analysis import quality  # jax, which no other command needs
+  from jaxrobust.analysis import (  # jax, which no other command needs
+    image_features,
+    quality,
+  )
 
   found = sample_sets.SampleSet.open(args.set)
   real = datasets.load(
@@ -175,11 +178,11 @@ def _judge(args: argparse.Namespace) -> None:
   if args.count < 2:
     raise UserError(f'count = {args.count}: compare at least 2 samples')
   generated = found.gather(stratified.one_of_each_part(len(found), args.count, 0))
-  name, *features = quality.features_of(
+  name, *rows = image_features.of_real_and_generated(
     args.features, real, generated, dataset=args.dataset
   )
-  figures = quality.compare(*features)
-  print(f'features: {name}, {features[0].shape[1]} of each image')
+  figures = quality.compare(*rows)
+  print(f'features: {name}, {rows[0].shape[1]} of each image')
   print(f'images: {len(real)} of {args.dataset} train, {len(generated)} generated')
   print(f'FID {figures.fid:.4f} (comparable with the same features and numbers only)')
   print(f'density {figures.density:.4f}, coverage {figures.coverage:.4f}')
@@ -219,8 +222,8 @@ _COMMANDS = {
   'import': _import,
   'export': _export,
   'select': _select,
-  'plan': _plan,
-  'quality': _judge,
+  'plan': _estimate_hosts,
+  'quality': _compare_with_real,
   'info': _show,
   'verify': _verify,
 }

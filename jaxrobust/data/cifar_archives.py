@@ -4,7 +4,6 @@ Both hold the same images in the same order of files, so what is prepared from e
 the same.
 """
 
-import hashlib
 import io
 import pathlib
 import tarfile
@@ -14,6 +13,7 @@ import numpy as np
 
 from jaxrobust.errors import UserError
 from jaxrobust.files import pickles
+from jaxrobust.runs import checksums
 
 _PIXELS = 32 * 32 * 3
 _MAX_BYTES = 2**28  # of a file in an archive; the largest has 155 MB
@@ -78,9 +78,8 @@ def write_binary(name: str, path: pathlib.Path, folder: pathlib.Path) -> None:
     UserError: if it is not the official archive.
   """
   known = ARCHIVES[name]
-  with path.open('rb') as file:
-    if hashlib.file_digest(file, 'sha256').hexdigest() != known.sha256:
-      raise UserError(f'{path} is not the official archive of {name}; fetch it again')
+  if checksums.sha256(path) != known.sha256:
+    raise UserError(f'{path} is not the official archive of {name}; fetch it again')
   target = folder / known.folders[1]
   target.mkdir()
   with tarfile.open(path) as archive:

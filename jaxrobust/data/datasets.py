@@ -41,7 +41,7 @@ class Split(NamedTuple):
   labels: np.ndarray
 
   def checksum(self) -> str:
-    """Of all of it, by which machines find out whether they hold the same."""
+    """A checksum, by which machines find out whether they hold the same images."""
     images, labels = (np.ascontiguousarray(x).data for x in self)
     return f'{zlib.crc32(labels, zlib.crc32(images)):08x}'
 

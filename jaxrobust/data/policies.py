@@ -228,7 +228,7 @@ def _equalized(values):
 
 
 def _blended(values, operation, factor):
-  """From what each enhancer calls factor 0, through the image (1) and beyond."""
+  """Blends from what each enhancer calls factor 0, through the image (1) and beyond."""
   grey = _grey(values)
   mean = jnp.floor(jnp.mean(grey.astype(jnp.float32)) + 0.5).astype(jnp.int32)
   start = jnp.where(

@@ -38,7 +38,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def number() -> int:
-  """Of this process, from 0."""
+  """The number of this process, from 0."""
   return jax.process_index()
 
 

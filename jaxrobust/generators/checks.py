@@ -66,5 +66,7 @@ def check_fitted(config: config_dict.ConfigDict) -> None:
       f'config.fitted = {folder} was fitted by another config ({"; ".join(changed)}): '
       'use the same dataset and generator, or fit anew'
     )
-  if not (folder / 'generator.npz').exists():
-    raise UserError(f'config.fitted = {folder} has no generator.npz: finish its fit')
+  if not (folder / workdirs.GENERATOR).exists():
+    raise UserError(
+      f'config.fitted = {folder} has no {workdirs.GENERATOR}: finish its fit'
+    )

@@ -12,8 +12,6 @@ from jaxrobust.files import arrays
 from jaxrobust.generators import checks
 from jaxrobust.runs import workdir as workdirs
 
-_FILE = 'generator.npz'
-
 
 def convert(
   config: config_dict.ConfigDict, source: epath.Path, target: epath.Path
@@ -35,10 +33,11 @@ def convert(
     UserError: if the source is damaged or of another network, or the target exists;
       then nothing is written.
   """
-  if target.name != _FILE:
+  if target.name != workdirs.GENERATOR:
     raise UserError(
-      f"--to={target}: --config is a generator's, which is written to {_FILE} in the "
-      f"workdir of a run: give --to=DIR/{_FILE}, or a classifier's config"
+      f"--to={target}: --config is a generator's, which is written to "
+      f'{workdirs.GENERATOR} in the workdir of a run: give '
+      f"--to=DIR/{workdirs.GENERATOR}, or a classifier's config"
     )
   if target.exists():
     raise UserError(f'{target} exists: remove it, or give another --to')

@@ -181,7 +181,7 @@ def from_workdir(folder: str | epath.Path) -> Card:
   """
   folder = epath.Path(folder)
   config = workdirs.read_config(folder)
-  file = folder / 'checkpoint.npy'
+  file = folder / workdirs.CHECKPOINT
   sha256 = checksums.sha256(file) if file.exists() else None
   return from_config(
     config,

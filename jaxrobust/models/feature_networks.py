@@ -14,7 +14,7 @@ from etils import epath
 from jaxrobust.config import dataset_info
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.models import classifiers, lpips
+from jaxrobust.models import lpips, named_classifiers
 
 LPIPS = 'lpips:'  # before the path of its weights
 OR_FEATURES = ' (or an .npz of features)'  # what may stand for a network, in messages
@@ -38,7 +38,7 @@ def network(path: str, batch_size: int = 256, dataset: str = '') -> Network:
   """A network that is here: the penultimate layer of a classifier, or LPIPS.
 
   Args:
-    path: of a classifier, as of `classifiers.find`; or 'lpips:FILE', see
+    path: of a classifier, as of `named_classifiers.find`; or 'lpips:FILE', see
       `jaxrobust.models.lpips`.
     batch_size: images at a time on each device.
     dataset: whose images it is to see, a key of `dataset_info.INFO`: UserError where
@@ -48,7 +48,7 @@ def network(path: str, batch_size: int = 256, dataset: str = '') -> Network:
     The network, named by its card, or 'LPIPS (AlexNet)'.
 
   Raises:
-    UserError: as of `classifiers.load`, or for a file without LPIPS.
+    UserError: as of `named_classifiers.load`, or for a file without LPIPS.
   """
   if path.startswith(LPIPS):
     name = 'LPIPS (AlexNet)'
@@ -56,7 +56,9 @@ def network(path: str, batch_size: int = 256, dataset: str = '') -> Network:
     features_fn = lpips.features
   else:
     info = dataset_info.INFO.get(dataset) if dataset in dataset_info.INFO else None
-    found, model, variables = classifiers.load(path, 'features', info, OR_FEATURES)
+    found, model, variables = named_classifiers.load(
+      path, 'features', info, OR_FEATURES
+    )
     name = f'{found.card.name} (penultimate layer)'
     features_fn = lambda v, x: model.features(*v, x)
   mapped = parallel.pmap(lambda v, x: features_fn(v, jnp.float32(x) / 255), local=True)

@@ -8,7 +8,7 @@ import jax
 from jaxrobust.config import dataset_info
 from jaxrobust.config.generator import CONDITION
 from jaxrobust.distributed import parallel
-from jaxrobust.models import classifiers
+from jaxrobust.models import named_classifiers
 from jaxrobust.runs import checksums
 
 
@@ -39,7 +39,7 @@ def labeller_of(path: str, info: dataset_info.DatasetInfo, batch_size: int) -> L
   """
   if path == CONDITION:
     return Labeller(CONDITION, lambda images, classes: {'labels': classes})
-  found, model, variables = classifiers.load(path, 'config.labeller', info)
+  found, model, variables = named_classifiers.load(path, 'config.labeller', info)
 
   def predict(variables, images):
     logits, _ = model.apply(*variables, images / 255, batch_stats=False)

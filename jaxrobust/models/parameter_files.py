@@ -170,7 +170,7 @@ def read(path: str) -> tuple[Any, Any]:
     return companions.without(state['ema_params']), companions.without(
       state['ema_net_state']
     )
-  file = _existing(file / 'checkpoint.npy' if file.is_dir() else file)
+  file = _existing(file / workdirs.CHECKPOINT if file.is_dir() else file)
   if file.suffix not in SUFFIXES:
     raise UserError(f'{file}: the name must end in one of {", ".join(SUFFIXES)}')
   try:

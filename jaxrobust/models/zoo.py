@@ -18,6 +18,7 @@ from jaxrobust.errors import UserError
 from jaxrobust.files import arrays, json_files
 from jaxrobust.models import card as cards
 from jaxrobust.models import hub, safetensors
+from jaxrobust.runs import workdir as workdirs
 
 URL = 'https://storage.googleapis.com/dm-adversarial-robustness/'
 SUFFIXES = ('.npy', '.pt')  # of each released checkpoint
@@ -178,15 +179,15 @@ def find(name_or_path: str) -> Found | None:
     return Found(ENTRIES[name_or_path], path)
   path = epath.Path(name_or_path).expanduser()
   workdir, step = split_step(path)
-  if step is not None and (workdir / 'config.json').exists():
+  if step is not None and workdirs.has_run(workdir):
     # What was judged is another checkpoint of the run.
     card = cards.from_workdir(workdir)
     return Found(dataclasses.replace(card, accuracies=()), path)
   if path.stem in ENTRIES:
     return Found(ENTRIES[path.stem], path)
-  workdir = path.parent if path.name == 'checkpoint.npy' else path
-  if (workdir / 'config.json').exists():
-    return Found(cards.from_workdir(workdir), workdir / 'checkpoint.npy')
+  workdir = path.parent if path.name == workdirs.CHECKPOINT else path
+  if workdirs.has_run(workdir):
+    return Found(cards.from_workdir(workdir), workdir / workdirs.CHECKPOINT)
   beside = cards.path_of(path)
   if path.suffix and beside.exists():
     with arrays.open_file(beside) as file:

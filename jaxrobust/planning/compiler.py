@@ -67,7 +67,7 @@ def compile_for(devices: list, topology: str, program: device_programs.Program) 
 
 
 def _measures(compiled, rounds: int) -> dict:
-  """Of a compiled program."""
+  """What a compiled program takes: its sizes in bytes, and its schedule."""
   sizes = compiled.memory_analysis()
   return {
     'arguments': sizes.argument_size_in_bytes,

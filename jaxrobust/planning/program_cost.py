@@ -42,7 +42,7 @@ def flops(
 
 
 def _operations(equation, used, platforms, rounds) -> float:
-  """Of one equation, for its results that are used."""
+  """The operations of one equation, for its results that are used."""
   name, params = equation.primitive.name, equation.params
   if name == 'conv_general_dilated':
     return _convolution(equation)
@@ -88,7 +88,7 @@ def _branch_of_tpu(platforms) -> int:
 
 
 def _convolution(equation) -> float:
-  """Of one convolution."""
+  """The operations of one convolution."""
   params = equation.params
   numbers = params['dimension_numbers']
   images, kernel = (v.aval.shape for v in equation.invars)

@@ -65,7 +65,7 @@ class Schedule(NamedTuple):
 
   @property
   def cycles(self) -> float:
-    """Of all work."""
+    """The cycles of all work."""
     return sum(x.cycles for x in self.work)
 
   def collective_seconds(self, chip: hardware.Chip, num_devices: int) -> float:
@@ -232,7 +232,7 @@ def _trips(loop: _Instruction, computations, home: str, rounds: int) -> int:
 
 
 def _cycles(instruction: _Instruction) -> int:
-  """By the compiler's estimate; 0 where it made none."""
+  """The cycles by the compiler's estimate; 0 where it made none."""
   found = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
   return int(found[1]) if found else 0
 
@@ -288,7 +288,7 @@ def _inside(name: str, computations) -> list[_Instruction]:
 
 
 def _dimensions(shape: str) -> list[int]:
-  """Of an array's type."""
+  """The dimensions of an array's type."""
   found = _ARRAY.search(shape)
   return [int(n) for n in found[2].split(',') if n]
 

@@ -366,7 +366,7 @@ def image_rows(groups: dict) -> list[Strip]:
   rows = []
   first = {name: runs[0] for name, runs in groups.items()}
   for name, (folder, _) in first.items():
-    path = folder / 'figures' / 'examples.npz'
+    path = folder / workdirs.FIGURES / 'examples.npz'
     if path.exists():
       file = arrays.read_npz(path, _EXAMPLES, {'suite': ('U', 0)})
       if not rows:

@@ -60,9 +60,9 @@ class Point(NamedTuple):
     if not program:
       return all(map(self.is_finished, self.programs))
     if program == 'train':
-      return (self.workdir / 'checkpoint.npy').exists()
+      return (self.workdir / workdirs.CHECKPOINT).exists()
     if program == 'generate':
-      return shards.is_whole(self.workdir / 'samples')
+      return shards.is_whole(self.workdir / workdirs.SAMPLES)
     return self.result() is not None
 
   def result(self) -> dict | None:
@@ -88,7 +88,7 @@ class Point(NamedTuple):
       'train': dataset.train_images or info.train_size - held_out,
     }
     ball = norms.get(self.config.threat.norm, self.config.threat.epsilon)
-    path = self.workdir / 'checkpoint.npy'
+    path = self.workdir / workdirs.CHECKPOINT
     return {
       **suites.protocol(settings, ball, self.suite),
       'split': settings.split,
@@ -111,7 +111,7 @@ class Point(NamedTuple):
       'done', 'other' (another config lives in its workdir), 'running', 'interrupted',
       'preempted', 'failed', 'unfinished' or 'missing'.
     """
-    if not (self.workdir / 'config.json').exists():
+    if not workdirs.has_run(self.workdir):
       return 'missing', ''
     # The set's folder is in the workdir's name; its spelling depends on --workdir.
     changed = [

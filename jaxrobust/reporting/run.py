@@ -69,7 +69,7 @@ class Run:
   @functools.cached_property
   def figures(self) -> dict[str, pathlib.PurePath]:
     """Pictures in the folder figures, and their paths, by name without the ending."""
-    folder = self.folder / 'figures'
+    folder = self.folder / workdirs.FIGURES
     found = folder.iterdir() if folder.exists() else ()
     return {path.stem: path for path in sorted(found) if path.suffix == '.png'}
 
@@ -80,7 +80,7 @@ class Run:
 
   def load(self) -> classifier.Classifier:
     """Its final classifier; UserError if it has none."""
-    if not (self.folder / 'checkpoint.npy').exists():
+    if not (self.folder / workdirs.CHECKPOINT).exists():
       raise UserError(
         f'{self.folder} has no checkpoint.npy: finish training, by the same command'
       )

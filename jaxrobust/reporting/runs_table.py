@@ -32,8 +32,9 @@ def find(folder: epath.Path) -> list[tuple[epath.Path, config_dict.ConfigDict]]:
   """(workdir, config) of the classifier's run that a folder is, or of those in it."""
   found = []
   for child in [folder, *sorted(folder.iterdir())]:
-    path = child / 'config.json'
-    if path.exists() and 'training' in (config := workdirs.read_config(child)):
+    if not workdirs.has_run(child):
+      continue
+    if 'training' in (config := workdirs.read_config(child)):
       found.append((child, config))
   return found
 
@@ -78,7 +79,7 @@ def lines(runs: list[tuple[epath.Path, config_dict.ConfigDict]]) -> list[Line]:
 
 
 def names_of(found: list[Line]) -> list[str]:
-  """Of each line the name of its experiment, and what sets apart those that share it.
+  """The name of each line's experiment, and what sets apart those that share it.
 
   That is the fields in which their configs differ, or where these are many the folder.
   """

@@ -10,7 +10,7 @@ from jaxrobust.runs import workdir as workdirs
 def has_run(table: Table, maker: planned_runs.Maker) -> bool:
   """Whether any row of a table has a workdir."""
   return any(
-    (point.workdir / 'config.json').exists()
+    workdirs.has_run(point.workdir)
     for row in table.rows
     for point in maker.of_row(table, row)
   )

@@ -240,7 +240,7 @@ def read_step(workdir: epath.Path, step: int) -> dict:
 
 
 def digest(tree: Any) -> str:
-  """Of all arrays: tensorstore gives a flipped bit of a number back as it is."""
+  """The sha256 of all arrays: tensorstore does not notice a flipped bit of a number."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(tree):
     digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)

@@ -18,9 +18,10 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.files import json_files
+from jaxrobust.runs import exits
 from jaxrobust.runs import workdir as workdirs
 
-_NAME = 'metrics.jsonl'
+FILE = 'metrics.jsonl'  # in a workdir
 
 # The names of figures, for what writes them and what reads them. Fractions in [0, 1].
 TRAIN_LOSS = 'train/loss'
@@ -47,7 +48,7 @@ class Writer:
 
   def __init__(self, folder: epath.Path, step: int):
     """Opens the files, and forgets what a run that was killed wrote after `step`."""
-    self._path = folder / _NAME
+    self._path = folder / FILE
     lines, damaged = _read(self._path)
     self._lines = [x for x in lines if x['step'] <= step]
     self._events = None
@@ -89,7 +90,7 @@ class Writer:
       return
     buffer = io.BytesIO()
     image.save(buffer, 'png')
-    path = self._path.parent / 'figures' / f'samples-{step:08}.png'
+    path = self._path.parent / workdirs.FIGURES / f'samples-{step:08}.png'
     path.parent.mkdir(exist_ok=True)
     workdirs.write(path, buffer.getvalue())
     value = Summary.Value(tag='samples')
@@ -115,7 +116,7 @@ def read(folder: epath.Path) -> list[dict]:
   Lines that cannot be read are left out: a last one that was cut short, or others that
   were damaged, which are reported.
   """
-  path = epath.Path(folder) / _NAME
+  path = epath.Path(folder) / FILE
   lines, damaged = _read(path)
   if damaged:
     logging.warning('%s: %d damaged lines are left out', path, damaged)
@@ -155,7 +156,7 @@ def log_line(line: str) -> None:
   if logging.level_info():
     logging.info('%s', line)
   else:
-    print(line, file=sys.stderr, flush=True)
+    exits.say(line)
 
 
 class Progress:

@@ -157,7 +157,7 @@ def _join_by_itself(initialize):
 
 
 class Membership(NamedTuple):
-  """In a run of several processes.
+  """The place of this process in a run of several processes.
 
   Attributes:
     number: of this process, from 0.
@@ -257,7 +257,7 @@ def compare(facts: dict, others: dict[int, dict]) -> str:
 
 
 def _version(package: str) -> str:
-  """Of one that may be absent."""
+  """The version of a package that may be absent."""
   try:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
@@ -265,7 +265,7 @@ def _version(package: str) -> str:
 
 
 def source_digest() -> str:
-  """Of this package's source."""
+  """The sha256 of this package's source."""
   digest, folder = hashlib.sha256(), pathlib.Path(__file__).parent.parent
   for file in sorted(folder.rglob('*.py')):
     digest.update(f'{file.relative_to(folder)}\n'.encode() + file.read_bytes())
@@ -291,7 +291,7 @@ def lost(e: Exception) -> str:
 
 
 def finish() -> None:
-  """To be called by a process that is done, as the others are: stops listening."""
+  """Stops listening; a process that is done, as the others are, calls it."""
   for listener in _listeners:
     with contextlib.suppress(Exception):  # Another was first.
       membership().store.key_value_set(_END, json.dumps(None))
@@ -302,7 +302,7 @@ def finish() -> None:
 
 
 def take_last_word() -> None:
-  """To be called before a process says why it fails: no other process will, then."""
+  """Lets no other process say why it fails; who calls it says so next."""
   if membership():
     _last_word.acquire()
 

@@ -26,6 +26,13 @@ from jaxrobust.errors import UserError, one_line
 from jaxrobust.files import arrays, json_files
 from jaxrobust.runs.version import __version__
 
+# What else a workdir holds, for what writes it and what reads it.
+CHECKPOINT = 'checkpoint.npy'  # the averaged parameters of a run that is finished
+GENERATOR = 'generator.npz'  # that was fitted
+SAMPLES = 'samples'  # the set that was drawn from it
+FIGURES = 'figures'
+_CONFIG, _RESULTS, _STATUS_FILE = 'config.json', 'results.json', 'status.json'
+
 _PACKAGES = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'numpy')
 _STATUS = {
   'state': str,
@@ -89,7 +96,7 @@ def claim(
     UserError: if another config lives there; the message shows the difference.
   """
   folder = epath.Path(workdir)
-  path = folder / 'config.json'
+  path = folder / _CONFIG
   if path.exists():
     found = configs.differences(read_config(folder), config)
     if changed := [x for x in found if x.partition(':')[0] not in free]:
@@ -125,7 +132,7 @@ def continued(
     workdir: a folder; without a run in it, the config is returned as it is.
     config: the resolved config.
   """
-  if not (epath.Path(workdir) / 'config.json').exists():
+  if not has_run(workdir):
     return config
   return configs.continued(config, read_config(workdir))
 
@@ -171,7 +178,7 @@ def removed(error: Exception | None = None) -> UserError | None:
     return None
   text = str(error)
   going = f'{folder}/checkpoints' in text and re.search('NOT_FOUND|No such file', text)
-  if _is_at(opened, folder) and (folder / 'config.json').exists() and not going:
+  if _is_at(opened, folder) and has_run(folder) and not going:
     return None
   return UserError(
     f'{folder} was removed or moved while this program ran, which writes nothing more '
@@ -183,7 +190,7 @@ def clear_remains() -> None:
   """Removes what a save that was under way wrote where the workdir had been."""
   folder = _program['folder']
   with contextlib.suppress(OSError):
-    if not _is_at(_program['opened'], folder) and not (folder / 'config.json').exists():
+    if not _is_at(_program['opened'], folder) and not has_run(folder):
       (folder / 'checkpoints').rmtree()
       folder.rmdir()
 
@@ -225,7 +232,7 @@ def write_status(state: str, message: str = '') -> None:
     'pid': os.getpid(),
   }
   with contextlib.suppress(Exception):  # A full disk must not hide a program's error.
-    write(folder / 'status.json', json.dumps(status, indent=2) + '\n')
+    write(folder / _STATUS_FILE, json.dumps(status, indent=2) + '\n')
 
 
 def read_status(folder: epath.Path) -> dict:
@@ -234,7 +241,7 @@ def read_status(folder: epath.Path) -> dict:
   A program that runs no more, though the file says so, is 'interrupted'. Only its own
   host can say so.
   """
-  path = folder / 'status.json'
+  path = folder / _STATUS_FILE
   if not path.exists():
     return {}
   try:
@@ -255,9 +262,14 @@ def read_status(folder: epath.Path) -> dict:
   return status
 
 
+def has_run(folder: str | epath.Path) -> bool:
+  """Whether a folder is the workdir of a run."""
+  return (epath.Path(folder) / _CONFIG).exists()
+
+
 def read_config(folder: str | epath.Path) -> config_dict.ConfigDict:
   """The config of the run in `folder`; UserError if there is none, or a broken one."""
-  path = epath.Path(folder) / 'config.json'
+  path = epath.Path(folder) / _CONFIG
   if not path.exists():
     raise UserError(f'{path} is absent: give the workdir of a run')
   try:
@@ -330,7 +342,7 @@ def read_results(folder: epath.Path) -> list[dict]:
   Raises:
     UserError: if it is damaged.
   """
-  path = folder / 'results.json'
+  path = folder / _RESULTS
   if not path.exists():
     return []
   try:
@@ -366,7 +378,7 @@ def add_result(folder: epath.Path, protocol: dict, figures: dict) -> dict:
     'versions': versions(),
   }
   results = [*read_results(folder), entry]
-  write(folder / 'results.json', json.dumps(results, indent=2) + '\n')
+  write(folder / _RESULTS, json.dumps(results, indent=2) + '\n')
   return entry
 
 
@@ -399,7 +411,7 @@ def disk_error(e: Exception, workdir: str | None = None) -> UserError | None:
 
 
 def package_versions() -> dict[str, str]:
-  """Of the libraries that the numbers depend on."""
+  """The versions of the libraries that the numbers depend on."""
   return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 

@@ -92,7 +92,7 @@ class _Copy:
     self._failed = threading.Event()
 
   def missing(self, names: list[str]) -> list[str]:
-    """Those files that are not here."""
+    """The files that are not here."""
     return [name for name in names if not (self._local / name).exists()]
 
   def fetch(self, names: list[str], what: str):
@@ -259,7 +259,7 @@ def _home() -> pathlib.Path:
 
 
 def _names(where, content: bytes) -> list[str]:
-  """Of the files of a set, by its metadata."""
+  """The names of the files of a set, by its metadata."""
   return sorted(shards.parse_metadata(content, f'{where}/{shards.METADATA}')['sha256'])
 
 

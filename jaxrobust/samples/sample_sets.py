@@ -234,11 +234,11 @@ class SampleSet:
     return not verification.pending(self.path, self._names())
 
   def checksum(self) -> str:
-    """Of the metadata, which hold those of all files: as of `datasets.Split`."""
+    """A checksum of the metadata, which hold those of all files: see `Split`."""
     return f'{zlib.crc32((self.path / shards.METADATA).read_bytes()):08x}'
 
   def _names(self):
-    """Of the files that are here; those that a bucket gives are compared on the way."""
+    """The names of the files that are here; a bucket's are compared on the way."""
     here = self._coming is None
     images = shards.image_names(self.metadata, self.images) if here else []
     return [*shards.label_names(self.metadata), *images]

@@ -2,11 +2,10 @@
 
 The authors draw samples until each class has its number of them; later work draws five
 times as many and keeps the 20 % of each class whose labels are surest. A `Rule` says
-so of samples that are being drawn (`jaxrobust.generate`), `select` of a sample set that
+so of samples that are being drawn (`jaxrobust.generate`), `subset` of a sample set that
 exists. None holds images in memory.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrobust.errors import UserError
-from jaxrobust.samples import sample_sets
+from jaxrobust.runs import checksums
+from jaxrobust.samples import sample_sets, shards
 
 _CHUNK = 2**13  # images held in memory while a set is copied
 
@@ -87,7 +87,7 @@ class Rule(NamedTuple):
     return np.ceil(shares / self.top_fraction - 1e-6).astype(int)
 
 
-def select(
+def subset(
   source: sample_sets.SampleSet,
   out: str | os.PathLike,
   *,
@@ -142,7 +142,6 @@ def select(
   if count is not None:  # Sets may be sorted, by class or by how they were made.
     ranks = np.random.RandomState(seed).random_sample(len(source))
   indices = choose(source.gather_labels(slice(None)), quotas, ranks)
-  described = (source.path / 'metadata.json').read_bytes()
   selection = {
     'count': count,
     'balanced': balanced,
@@ -151,7 +150,7 @@ def select(
     'pool': {
       'selection': source.metadata['selection'],
       **_counts(per_class),
-      'metadata_sha256': hashlib.sha256(described).hexdigest(),
+      'metadata_sha256': checksums.sha256(source.path / shards.METADATA),
     },
   }
   metadata = {

@@ -22,7 +22,7 @@ _STAMP = 'verified.json'
 
 
 def pending(path: pathlib.Path, names: Iterable[str]) -> list[str]:
-  """Those of a set's files that were not verified, or have changed since."""
+  """The files of a set that were not verified, or have changed since."""
   found, known = _stamp(path, names), _read(path)
   if found[shards.METADATA] != known.get(shards.METADATA):
     return sorted(names)

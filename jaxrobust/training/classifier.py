@@ -8,11 +8,9 @@
 
 import functools
 import os
-from typing import NamedTuple, cast
+from typing import cast
 
 import jax
-import numpy as np
-import tqdm
 from absl import logging
 from etils import epath
 from ml_collections import config_dict
@@ -22,13 +20,12 @@ from jaxrobust import models
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator
 from jaxrobust.config import dataset_info, fields
-from jaxrobust.data import datasets, pipeline
+from jaxrobust.data import datasets, pipeline, training_images
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.models import batch_norm, companions, parameter_files
 from jaxrobust.runs import metrics, process_group, waiting
 from jaxrobust.runs import workdir as workdirs
-from jaxrobust.samples import sample_sets, streams
 from jaxrobust.training import loop, optimizer, update
 
 
@@ -36,8 +33,8 @@ def train(
   config: config_dict.ConfigDict,
   workdir: str | os.PathLike,
   *,
-  train: tuple[np.ndarray, np.ndarray] | None = None,
-  validation: tuple[np.ndarray, np.ndarray] | None = None,
+  train: training_images.Arrays | None = None,
+  validation: training_images.Arrays | None = None,
   samples: str | os.PathLike = '',
 ) -> epath.Path:
   """Trains the run of `config` in `workdir`, from wherever it is.
@@ -64,12 +61,9 @@ def train(
   if samples:
     config = fields.replace(config, {'data.samples': os.fspath(samples)})
   config = workdirs.continued(workdir, config)
-  if train is None:
-    config = datasets.record(config)
-  else:
-    config = _recorded_of(config, *_given(config, train, validation))
+  config = training_images.record(config, train, validation)
   derived = configs.resolve(config)
-  finished = epath.Path(workdir) / 'checkpoint.npy'
+  finished = epath.Path(workdir) / workdirs.CHECKPOINT
   done = finished.exists()
   parallel.require_agreement(int(done))
   if done:
@@ -79,9 +73,9 @@ def train(
   # Everything is checked before the workdir is touched.
   evaluation_attacks(config)
   mixes = check_batch(config, derived)
-  data = load_data(config, train, validation)
+  slots = parallel.process_slots(config.data.batch_size)
+  data = training_images.load(config, slots, train, validation)
   info = dataset_info.of(config.dataset)
-  _check_validation(data.validation, info)
   for counts in mixes:
     pipeline.check_sources(data.real, data.generated, *counts, info.num_classes)
   model = companions.for_training(config, info)
@@ -107,139 +101,6 @@ def train(
     derived.learning_rate,
   )
   return Run(config, derived, folder, model, info.num_classes, data).train()
-
-
-class Data(NamedTuple):
-  """What a run learns from; validation and generated may be None."""
-
-  real: datasets.Split
-  validation: datasets.Split | None
-  generated: sample_sets.SampleSet | None
-
-  def checksums(self) -> dict[str, str]:
-    """Of each source that there is."""
-    found = {'training images': self.real.checksum()}
-    if self.validation is not None:
-      found['validation images'] = self.validation.checksum()
-    if self.generated is not None:
-      found['generated images'] = self.generated.checksum()
-    return found
-
-
-def load_data(
-  config: config_dict.ConfigDict,
-  train: tuple[np.ndarray, np.ndarray] | None = None,
-  validation: tuple[np.ndarray, np.ndarray] | None = None,
-) -> Data:
-  """Loads the images that are not given, and opens the sample set.
-
-  The set is compared with its checksums once. Of a set in a bucket the images come in
-  the background.
-  """
-  generated = None
-  if config.data.samples:
-    batch_size = config.data.batch_size
-    part = streams.of_slots(
-      config.data.streams, parallel.process_slots(batch_size), batch_size
-    )
-    generated = sample_sets.SampleSet.open(
-      config.data.samples, part, in_background=True
-    )
-    if config.data.verify_samples:
-      logging.info('comparing checksums of %s (once)', config.data.samples)
-      generated.verify(functools.partial(tqdm.tqdm, desc='checksums', disable=None))
-  if train is not None:
-    return Data(*_given(config, train, validation), generated)
-  real = datasets.of(config.dataset, 'train')
-  if validation is not None:
-    validation = _split(validation, 'validation')
-  elif config.dataset.validation_images:
-    validation = datasets.of(config.dataset, 'validation')
-  return Data(real, validation, generated)
-
-
-def _given(config, train, validation) -> tuple[datasets.Split, datasets.Split | None]:
-  """The images to train and to validate on, of arrays; UserError if they are none."""
-  real, held_out = _split(train, 'train'), 0
-  if validation is not None:
-    validation = _split(validation, 'validation')
-  elif held_out := config.dataset.validation_images:
-    validation = datasets.Split(*(x[:held_out] for x in real))
-  last = config.dataset.train_images and held_out + config.dataset.train_images
-  if not 0 < (last or held_out + 1) <= len(real.labels):
-    raise UserError(
-      f'train has {len(real.labels)} images, of which '
-      f'config.dataset.validation_images = {held_out} are held out and '
-      f'config.dataset.train_images = {config.dataset.train_images} are trained on: '
-      'give more images, or lower one of the two'
-    )
-  return datasets.Split(*(x[held_out:last] for x in real)), validation
-
-
-def _recorded_of(config, real: datasets.Split, validation: datasets.Split | None):
-  """The config with what is known of arrays, unless they are as its data set's."""
-  dataset, shape = config.dataset, real.images.shape[1:]
-  splits = [real] if validation is None else [real, validation]
-  num_classes = 1 + max(int(x.labels.max()) for x in splits)
-  if not dataset_info.is_own(dataset):
-    info = dataset_info.of(dataset)
-    if shape == info.image_shape and num_classes <= info.num_classes:
-      return config
-  config = fields.replace(
-    config,
-    {
-      'dataset.name': dataset_info.ARRAYS,
-      'dataset.path': '',
-      'dataset.image_shape': shape,
-      'dataset.num_classes': max(num_classes, dataset.num_classes or 2),
-      'dataset.train_size': len(real.labels),
-      'dataset.test_size': 0,
-    },
-  )
-  if dataset_info.has_others_normalisation(config):
-    mean, std = datasets.normalisation(real.images)
-    config = fields.replace(config, {'model.mean': mean, 'model.std': std})
-  return config
-
-
-def _split(arrays, name: str) -> datasets.Split:
-  """Images and labels of the caller's; UserError if they are none."""
-  try:
-    images, labels = (np.asarray(x) for x in arrays)
-  except (TypeError, ValueError) as e:
-    raise UserError(f'{name} is not a pair of images and labels: {e}') from e
-  if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
-    raise UserError(
-      f'{name}: images are {images.dtype} {list(images.shape)}; give uint8 [n, H, W, C]'
-      ' from 0 to 255, such as np.rint(255 * images).astype(np.uint8)'
-    )
-  if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
-    raise UserError(
-      f'{name}: labels are {labels.dtype} {list(labels.shape)} for {len(images)} '
-      'images; give a whole number from 0 for each'
-    )
-  if not 0 <= labels.min() <= labels.max() < 2**15:
-    raise UserError(
-      f'{name}: labels are from {labels.min()} to {labels.max()}; number the classes '
-      'from 0'
-    )
-  return datasets.Split(images, labels.astype(np.int32))
-
-
-def _check_validation(split: datasets.Split | None, info: dataset_info.DatasetInfo):
-  """Refuses validation images that the network does not take."""
-  if split is None:
-    return
-  if (shape := split.images.shape[1:]) != tuple(info.image_shape):
-    raise UserError(
-      f'validation has images {list(shape)}, train {list(info.image_shape)}: give '
-      'images of one shape'
-    )
-  if split.labels.max() >= info.num_classes:
-    raise UserError(
-      f'validation has the label {split.labels.max()}: {info.name} has '
-      f'{info.num_classes} classes, from 0'
-    )
 
 
 def evaluation_attacks(config: config_dict.ConfigDict) -> list:
@@ -306,7 +167,7 @@ class Run:
     folder: epath.Path,
     model: models.Model,
     num_classes: int,
-    data: Data,
+    data: training_images.TrainingImages,
   ):
     """Builds the network's programs, and restores the run's last checkpoint."""
     self._config, self._derived, self._folder = config, derived, folder
@@ -388,7 +249,7 @@ class Run:
   def _export(self) -> epath.Path:
     """Writes checkpoint.npy from the best or the last checkpoint."""
     checkpoints = self._loop.checkpoints
-    step, path = self._derived.num_steps, self._folder / 'checkpoint.npy'
+    step, path = self._derived.num_steps, self._folder / workdirs.CHECKPOINT
     state = parallel.unreplicate(self._loop.state)
     if parallel.is_writer():
       if self._config.checkpoint.export == 'best':

@@ -30,6 +30,9 @@ from jaxrobust.config import registries
 # they lie on devices.
 register = registries.LOSSES.register
 
+# The same of what `config.loss.divergence` makes of loss `trades`.
+DIVERGENCES = registries.DIVERGENCES
+
 
 class Passes(NamedTuple):
   """What the passes of a step over its images gave, and what they were to give.
@@ -99,10 +102,11 @@ def adversarial(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
 
 @register('trades')
 def trades(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
-  """Accuracy on clean images plus the effect of the attack, by one of DIVERGENCES."""
+  """Accuracy on clean images plus what the attack changes, by one of DIVERGENCES."""
   return DIVERGENCES[settings.divergence](passes, settings)
 
 
+@DIVERGENCES.register('kl')
 def kl(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   """TRADES: cross-entropy of clean images + beta * KL(clean || adversarial).
 
@@ -113,6 +117,7 @@ def kl(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   return clean + settings.beta * jnp.mean(effect)
 
 
+@DIVERGENCES.register('squared')
 def squared(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   """TRADES with squared distances of probabilities in both terms.
 
@@ -126,6 +131,7 @@ def squared(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   )
 
 
+@DIVERGENCES.register('improved_kl')
 def improved_kl(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
   """TRADES with the improved Kullback-Leibler divergence.
 
@@ -151,10 +157,6 @@ def improved_kl(passes: Passes, settings: config_dict.ConfigDict) -> jax.Array:
     + settings.beta * soft
     + settings.pairwise * variance / 2
   )
-
-
-# What `config.loss.divergence` may be.
-DIVERGENCES = {'kl': kl, 'improved_kl': improved_kl, 'squared': squared}
 
 
 @register('lbgat')

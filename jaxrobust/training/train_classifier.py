@@ -2,14 +2,12 @@
 
 import os
 
-import numpy as np
 from ml_collections import config_dict
 
 from jaxrobust.config import experiments
+from jaxrobust.data.training_images import Arrays
 from jaxrobust.models import classifier as classifiers
 from jaxrobust.training import classifier as training
-
-Arrays = tuple[np.ndarray, np.ndarray]
 
 
 def train_classifier(

@@ -1,8 +1,9 @@
 """Programs as processes of their own: a tiny run, its files, and how they end."""
 
 import contextlib
+import itertools
+import os
 import pathlib
-import random
 import socket
 import time
 
@@ -26,13 +27,18 @@ TINY = [
 ]
 
 
+# Below those that systems give away; sessions beside this one begin elsewhere.
+_PORTS = range(20_000, 32_000)
+_next_ports = itertools.cycle((*_PORTS[os.getpid() % len(_PORTS) :], *_PORTS))
+
+
 def free_port():
   """Of those that no other program is given by chance before it is used."""
-  while True:
-    port = random.randrange(20_000, 32_000)
+  for port in _next_ports:
     with socket.socket() as s, contextlib.suppress(OSError):
       s.bind(('localhost', port))
       return port
+  raise AssertionError('no port is free')
 
 
 def ends(processes):

@@ -1,6 +1,8 @@
-"""Trained classifiers that another program uses: found, checked and loaded."""
+"""Classifiers that a field of a config or a flag names: found, checked and loaded."""
 
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from jaxrobust.config import dataset_info
 from jaxrobust.distributed import parallel
@@ -55,6 +57,23 @@ def find(
       f'classes than {info.name}: give a classifier of {info.name}'
     )
   return found
+
+
+def path_of(
+  path: str, field: str, info: dataset_info.DatasetInfo, otherwise: str = ''
+) -> epath.Path:
+  """The file of a classifier.
+
+  Args:
+    path, field, info, otherwise: as of `find`.
+
+  Raises:
+    UserError: as of `find`, or the file is absent.
+  """
+  found = find(path, field, info, otherwise)
+  if not found.path.exists():
+    raise UserError(f'{found.path} is absent: {zoo.where_to_get(found.path)}')
+  return found.path
 
 
 def load(
