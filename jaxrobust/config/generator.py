@@ -130,10 +130,11 @@ def check(config: config_dict.ConfigDict) -> None:
   name = config.generator.name
   registries.GENERATORS.check(name, 'config.generator.name')
   dataset_info.check(config.dataset)
-  if lacking := set(GENERATORS.get(name, {})) - set(config.generator):
+  known = fields.flatten(GENERATORS.get(name, {}))
+  if lacking := sorted(set(known) - set(fields.flatten(config.generator))):
     raise UserError(
       f'config.generator.name = {name!r} in the config of another generator (it has no '
-      f'{", ".join(sorted(lacking))}): start from an experiment of {name}, or from '
+      f'{", ".join(lacking[:5])}): start from an experiment of {name}, or from '
       f'config.generator.get_config({name!r})'
     )
   fields.check(config, of(name))
