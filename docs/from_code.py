@@ -110,7 +110,7 @@ def other_tables() -> str:
     for name, table in tables.items()
     if not any(row.published for row in table.rows)
   ]
-  return _table(('`NAME`', 'title', 'rows', 'judged by'), lines)
+  return _table(('`NAME`', 'title', 'rows', 'evaluated by'), lines)
 
 
 def _published(table) -> str:
