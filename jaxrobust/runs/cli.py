@@ -90,7 +90,7 @@ def _code_and_line(e: Exception, given: flags.Given) -> tuple[int, str]:
   from jaxrobust.runs import workdir as workdirs
 
   if isinstance(e, BrokenPipeError) and exits.is_unread():
-    return UNREAD, 'nobody reads what it prints'
+    return UNREAD, 'its output was closed'
   if gone := workdirs.removed(e):
     workdirs.clear_remains()
   for code, known in (

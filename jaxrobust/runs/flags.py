@@ -309,4 +309,4 @@ _POD_HELP = (
 )
 _CODES_HELP = """\
 Exit codes: 0 done; 42 preempted after a checkpoint, run it again; 1 error, reported in
-one line; 128 and above a crash, but for 141: nobody reads what it prints."""
+one line; 128 or more a crash, except 141, which means that its output was closed."""
