@@ -402,8 +402,8 @@ def check(config: config_dict.ConfigDict) -> None:
   if ragged:
     raise UserError(
       f'config.data.batch_size = {config.data.batch_size} is not a multiple of '
-      f'config.model.batch_norm_group = {config.model.batch_norm_group} (after '
-      f'{groups} groups {ragged} images are left): change one of them'
+      f'config.model.batch_norm_group = {config.model.batch_norm_group} (it leaves a '
+      f'remainder of {ragged}): change one of them'
     )
   parts, group = config.training.accumulation, config.model.batch_norm_group
   if groups % parts:
