@@ -290,9 +290,9 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument('npz', type=os.path.expanduser, help='the file to make')
   command = commands.add_parser(
     'select',
-    help='a sample set of the surest, or of any, of another',
-    description='Makes a sample set of some of the samples of another: the share of '
-    'each class whose labels are surest, or any of each class, drawn at random.',
+    help='sample set → its most confident samples, or a random subset',
+    description='Makes a sample set from some of the samples of another: in each class '
+    'those with the most confident labels, or a random subset.',
   )
   command.add_argument('set', type=os.path.expanduser, help='the pool')
   command.add_argument('out', type=os.path.expanduser, help='the folder to make')
