@@ -21,9 +21,9 @@ The experiment's file defines sweep(), which yields pairs of a name and override
 as ('seed-1', {'seed': 1, 'variant': 'seed-1'}). A point is trained, then evaluated, in
 RUNS/EXPERIMENT, where EXPERIMENT is its experiment's name; `variant` tells apart points
 that would share one. Other flags are passed on: --config.a.b=VALUE applies to every
-point, and --coordinator=HOST:PORT with its companions makes each run one of all the
-processes that are given the same sweep (on a TPU pod each is without them). The rows of
-a table take no --config.a.b: they have their own.
+point, and with --coordinator=HOST:PORT and its companions all processes that are given
+the same sweep take part in each run (on a TPU pod they do so without these flags). The
+rows of a table take no --config.a.b: they have their own.
 
 What is finished is skipped, what was begun is resumed; a workdir that holds another
 config is refused. The first point that does not end with 0 ends the sweep with its exit
