@@ -170,9 +170,9 @@ def _card(config, found: zoo.Found | None, source, params) -> cards.Card:
   card = found.card if found else said
   if card.architecture != inferred:
     raise UserError(
-      f'{source} is {inferred} by its parameters, and '
+      f'{source} is {inferred} by its parameters, but '
       f'{"what is known of it" if found else "--config"} says {card.architecture}: '
-      'give what it is'
+      'give the model card or --config that matches its parameters'
     )
   if said and (contradiction := _contradiction(said, card)):
     raise UserError(
