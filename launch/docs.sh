@@ -5,6 +5,7 @@
 #   bash launch/docs.sh [-E] …
 set -euo pipefail
 unset CDPATH
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 # shellcheck source=launch/environment.sh
 . "$(dirname "$0")/environment.sh"
 # Pages of the package import it; no page computes anything.

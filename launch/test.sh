@@ -5,6 +5,7 @@
 #   bash launch/test.sh [-k NAME] [-m 'not slow'] [-n 0] …
 set -euo pipefail
 unset CDPATH
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 # shellcheck source=launch/environment.sh
 . "$(dirname "$0")/environment.sh"
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$JAXROBUST_CACHE/compiled}

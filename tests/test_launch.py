@@ -1,8 +1,10 @@
 """The launch scripts, against stand-ins for python and pip that record their calls."""
 
+import fcntl
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -43,7 +45,7 @@ def call(tmp_path):
     (tools / name).chmod(0o755)
   record = tmp_path / 'record'
 
-  def run(script, *args, **variables):
+  def start(script, *args, **variables):
     record.write_text('')
     environment = {
       **os.environ,
@@ -52,14 +54,21 @@ def call(tmp_path):
       'JAXROBUST_VENV': str(tmp_path / 'venv'),
       **variables,
     }
-    done = subprocess.run(
+    return subprocess.Popen(
       ['bash', str(ROOT / 'launch' / script), *args],
       env=environment,
-      capture_output=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
       text=True,
     )
+
+  def run(script, *args, **variables):
+    process = start(script, *args, **variables)
+    out, err = process.communicate()
+    done = subprocess.CompletedProcess(script, process.returncode, out, err)
     return done, record.read_text().splitlines()
 
+  run.start = start
   return run
 
 
@@ -76,11 +85,58 @@ def test_environment_is_made_once(call):
 def test_an_interrupted_installation_is_repeated(call):
   done, calls = call('test.sh', PIP_EXIT='1')
   assert done.returncode == 1
-  assert 'error: the installation failed' in done.stderr
+  [line] = done.stderr.splitlines()
+  assert line.startswith('error: the installation')
+  assert 'another Python 3.11, 3.12 or 3.13' in line and 'remove ' in line
   assert not any('-m pytest' in c for c in calls)
   done, calls = call('test.sh')
   assert done.returncode == 0
   assert any('pip install' in c for c in calls)
+
+
+def test_nothing_of_an_unfinished_environment_stays_but_its_cache(call, tmp_path):
+  """Links to the Python that it began with would be kept by `python -m venv`."""
+  venv = tmp_path / 'venv'
+  (venv / 'bin').mkdir(parents=True)
+  (venv / 'cache').mkdir()
+  for name in ('pyvenv.cfg', 'bin/python3', 'cache/fetched', '.package'):
+    (venv / name).touch()
+  assert call('test.sh')[0].returncode == 0
+  assert not (venv / 'bin' / 'python3').exists()
+  assert (venv / 'cache' / 'fetched').exists()
+
+
+def test_a_finished_environment_is_brought_up_to_date_by_its_own_python(call, tmp_path):
+  assert call('test.sh')[0].returncode == 0
+  (tmp_path / 'venv' / '.installed').write_text('an older list')
+  done, calls = call('test.sh', OLD_PYTHON='1')
+  assert done.returncode == 0, done.stderr
+  assert not any('-m venv' in c for c in calls)
+  assert any('pip install' in c and 'requirements.txt' in c for c in calls)
+  # That Python is gone.
+  (tmp_path / 'venv' / 'bin' / 'python').unlink()
+  assert any('-m venv' in c for c in call('test.sh')[1])
+
+
+@pytest.mark.skipif(not shutil.which('flock'), reason='flock is not installed')
+def test_one_script_at_a_time_installs(call, tmp_path):
+  (tmp_path / 'venv').mkdir()
+  with (tmp_path / 'venv' / '.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    process = call.start('test.sh')
+    assert process.stdout.readline().startswith('another script installs into ')
+    assert not (tmp_path / 'record').read_text()
+  out, err = process.communicate()
+  assert process.returncode == 0, err
+  assert 'making the environment' in out
+
+
+@pytest.mark.parametrize('script', ['docs.sh', 'test.sh'])
+def test_help_of_a_script_installs_nothing(call, script):
+  done, calls = call(script, '--help')
+  assert done.returncode == 0
+  assert f'bash launch/{script}' in done.stdout
+  assert not calls
 
 
 def test_an_old_python_is_refused_in_one_line(call):
