@@ -1,6 +1,7 @@
 """How programs end: whatever becomes of their streams, threads and workdirs."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from experiments import digits
+from jaxrobust.config import experiments
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
 from jaxrobust.runs import cli, metrics, workdir
@@ -102,6 +104,59 @@ def test_a_name_that_is_not_utf8_is_refused(capsys, tmp_path):
   assert program(None, flag, DIGITS) == cli.ERROR
   assert 'is not UTF-8: rename' in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
+
+
+OWN = """
+import jax
+from jaxrobust.training import losses
+
+def loss(x):
+  return losses.nothing(x)
+
+def raises(config, workdir):
+  jax.jit(loss)(1.0)
+
+def lost(config, workdir):
+  raise jax.errors.JaxRuntimeError('UNAVAILABLE: a device is lost')
+
+def full(config, workdir):
+  raise TimeoutError('the network')
+"""
+
+
+def test_a_fault_of_the_users_own_code_is_an_error(capsys, tmp_path):
+  """It would come again, however often a babysitter started it."""
+  file = tmp_path / 'own.py'
+  file.write_text(OWN)
+  home = tmp_path / 'run'
+
+  def code(main):
+    capsys.readouterr()
+    return program(main, f'--workdir={home}', DIGITS)
+
+  own = experiments.load_file(str(file))
+  assert code(own.raises) == cli.ERROR
+  *before, line = capsys.readouterr().err.splitlines()
+  assert line.startswith(f'error: {file}:6: AttributeError: module')
+  assert any('Traceback' in x for x in before)
+  # A fault of a device or of the network may be over the next time; nor is a fault of
+  # this package, here a main with other arguments, one of the user's.
+  for main in (own.lost, own.full, metrics.duration):
+    assert code(main) == cli.CRASHED
+    assert 'error: ' not in capsys.readouterr().err.replace('Error: ', '')
+
+
+def test_lines_of_libraries_are_not_shown(tmp_path):
+  """Those in an environment, in a clone of the package's name, neither."""
+  inside = ROOT / 'jaxrobust' / 'runs' / 'cli.py'
+  library = ROOT / '.venv' / 'lib' / 'python3.11' / 'site-packages' / 'orbax' / 'x.py'
+  clone = tmp_path / 'jaxrobust' / '.venv' / 'lib' / 'x.py'
+  record = lambda path: logging.makeLogRecord({'pathname': str(path)})
+  assert [cli._is_ours(record(x)) for x in (inside, library, clone)] == [
+    True,
+    False,
+    False,
+  ]
 
 
 @pytest.mark.parametrize('how', ['removed', 'moved', 'half removed'])

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import pathlib
 import shlex
 import sys
+import sysconfig
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -12,12 +14,14 @@ from absl import logging
 
 from jaxrobust import config as configs
 from jaxrobust.config import experiments, overrides
-from jaxrobust.errors import PreemptedError, UnknownNameError, UserError
+from jaxrobust.errors import PreemptedError, UnknownNameError, UserError, one_line
 from jaxrobust.runs import exits, flags
 from jaxrobust.runs.exits import CRASHED, DONE, ERROR, INTERRUPTED, PREEMPTED, UNREAD
 from jaxrobust.runs.flags import PATH, Flag, Program
 
 __all__ = ['PATH', 'Flag', 'Program', 'run']
+
+_PACKAGE = f'{pathlib.Path(__file__).parents[1]}{os.sep}'
 
 
 def run(program: Program, arguments: Sequence[str] | None = None) -> NoReturn:
@@ -103,9 +107,31 @@ def _code_and_line(e: Exception, given: flags.Given) -> tuple[int, str]:
     if known:
       exits.say(f'error: {known}')
       return code, str(known)
-  # A fault of the machine or of this code: start it again.
   exits.say(traceback.format_exc().rstrip())
+  if place := _own_place(e):  # It would come again, however often it is started.
+    line = f'{place}: {type(e).__name__}: {one_line(e)}'
+    exits.say(f'error: {line}')
+    return ERROR, line
+  # A fault of the machine or of this code: start it again.
   return CRASHED, f'{type(e).__name__}: {e}'
+
+
+def _own_place(e: Exception) -> str:
+  """The line of the user's own code that an error came through last, '' for none.
+
+  Such as a loss or a network that an experiment's file registers. What a device, a disk
+  or a connection raises on the way is no fault of that code.
+  """
+  import jax
+
+  if isinstance(e, OSError | MemoryError | jax.errors.JaxRuntimeError):
+    return ''
+  others = (_PACKAGE, f'{sysconfig.get_path("stdlib")}{os.sep}', '<')
+  for frame in reversed(traceback.extract_tb(e.__traceback__)):
+    installed = {'site-packages', 'dist-packages'} & set(frame.filename.split(os.sep))
+    if not frame.filename.startswith(others) and not installed:
+      return f'{frame.filename}:{frame.lineno}'
+  return ''
 
 
 def _hint(e: UserError, given: flags.Given) -> str:
@@ -184,6 +210,11 @@ def _keep_compiled(workdir: str):
   jax.config.update('jax_compilation_cache_dir', str(place))
 
 
+def _is_ours(record: logging.logging.LogRecord) -> bool:
+  """Whether a log line is of this package; others may lie in a folder of its name."""
+  return record.pathname.startswith(_PACKAGE)
+
+
 def _quiet_logs():
   """Our log lines on stderr, without the chatter of the libraries."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -196,8 +227,7 @@ def _quiet_logs():
   logging.set_verbosity(logging.INFO)
   for library in ('orbax', 'jax', 'tensorflow'):
     logging.logging.getLogger(library).setLevel('ERROR')
-  only_ours = lambda record: 'jaxrobust' in record.pathname
-  logging.get_absl_handler().addFilter(only_ours)
+  logging.get_absl_handler().addFilter(_is_ours)
   # Once a write of a checkpoint has failed, tensorstore reports all the others to an
   # event loop that orbax has closed, which prints a traceback for each.
   show = sys.unraisablehook
