@@ -64,7 +64,14 @@ from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.models import parameter_files, zoo
-from jaxrobust.runs import checkpoints, checksums, cli, process_group, stop_requests
+from jaxrobust.runs import (
+  checkpoints,
+  checksums,
+  cli,
+  process_group,
+  stop_requests,
+  waiting,
+)
 from jaxrobust.runs import workdir as workdirs
 
 _NUM_EXAMPLES = 16
@@ -112,8 +119,9 @@ def main(
   ball = norms.get(config.threat.norm, config.threat.epsilon)
   suite, attacks = suites.from_config(settings, ball)
   name, path = _find(config, workdir)
-  variables = parameter_files.load(path, model)
-  images, labels = datasets.of(config.dataset, settings.split)
+  with waiting.waiting('loading the network and the images'):
+    variables = parameter_files.load(path, model)
+    images, labels = datasets.of(config.dataset, settings.split)
   if settings.num_images is not None:
     if settings.num_images > len(images):
       raise UserError(

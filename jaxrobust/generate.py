@@ -42,6 +42,7 @@ sets are read at random, so the workdir is a local folder; it may be gs:// for
 --stage=fit, whose result --config.fitted=gs://… takes.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import jax
@@ -54,11 +55,18 @@ from jaxrobust.config.generator import CONDITION
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.generators import candidates, checks
+from jaxrobust.generators import candidates, checks, trained
 from jaxrobust.generators.generator import Generator
 from jaxrobust.models import named_classifiers
 from jaxrobust.models.labeller import Labeller, labeller_of
-from jaxrobust.runs import checksums, cli, metrics, process_group, stop_requests
+from jaxrobust.runs import (
+  checksums,
+  cli,
+  metrics,
+  process_group,
+  stop_requests,
+  waiting,
+)
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.samples import sample_sets, selection, shards
 
@@ -182,14 +190,19 @@ def fit(run: Run) -> None:
   )
   name = config.generator.name
   logging.info('fitting %s to %d training images', name, len(real.images))
-  generator = checks.generator_of(config).fit(
-    real,
-    run.info,
-    config.generator,
-    held_out=held_out,
-    folder=run.folder,
-    seed=config.seed,
-  )
+  generator_class = checks.generator_of(config)
+  aloud = contextlib.nullcontext()  # A loop says itself how far it is.
+  if not issubclass(generator_class, trained.Trained):
+    aloud = waiting.waiting(f'fitting {name}')
+  with aloud:
+    generator = generator_class.fit(
+      real,
+      run.info,
+      config.generator,
+      held_out=held_out,
+      folder=run.folder,
+      seed=config.seed,
+    )
   if parallel.is_writer():
     generator.save(path)
     logging.info('wrote %s', path)

@@ -49,7 +49,7 @@ from jaxrobust.errors import UserError
 from jaxrobust.planning import compiler, device_programs, hardware
 from jaxrobust.planning import schedule as schedules
 from jaxrobust.reporting import planned_runs
-from jaxrobust.runs import cli
+from jaxrobust.runs import cli, metrics
 
 _MOST_LINES = 12  # of work
 
@@ -82,13 +82,7 @@ def main(
       "takes the compiler's schedule"
     )
   of_table = _points_of_table(table, tables) if table else []
-  generation = topology.partition(':')[0]
-  if generation not in hardware.CHIPS:
-    raise UserError(
-      f'--topology={topology}: use generation:chips, one of '
-      f'{", ".join(hardware.SLICES)}'
-    )
-  chip = hardware.CHIPS[generation]
+  chip = hardware.chip_of(topology)
   devices = hardware.devices(topology)
   chips = len(devices) // chip.devices
   if table:
@@ -100,8 +94,9 @@ def main(
   found = device_programs.of(config, what, len(devices))
   results = [compiler.compile_for(devices, topology, program) for program in found]
   print(
-    f'{device_programs.name(config)}, {what}, on {topology}: {len(devices)} '
-    f'devices of {chips} chips, {found[0].images} images each'
+    f'{device_programs.name(config)}, {what}, on {topology}: '
+    f'{metrics.counted(len(devices), "device")} of {metrics.counted(chips, "chip")}, '
+    f'{metrics.counted(found[0].images, "image")} each'
   )
   total = 0.0
   for program, result in zip(found, results, strict=True):

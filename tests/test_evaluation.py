@@ -1,5 +1,6 @@
 """The evaluator: every image once, whatever the batches, on a linear network."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrobust.attacks import apgd, norms, objectives, pgd
+from jaxrobust.attacks import apgd, evaluation, norms, objectives, pgd
 from jaxrobust.attacks.attack import Attack
 from jaxrobust.attacks.evaluation import Evaluator, Outcome
 from jaxrobust.attacks.record import STANDING, Record
@@ -72,6 +73,24 @@ def test_judges_a_linear_network_exactly(case, batch_size, thorough):
   assert moved.max() <= EPSILON + 1e-6
   np.testing.assert_array_equal(outcome.predictions == labels[:30], outcome.robust[:30])
   assert outcome.by_attack() == {'pgd': outcome.robust.mean()}
+
+
+def test_what_compiles_is_waited_for_aloud(case, monkeypatch):
+  """A judge of minutes says so; one of a few validation images is quiet."""
+  images, labels, variables, _ = case
+  said = []
+
+  def waiting(what):
+    said.append(what)
+    return contextlib.nullcontext()
+
+  monkeypatch.setattr(evaluation.waiting, 'waiting', waiting)
+  for thorough in (True, False):
+    evaluator = Evaluator(
+      logits_fn, [('pgd', attack())], batch_size=16, thorough=thorough
+    )
+    evaluator(parallel.replicate(variables), images, labels)
+  assert [what.partition(' ')[0] for what in said] == ['compiling', 'pgd:']
 
 
 def test_without_an_attack_robust_is_clean(case):

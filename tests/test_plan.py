@@ -314,6 +314,7 @@ def test_results_are_kept_by_content(tmp_path, monkeypatch):
     ({'topology': ''}, 'v3:4x4'),
     ({'topology': 'v9:2x2'}, 'v3:4x4'),
     ({'topology': 'v4:0x2x1'}, 'v4:0x2x1: use generation:chips'),
+    ({'topology': 'v4-32'}, 'v4-32: use generation:chips, .* v4:2x2x4'),
     ({'utilization': 40.0}, 'at most 1'),
   ],
 )
@@ -323,6 +324,21 @@ def test_refuses_in_one_line(flags, words):
   with pytest.raises(UserError, match=words) as e:
     plan.main(small(), None, **given)
   assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize(
+  'accelerator, expected',
+  [
+    *(('v2-8', 'v2:2x2'), ('v3-8', 'v3:2x2'), ('v3-32', 'v3:4x4')),
+    *(('v4-8', 'v4:2x2x1'), ('v4-16', 'v4:2x2x2'), ('v4-32', 'v4:2x2x4')),
+    *(('v4-64', 'v4:2x4x4'), ('v4-128', 'v4:4x4x4'), ('v5p-256', 'v5p:4x4x8')),
+    *(('v5litepod-1', 'v5e:1x1'), ('v5litepod-8', 'v5e:2x4'), ('v6e-16', 'v6e:4x4')),
+    *(('v6e-256', 'v6e:16x16'), ('v4-12', ''), ('v4-2', ''), ('h100-8', '')),
+    *(('v4-0', ''), ('v4', ''), ('v4:2x2x1', '')),
+  ],
+)
+def test_slices_of_accelerator_types(accelerator, expected):
+  assert hardware.slice_of(accelerator) == expected
 
 
 def test_the_total_of_a_table(capsys, monkeypatch):

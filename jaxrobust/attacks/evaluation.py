@@ -26,6 +26,7 @@ from jaxrobust.attacks import checks, objectives
 from jaxrobust.attacks.record import STANDING, Record
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.runs import waiting
 from jaxrobust.runs import workdir as workdirs
 
 # Images may be further than epsilon by the rounding of float32: a share of it in sums,
@@ -269,7 +270,8 @@ class Evaluator:
     if record.attempt == 0:
       run.size = self._size(len(images))
       if self._thorough:
-        self._warn(run, program, classes)
+        with waiting.waiting('compiling the network, and looking for what misleads'):
+          self._warn(run, program, classes)
       first = parallel.replicate(np.int32(0))
       survey = lambda *batch: self._survey(variables, *batch, first)[:3]
       with _bar(progress, 'clean', len(images), 'images') as advance:
@@ -293,6 +295,7 @@ class Evaluator:
               variables, *batch, attempt, *size
             ),
             advance,
+            what=name if number == ahead[0] else '',
             left=numbers.stop - number,
             epsilon=epsilon or attack.ball.epsilon,
           )
@@ -391,8 +394,13 @@ class _Run:
     mine = filled[slice(*parallel.process_slots(size))]
     return parallel.shard((self.images[mine], self.labels[mine], mine.astype(np.int32)))
 
-  def attempt(self, number: int, judge, advance, left: int = 1, epsilon=np.inf):
-    """Runs one attempt (0: the clean pass) on the images that stand."""
+  def attempt(
+    self, number: int, judge, advance, left: int = 1, epsilon=np.inf, what: str = ''
+  ):
+    """Runs one attempt (0: the clean pass) on the images that stand.
+
+    The first batch of `what` is waited for aloud: it compiles.
+    """
     record = self.record
     record.begin(number)
     index = record.standing()
@@ -402,7 +410,12 @@ class _Run:
       size //= 2
     while len(index) > record.done:
       part = index[record.done : record.done + size]
-      found = [x[: len(part)] for x in parallel.gather(judge(*self.batch(part, size)))]
+      aloud = contextlib.nullcontext()
+      if what and self.fits:
+        aloud = waiting.waiting(f'{what}: compiling, and the first batch')
+      with aloud:
+        found = parallel.gather(judge(*self.batch(part, size)))
+      what, found = '', [x[: len(part)] for x in found]
       if number == 0:
         right, finite, predictions = found
         fell, changed = ~right, _unit(self.images[part])

@@ -78,6 +78,50 @@ SLICES = (
 )
 
 
+def chip_of(topology: str) -> Chip:
+  """The chip of a slice.
+
+  Args:
+    topology: generation:chips, such as 'v3:4x4'.
+
+  Raises:
+    UserError: if it is not written so, with the slice of an accelerator type.
+  """
+  generation = topology.partition(':')[0]
+  shape = re.fullmatch(r'\w+:[1-9]\d*(x[1-9]\d*)+', topology)
+  if generation in CHIPS and shape:
+    return CHIPS[generation]
+  meant = slice_of(topology)
+  raise UserError(
+    f'--topology={topology}: use generation:chips, '
+    + (f'for this accelerator type {meant}' if meant else f'one of {", ".join(SLICES)}')
+    + ', or a larger one of these' * (not meant)
+  )
+
+
+def slice_of(accelerator: str) -> str:
+  """The slice that Google Cloud makes of an accelerator type, '' if it has no such one.
+
+  Args:
+    accelerator: family-size, such as 'v4-32', whose size is in chips for v5e and v6e
+      and in cores, two a chip, for the others.
+  """
+  match = re.fullmatch(r'(v2|v3|v4|v5e|v5litepod|v5p|v6e)-(\d{1,5})', accelerator)
+  if not match:
+    return ''
+  family, size = match[1].replace('litepod', 'e'), int(match[2])
+  in_chips = family in ('v5e', 'v6e')
+  chips = size if in_chips else size // 2
+  if chips < 1 or chips & (chips - 1) or chips < 4 and not in_chips:
+    return ''
+  # As near to a square or a cube as powers of two come, the longer sides last.
+  log, sides = chips.bit_length() - 1, 3 if family in ('v4', 'v5p') else 2
+  lengths = [2 ** ((log + i) // sides) for i in range(sides)]
+  if sides == 3 and chips == 4:
+    lengths = [2, 2, 1]
+  return f'{family}:{"x".join(map(str, lengths))}'
+
+
 def devices(topology: str) -> list:
   """Devices of a slice, for `parallel.lower_for`; jax itself runs on the CPU.
 
@@ -87,11 +131,7 @@ def devices(topology: str) -> list:
   Raises:
     UserError: if libtpu is not installed, or knows no such slice.
   """
-  if not re.fullmatch(r'\w+:[1-9]\d*(x[1-9]\d*)+', topology):
-    raise UserError(
-      f'--topology={topology}: use generation:chips, one of {", ".join(SLICES)}, or a '
-      'larger one of these'
-    )
+  chip_of(topology)
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(
       "libtpu is not installed, which has the TPU's compiler: "

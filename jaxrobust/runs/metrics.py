@@ -229,3 +229,8 @@ def duration(seconds: float) -> str:
   minutes, seconds = divmod(int(round(seconds)), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def counted(count: int, what: str) -> str:
+  """A number and what there are so many of: '1 device', '2 devices'."""
+  return f'{count} {what}{"" if count == 1 else "s"}'

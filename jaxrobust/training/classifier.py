@@ -90,14 +90,14 @@ def train(
   if parallel.is_writer() and (train is not None or validation is not None):
     workdirs.write_checksums(folder, data.checksums())
   logging.info(
-    '%s: %d steps of %d images, %s, on %d devices; learning rate %g',
+    '%s: %d steps of %d images, %s, on %s; learning rate %g',
     configs.experiment_name(config),
     derived.num_steps,
     config.data.batch_size,
     f', from step {derived.later_from_step} on '.join(
       f'{real} real and {generated} generated' for real, generated in mixes
     ),
-    parallel.num_devices(),
+    metrics.counted(parallel.num_devices(), 'device'),
     derived.learning_rate,
   )
   return Run(config, derived, folder, model, info.num_classes, data).train()
