@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
 import os
 import subprocess
+import sys
 import tarfile
 
 from launch import ROOT, LaunchError
@@ -91,9 +94,76 @@ def experiment(words: list[str]) -> str:
   return f'experiments/{path}.py'
 
 
+# Prints why a program would refuse its words. 3: the package cannot be imported.
+_CHECK = """
+import importlib, sys
+try:
+  from jaxrobust.errors import UserError
+  from jaxrobust.runs import cli
+  module = importlib.import_module('jaxrobust.' + sys.argv[1])
+except Exception:
+  sys.exit(3)
+try:
+  if hasattr(module, 'PROGRAM'):
+    cli.check(module.PROGRAM, sys.argv[2:])
+except UserError as e:
+  print(ascii(str(e)))
+  sys.exit(1)
+"""
+
+
+def check_words(words: list[str]):
+  """Refuses a program with flags or fields that it would refuse on the workers.
+
+  The environment of this clone says so, where there is one; a laptop needs none.
+  """
+  path = experiment(words)
+  if {'-h', '--help'} & set(words):
+    return
+  if path and not (ROOT / os.path.expanduser(path)).is_file():
+    say(f'the flags of {words[0]} are not checked: {path} is not here')
+    return
+  venv = os.environ.get('JAXROBUST_VENV') or str(ROOT / '.venv')
+  python = os.path.join(os.path.abspath(venv), 'bin', 'python')
+  try:
+    done = subprocess.run(
+      [python if os.path.isfile(python) else sys.executable, '-c', _CHECK, *words],
+      cwd=str(ROOT),
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      timeout=120,
+    )
+    found, status = done.stdout.decode().split('\n'), done.returncode
+  except (OSError, subprocess.TimeoutExpired):
+    found, status = [], 3
+  if status == 1 and len(found) > 1:
+    raise LaunchError(ast.literal_eval(found[-2]))
+  if status:
+    say(
+      f'the flags of {words[0]} are not checked: the package cannot be imported here '
+      '(bash launch/worker.sh --setup makes its environment)'
+    )
+
+
+def _refuse_unknown(words, path):
+  """Refuses an experiment given by a name that none here has."""
+  name = os.path.basename(path)[: -len('.py')]
+  given = [word.split('=')[-1].split(':')[0] for word in words]
+  if not path or name not in given or (ROOT / path).is_file():
+    return
+  names = sorted(file.stem for file in (ROOT / 'experiments').glob('*.py'))
+  near = difflib.get_close_matches(name, names, n=1)
+  raise LaunchError(
+    f'{name}: no experiment of that name in experiments/; '
+    + (f'did you mean {near[0]}?' if near else 'give one of those there, or a path')
+  )
+
+
 def check_sent(words: list[str], names: list[str]):
   """Refuses a program whose experiment is not among the files that are sent."""
   path = experiment(words)
+  _refuse_unknown(words, path)
   if path and os.path.normpath(path) not in names:
     raise LaunchError(
       f'{path} is not on the workers: setup sends the files of this repository that '
@@ -111,6 +181,7 @@ def check_manifest(verb: str, words: list[str]):
   path = experiment(words)
   if not path:
     return
+  _refuse_unknown(words, path)
   done = subprocess.run(
     ['git', '--literal-pathspecs', 'status', '--porcelain', '--ignored', '--', path],
     cwd=str(ROOT),

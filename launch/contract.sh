@@ -24,7 +24,7 @@ require_program() {
     train | evaluate | generate | analyze | report | convert | sweep | plan) ;;
     data | models.download) ;;
     *)
-      echo "error: $(one_line "${1:-nothing}"): give a program here: train, evaluate, generate," \
+      echo "error: ${1:+$(one_line "$1") is no program: }give train, evaluate, generate," \
         'analyze, report, convert, sweep, plan, data or models.download' >&2
       exit 1
       ;;

@@ -19,7 +19,7 @@ case ${1:-} in
   -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
   [1-9] | [1-9][0-9]) processes=$1; shift ;;
   *)
-    echo "error: $(one_line "${1:-no argument}"): give the number of processes, 1 to 99" >&2
+    echo "error: ${1:+$(one_line "$1"): }give the number of processes, 1 to 99" >&2
     exit 1
     ;;
 esac

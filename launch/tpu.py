@@ -37,6 +37,7 @@ jobset prints a GKE JobSet (| kubectl apply -f -), skypilot a SkyPilot task
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -75,7 +76,8 @@ FLAGS = {
   ),
   'data': (
     r'gs://[a-z0-9]([-a-z0-9._]{0,220}[a-z0-9])?(/[-A-Za-z0-9._+=@%]+)*/?',
-    'a folder in a bucket, gs://BUCKET/FOLDER, of letters, digits and -._+=@%',
+    'a folder in a bucket, as gs://my-bucket/folder, small letters, digits and -._ in '
+    'the bucket, letters, digits and -._+=@% in the folder',
   ),
   'worker': (
     'all|[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*',
@@ -89,7 +91,8 @@ FLAGS = {
     '([A-Za-z0-9][-A-Za-z0-9.]*(:[0-9]{1,5})?/)?[a-z0-9][-a-z0-9._]*'
     '(/[a-z0-9][-a-z0-9._]*)*(:[A-Za-z0-9_][-A-Za-z0-9._]{0,127})?'
     '(@sha256:[0-9a-f]{64})?',
-    "an image's name, such as us-docker.pkg.dev/PROJECT/REPOSITORY/jaxrobust:1",
+    "an image's name in small letters, such as "
+    'us-docker.pkg.dev/my-project/my-repository/jaxrobust:1',
   ),
   'attempts': ('[1-9][0-9]{0,5}', 'a number from 1 to 999999'),
 }
@@ -128,13 +131,14 @@ def parse(arguments: list[str]) -> Command:
   verb, name = [*arguments, '', ''][:2]
   if verb not in VERBS:
     raise LaunchError(
-      f'{verb or "no argument"}: give {", ".join(list(VERBS)[:-1])} or skypilot '
-      '(--help explains them)'
+      (f'{verb} is no verb: ' if verb else '')
+      + f'give {", ".join(list(VERBS)[:-1])} or skypilot (--help explains them)'
     )
   if not re.fullmatch(_NAME, name):
     raise LaunchError(
-      f'{name or "nothing"}: give a name of small letters, digits and hyphens, at '
-      f'most 63 of them, after {verb}'
+      (f'{name} is no name: ' if name else '')
+      + f'give {verb} the name of a TPU, at most 63 small letters, digits and hyphens, '
+      f'as in {verb} pod1'
     )
   values, words = _flags(verb, arguments[2:])
   needs_type, takes_program = VERBS[verb]
@@ -195,6 +199,15 @@ def _program(words):
   return words
 
 
+def help_of(verb: str) -> str:
+  """What the page says of one verb: its line, the flags, its paragraphs."""
+  first, usage, types, *paragraphs = __doc__.strip().split('\n\n')
+  calls = re.split(r'\n(?=  bash)', usage)
+  named = re.compile(rf'\b{verb}\b')
+  found = [call for call in calls if named.search(call.split(' NAME')[0])]
+  return '\n\n'.join([*found, types, *filter(named.search, paragraphs)])
+
+
 def execute(command: Command) -> int:
   """Does what a command asks for; returns its exit code.
 
@@ -202,6 +215,8 @@ def execute(command: Command) -> int:
     LaunchError: if it cannot be done.
   """
   verb, words = command.verb, command.words
+  if words:
+    code.check_words(words)
   if verb in ('jobset', 'skypilot'):
     code.check_manifest(verb, words)
     print(getattr(manifests, verb)(command), end='', flush=True)
@@ -234,6 +249,11 @@ def main(arguments: list[str]) -> int:
   try:
     if arguments[:1] in (['-h'], ['--help']):
       print(__doc__.strip(), flush=True)
+      return 0
+    flags = itertools.takewhile(lambda word: word.startswith('-'), arguments[2:])
+    asks = {'-h', '--help'} & {*arguments[1:2], *flags}
+    if asks and arguments[0] in VERBS:
+      print(help_of(arguments[0]), flush=True)
       return 0
     return execute(parse(arguments))
   except LaunchError as error:

@@ -124,7 +124,7 @@ def test_commands_are_taken(page, command):
     if not command.startswith(LAUNCHERS):
       return
     if 'tpu.sh' in command and len(words) > 3:
-      tpu.parse([w.replace('BUCKET', 'b').replace('IMAGE', 'i') for w in words[2:]])
+      tpu.parse(words[2:])
   verb, arguments = program_of(words)
   if verb:
     check(verb, arguments)

@@ -284,14 +284,14 @@ class TestPod:
   @pytest.mark.parametrize(
     'args, message',
     [
-      ((), 'no argument: give the number of processes'),
+      ((), 'give the number of processes'),
       (('2\n',), r"$'2\n': give the number of processes"),
       (('2', '--devices=2\n', 'train'), r"$'--devices=2\n': write --devices=M"),
-      (('2', 'python', '-m'), 'nothing: give a program'),
+      (('2', 'python', '-m'), 'give train, evaluate'),
       (('x',), 'x: give the number of processes'),
-      (('2',), 'nothing: give a program'),
-      (('2', '--fast', 'train'), '--fast: give a program'),
-      (('2', 'trian'), 'trian: give a program here: train, evaluate'),
+      (('2',), 'give train, evaluate'),
+      (('2', '--fast', 'train'), '--fast is no program: give train'),
+      (('2', 'trian'), 'trian is no program: give train, evaluate'),
       (('2', '--devices=x', 'train'), '--devices=x: write --devices=M, M from 1 to 99'),
       (('2', 'python', '-m', 'jaxrobust.data', 'list'), 'data runs on one host'),
     ],
@@ -426,14 +426,14 @@ class TestWorker:
 
   def test_refusals(self, call):
     for args, given in (
-      ((), 'nothing'),
-      (('--fast',), '--fast'),
-      (('python', '-m'), 'nothing'),
-      (('x\ny\x1b',), r"$'x\ny\E'"),
+      ((), ''),
+      (('--fast',), '--fast is no program: '),
+      (('python', '-m'), ''),
+      (('x\ny\x1b',), r"$'x\ny\E' is no program: "),
     ):
       done = call('worker.sh', *args)
       assert done.returncode == 1
-      assert done.stderr.startswith(f'error: {given}: give a program')
+      assert done.stderr.startswith(f'error: {given}give train, evaluate')
       assert done.stderr.count('\n') == 1
 
 

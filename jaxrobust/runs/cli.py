@@ -42,6 +42,21 @@ def run(program: Program, arguments: Sequence[str] | None = None) -> NoReturn:
   exits.exit_with(lambda: _run(program, arguments))
 
 
+def check(program: Program, arguments: Sequence[str]) -> None:
+  """Checks a command line before it is run elsewhere: reads no workdir.
+
+  Args:
+    program: that is to run.
+    arguments: without its name.
+
+  Raises:
+    UserError: for what is no flag, no experiment or no field of it.
+  """
+  given = flags.parse(program, arguments)
+  if given.config:
+    _config(program, given)
+
+
 def _run(program: Program, arguments: list[str]) -> int:
   """The exit code of a program, after all that it does."""
   _quiet_logs()
