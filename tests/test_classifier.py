@@ -3,22 +3,24 @@
 import json
 import queue
 import shutil
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 import jaxrobust
 from experiments import digits
 from jaxrobust import evaluate, train
-from jaxrobust.config import experiments, registries
+from jaxrobust.config import experiments, fields, registries
 from jaxrobust.data import training_images
 from jaxrobust.errors import UserError
 from jaxrobust.models import parameter_files
 from jaxrobust.runs import cli, flags, waiting
 from jaxrobust.runs import workdir as workdirs
-from jaxrobust.training import classifier
+from jaxrobust.training import classifier, step_loss
 
 STEPS, HELD_OUT = 2, 24
 MINE = """
@@ -156,6 +158,8 @@ def test_a_run_goes_on_with_its_own_images_only(run, config, images, tmp_path):
   other[-1] ^= 1
   with pytest.raises(UserError, match='holds a run with other images'):
     classifier.train(config, tmp_path, train=(other, images[1]))
+  with pytest.raises(UserError, match='holds a run with other images'):
+    classifier.train(config, folder, train=(other, images[1]))  # It is finished.
   (tmp_path / 'images.json').write_text('[')
   with pytest.raises(UserError, match='images.json is not JSON'):
     classifier.train(config, tmp_path, train=images)
@@ -261,6 +265,8 @@ def test_what_is_returned_takes_the_images_that_it_was_trained_on(run, config, i
   folder, path = run
   found = jaxrobust.train_classifier(config, folder, train=images)
   assert found(images[0]).shape == (64, 7)
+  assert jaxrobust.read_run(folder).status == 'done'
+  assert not workdirs._program  # The next run of this process begins anew.
   assert found.card.dataset == 'arrays'
   recorded = json.loads((folder / 'config.json').read_text())
   assert recorded['dataset']['image_shape'] == [10, 10, 1]
@@ -274,6 +280,40 @@ def test_what_is_returned_takes_the_images_that_it_was_trained_on(run, config, i
 def test_images_as_those_of_the_data_set_take_their_place(config):
   images = np.zeros((64, 8, 8, 1), np.uint8), np.arange(64) % 10
   assert training_images.record(config, images) is config
+
+
+def test_a_run_from_python_that_fails_says_so(config, images, tmp_path, monkeypatch):
+  def fail(self):
+    assert jaxrobust.read_run(tmp_path).status == 'running'
+    raise UserError('the loss is not finite')
+
+  monkeypatch.setattr(classifier.Run, '__init__', lambda self, *_: None)
+  monkeypatch.setattr(classifier.Run, 'train', fail)
+  with pytest.raises(UserError, match='not finite'):
+    jaxrobust.train_classifier(config, tmp_path, train=images)
+  status = workdirs.read_status(epath.Path(tmp_path))
+  assert (status['state'], status['message']) == ('failed', 'the loss is not finite')
+
+
+def test_a_loss_that_is_no_mean_is_refused_in_one_line(config):
+  class Model(NamedTuple):
+    natural: None = None
+
+    def apply(self, params, state, images, batch_stats):
+      return images.reshape(len(images), -1)[:, :7] * params, state
+
+  config = fields.replace(config, {'loss.name': 'scaled'})
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(registries.LOSSES._items, 'scaled', lambda p, _: p.adv_logits.sum(1))
+    loss_fn = step_loss.make(config, Model())
+    inputs = step_loss.Inputs(
+      jnp.zeros((6, 4, 4, 1)),
+      jnp.ones((6, 7)) / 7,
+      jnp.zeros(6, bool),
+      jax.random.split(jax.random.key(0), 6),
+    )
+    with pytest.raises(UserError, match=r"loss 'scaled' gave shape \[6\].*mean"):
+      jax.eval_shape(loss_fn, 1.0, {}, inputs)
 
 
 def test_validation_images_must_be_of_the_same_kind(config, images, tmp_path):
