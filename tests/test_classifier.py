@@ -329,5 +329,12 @@ def test_validation_images_must_be_of_the_same_kind(config, images, tmp_path):
 def test_values_of_a_config_are_replaced_by_path():
   config = jaxrobust.load_config('digits:wrn-10-2', {'threat.epsilon': 0.1})
   assert (config.model.name, config.threat.epsilon) == ('wrn-10-2', 0.1)
-  with pytest.raises(UserError, match=r'digits --config.treat.epsilon=0.1.*threat'):
+  with pytest.raises(UserError, match=r'digits: treat.epsilon=0.1.*mean threat'):
     jaxrobust.load_config('digits', {'treat.epsilon': 0.1})
+  texts = {'threat.epsilon': '8/255', 'training.num_steps': '30', 'variant': '1'}
+  config = jaxrobust.load_config('digits', texts)
+  assert (config.threat.epsilon, config.training.num_steps) == (8 / 255, 30)
+  assert config.variant == '1'
+  for wrong, words in (('big', 'big: .*8/255'), ([1], r'\[1\] is a list: .* 0.2$')):
+    with pytest.raises(UserError, match=f'^digits: threat.epsilon={words}'):
+      jaxrobust.load_config('digits', {'threat.epsilon': wrong})
