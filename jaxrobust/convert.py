@@ -204,14 +204,15 @@ def _warn(card: cards.Card):
   """Warns where the PyTorch classes of others would not take the file as it is."""
   if card.model['name'].endswith('-1'):
     logging.warning(
-      'of width 1: this file has layer.0.block.0.shortcut.weight, which the classes of '
-      'the authors and of RobustBench lack, so they refuse it'
+      'This network is of width 1: its file has layer.0.block.0.shortcut.weight, '
+      'which the classes of the authors and of RobustBench lack, so they refuse it.'
     )
   size = card.info.image_shape[0] + 2 * card.model['padding']
   if size != 32:
     logging.warning(
-      'images of %d pixels: the classes of the authors and of RobustBench average over '
-      'fixed windows, which are the whole map for 32 pixels only',
+      'This network takes images of %d pixels: the classes of the authors and of '
+      'RobustBench average over fixed windows, which are the whole map for 32 pixels '
+      'only.',
       size,
     )
 

@@ -40,11 +40,11 @@ and whether to save_adversarial images.
 
 Writes to the workdir: results.json (one entry an evaluation: protocol, counts,
 accuracies after each attack as fractions, warnings, versions), figures/examples.npz
-(the first images, their adversarial versions, labels, predictions and the suite), and
-for each evaluation a folder evaluations/ID/ with state.npz, which says which attempt
-each image fell to. The state is written after every batch: interrupted, the same
-command goes on and ends with the same results.json. An evaluation that is there already
-is shown, not repeated.
+(the first images, their adversarial versions, labels, predictions and the suite: the
+evaluation that left the fewest standing), and for each evaluation a folder
+evaluations/ID/ with state.npz, which says which attempt each image fell to. The state
+is written after every batch: interrupted, the same command goes on and ends with the
+same results.json. An evaluation that is there already is shown, not repeated.
 """
 
 import hashlib
@@ -174,7 +174,8 @@ def main(
       if save_images:
         _save_images(state / _ADVERSARIAL, images, labels, outcome, suite)
       examples = folder / workdirs.FIGURES / 'examples.npz'
-      _save_images(examples, images, labels, outcome, suite)
+      if not examples.exists() or _is_strongest(folder, protocol, outcome):
+        _save_images(examples, images, labels, outcome, suite)
       entry = entry or workdirs.add_result(folder, protocol, outcome.to_dict())
       logging.info('wrote %s', folder / 'results.json')
     parallel.barrier('evaluated')
@@ -191,6 +192,13 @@ def main(
 def _find(config, workdir) -> tuple[str, epath.Path]:
   """The checkpoint's name and its file; what is known of it must not contradict."""
   checkpoint = config.evaluation.checkpoint
+  run = epath.Path(checkpoint or workdir)
+  state = workdirs.how_far(run) if workdirs.has_run(run) else ''
+  if state:
+    raise UserError(
+      f'the run in {run} is {state}: `jaxrobust train --workdir={run}` goes on with '
+      f'it, or give --checkpoint={run}@STEP to judge what it saved after that step'
+    )
   found = zoo.find(str(checkpoint or workdir))
   if found is None:
     return configs.experiment_name(config), epath.Path(checkpoint or workdir)
@@ -205,6 +213,16 @@ def _find(config, workdir) -> tuple[str, epath.Path]:
         f'to have {value}: correct the config, or leave out --config'
       )
   return found.card.name, found.path
+
+
+def _is_strongest(folder: epath.Path, protocol: dict, outcome: Outcome) -> bool:
+  """Whether no evaluation of the same checkpoint and threat left fewer standing."""
+  same = {x: protocol[x] for x in ('checkpoint_sha256', 'norm', 'epsilon', 'split')}
+  return all(
+    outcome.robust_accuracy <= entry.get('robust_accuracy', 1.0)
+    for entry in workdirs.read_results(folder)
+    if same.items() <= entry['protocol'].items()
+  )
 
 
 def _save_images(path: epath.Path, images, labels, outcome: Outcome, suite: str):

@@ -88,7 +88,14 @@ def main(config: config_dict.ConfigDict, workdir: str, stage: str = '') -> None:
   kept = 'whole files of draws and labels are kept'
   with stop_requests.StopRequests(kept) as stops:
     if not stage:
-      while not run.needed()[1]:
+      drawn = None
+      while not (needed := run.needed())[1]:
+        if drawn not in (None, needed[0]):
+          logging.info(
+            'some classes have too few samples: drawing on, to %d in all',
+            needed[0] * run.files.size,
+          )
+        drawn = needed[0]
         sample(run, stops.check)
         label(run, stops.check)
       select(run, stops.check)

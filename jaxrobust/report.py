@@ -12,7 +12,8 @@ Examples:
     python -m jaxrobust.report --workdir=runs/paper --table=digits-linf --status
 
 Without --table: prints a table of the evaluations in the folder's workdirs and writes
-it to report.md: a line an experiment, mean ± standard deviation over its seeds. Draws
+it to report.md: a line an experiment, mean ± standard deviation over its seeds. The
+workdirs are the folder itself and those right inside it: it looks no deeper. Draws
 report.png: accuracy against step of the adversarially trained runs, and test,
 adversarial and generated images. Then every table that has any run.
 

@@ -156,7 +156,27 @@ def test_refusals_of_the_hub_take_one_line(stand_in, source, call):
   assert 'hf:others/x cannot be written (PermissionError: 403 Forbidden)' in err
   with pytest.raises(UserError, match='hf:me/none: model.safetensors cannot') as e:
     jaxrobust.load('hf:me/none')
-  assert '\n' not in str(e.value)
+  assert '\n' not in str(e.value) and 'log in' in str(e.value)
+
+
+@pytest.mark.parametrize('kind', ['builtin', 'requests', 'wrapped'])
+def test_a_hub_that_cannot_be_reached_is_named_as_the_cause(
+  stand_in, monkeypatch, kind
+):
+  def fail(**_):
+    if kind == 'builtin':
+      raise ConnectionRefusedError('refused')
+    if kind == 'requests':
+      raise type('ConnectTimeout', (type('Timeout', (OSError,), {}),), {})('late')
+    try:
+      raise ConnectionResetError('reset')
+    except OSError as e:
+      raise FileNotFoundError('not in the cache') from e
+
+  monkeypatch.setattr(stand_in.module, 'hf_hub_download', fail)
+  with pytest.raises(UserError, match='check the connection') as e:
+    jaxrobust.load('hf:me/x')
+  assert 'correct the name' not in str(e.value)
 
 
 def test_a_repository_of_others(stand_in, source):

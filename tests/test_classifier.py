@@ -3,22 +3,24 @@
 import json
 import queue
 import shutil
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 import jaxrobust
 from experiments import digits
 from jaxrobust import evaluate, train
-from jaxrobust.config import experiments, registries
+from jaxrobust.config import experiments, fields, registries
 from jaxrobust.data import training_images
 from jaxrobust.errors import UserError
 from jaxrobust.models import parameter_files
 from jaxrobust.runs import cli, flags, waiting
 from jaxrobust.runs import workdir as workdirs
-from jaxrobust.training import classifier
+from jaxrobust.training import classifier, step_loss
 
 STEPS, HELD_OUT = 2, 24
 MINE = """
@@ -156,6 +158,8 @@ def test_a_run_goes_on_with_its_own_images_only(run, config, images, tmp_path):
   other[-1] ^= 1
   with pytest.raises(UserError, match='holds a run with other images'):
     classifier.train(config, tmp_path, train=(other, images[1]))
+  with pytest.raises(UserError, match='holds a run with other images'):
+    classifier.train(config, folder, train=(other, images[1]))  # It is finished.
   (tmp_path / 'images.json').write_text('[')
   with pytest.raises(UserError, match='images.json is not JSON'):
     classifier.train(config, tmp_path, train=images)
@@ -261,6 +265,8 @@ def test_what_is_returned_takes_the_images_that_it_was_trained_on(run, config, i
   folder, path = run
   found = jaxrobust.train_classifier(config, folder, train=images)
   assert found(images[0]).shape == (64, 7)
+  assert jaxrobust.read_run(folder).status == 'done'
+  assert not workdirs._program  # The next run of this process begins anew.
   assert found.card.dataset == 'arrays'
   recorded = json.loads((folder / 'config.json').read_text())
   assert recorded['dataset']['image_shape'] == [10, 10, 1]
@@ -276,6 +282,40 @@ def test_images_as_those_of_the_data_set_take_their_place(config):
   assert training_images.record(config, images) is config
 
 
+def test_a_run_from_python_that_fails_says_so(config, images, tmp_path, monkeypatch):
+  def fail(self):
+    assert jaxrobust.read_run(tmp_path).status == 'running'
+    raise UserError('the loss is not finite')
+
+  monkeypatch.setattr(classifier.Run, '__init__', lambda self, *_: None)
+  monkeypatch.setattr(classifier.Run, 'train', fail)
+  with pytest.raises(UserError, match='not finite'):
+    jaxrobust.train_classifier(config, tmp_path, train=images)
+  status = workdirs.read_status(epath.Path(tmp_path))
+  assert (status['state'], status['message']) == ('failed', 'the loss is not finite')
+
+
+def test_a_loss_that_is_no_mean_is_refused_in_one_line(config):
+  class Model(NamedTuple):
+    natural: None = None
+
+    def apply(self, params, state, images, batch_stats):
+      return images.reshape(len(images), -1)[:, :7] * params, state
+
+  config = fields.replace(config, {'loss.name': 'scaled'})
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(registries.LOSSES._items, 'scaled', lambda p, _: p.adv_logits.sum(1))
+    loss_fn = step_loss.make(config, Model())
+    inputs = step_loss.Inputs(
+      jnp.zeros((6, 4, 4, 1)),
+      jnp.ones((6, 7)) / 7,
+      jnp.zeros(6, bool),
+      jax.random.split(jax.random.key(0), 6),
+    )
+    with pytest.raises(UserError, match=r"loss 'scaled' gave shape \[6\].*mean"):
+      jax.eval_shape(loss_fn, 1.0, {}, inputs)
+
+
 def test_validation_images_must_be_of_the_same_kind(config, images, tmp_path):
   pixels, labels = images
   give = lambda *split: classifier.train(
@@ -289,5 +329,12 @@ def test_validation_images_must_be_of_the_same_kind(config, images, tmp_path):
 def test_values_of_a_config_are_replaced_by_path():
   config = jaxrobust.load_config('digits:wrn-10-2', {'threat.epsilon': 0.1})
   assert (config.model.name, config.threat.epsilon) == ('wrn-10-2', 0.1)
-  with pytest.raises(UserError, match=r'digits --config.treat.epsilon=0.1.*threat'):
+  with pytest.raises(UserError, match=r'digits: treat.epsilon=0.1.*mean threat'):
     jaxrobust.load_config('digits', {'treat.epsilon': 0.1})
+  texts = {'threat.epsilon': '8/255', 'training.num_steps': '30', 'variant': '1'}
+  config = jaxrobust.load_config('digits', texts)
+  assert (config.threat.epsilon, config.training.num_steps) == (8 / 255, 30)
+  assert config.variant == '1'
+  for wrong, words in (('big', 'big: .*8/255'), ([1], r'\[1\] is a list: .* 0.2$')):
+    with pytest.raises(UserError, match=f'^digits: threat.epsilon={words}'):
+      jaxrobust.load_config('digits', {'threat.epsilon': wrong})

@@ -70,7 +70,7 @@ def test_a_file_needs_a_config_once_and_its_card_goes_along(call, source, tmp_pa
 def test_to_pytorch_and_back(call, source, tmp_path):
   code, _, err = call(f'--from={source}', f'--to={tmp_path / "a.pt"}', CONFIG)
   assert code == 0, err
-  assert 'of width 1: this file has layer.0.block.0.shortcut.weight' in err
+  assert 'of width 1: its file has layer.0.block.0.shortcut.weight' in err
   assert 'images of 8 pixels' in err
   code, _, err = call(f'--from={tmp_path / "a.pt"}', f'--to={tmp_path / "b.npy"}')
   assert code == 0, err

@@ -4,15 +4,18 @@ import json
 import shutil
 import signal
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from jaxrobust import evaluate
 from jaxrobust.errors import UserError
 from jaxrobust.models import parameter_files
 from jaxrobust.runs import cli
+from jaxrobust.runs import workdir as workdirs
 from tests.helpers.programs import TINY, ends
 
 SUITE = (
@@ -295,3 +298,16 @@ def test_any_checkpoint_of_a_run_can_be_read_and_judged(trained, call, tmp_path)
   assert code == 0 and 'of 50 test images' in out, err
   (entry,) = results(tmp_path / 'last')
   assert entry['protocol']['checkpoint_step'] == last
+
+
+def test_examples_are_of_the_strongest_evaluation(tmp_path):
+  """Of one checkpoint and threat: others are not comparable."""
+  folder, protocol = epath.Path(tmp_path), {'checkpoint_sha256': 'a', 'split': 'test'}
+  protocol |= {'norm': 'linf', 'epsilon': 0.2}
+  figures = {'clean_accuracy': 0.9, 'robust_accuracy': 0.5}
+  workdirs.add_result(folder, protocol, figures)
+  weaker = figures | {'robust_accuracy': 0.1}
+  workdirs.add_result(folder, protocol | {'epsilon': 0.3}, weaker)
+  for robust, is_strongest in ((0.4, True), (0.5, True), (0.6, False)):
+    outcome = types.SimpleNamespace(robust_accuracy=robust)
+    assert evaluate._is_strongest(folder, protocol, outcome) is is_strongest

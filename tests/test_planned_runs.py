@@ -246,7 +246,7 @@ def test_who_is_refused_does_not_touch_the_status_of_another_run(found, monkeypa
 @pytest.mark.parametrize(
   'row, message',
   [
-    (Row('a', DIGITS, {'sed': 1}), '--config.sed=1'),
+    (Row('a', DIGITS, {'sed': 1}), 'digits.py: sed=1: there is no such field'),
     (Row('a', 'experiments/none.py'), 'no such file'),
     (Row('a', DIGITS, {'data.samples': '{workdir}/x/samples'}), 'is named x'),
   ],

@@ -12,7 +12,7 @@ from etils import epath
 
 from experiments import digits, paper
 from experiments.base_table import Row, Table
-from jaxrobust import report
+from jaxrobust import evaluate, report
 from jaxrobust.errors import UserError
 from jaxrobust.reporting import (
   figures,
@@ -68,6 +68,42 @@ def test_rows(folder):
     '| digits_linf_wrn-16-1_real | real | 1 | – | – | not evaluated | – |',
     '| digits_standard_wrn-10-1_real | real | 1 | – | – | not evaluated | – |',
   ]
+
+
+def test_runs_of_one_name_have_their_own_curves(folder):
+  groups = figures.groups_by_experiment(runs_table.find(folder))
+  assert {name: len(runs) for name, runs in groups.items()} == {
+    'digits_linf_wrn-10-1_real (loss.beta=6.0)': 2,
+    'digits_linf_wrn-10-1_real (loss.beta=5.0)': 1,
+    'digits_linf_wrn-16-1_real': 1,
+  }
+
+
+@pytest.mark.parametrize(
+  'status, steps, said',
+  [
+    ({'command': ['train'], 'state': 'preempted'}, [20, 40], 'preempted at step 40'),
+    ({'command': ['train'], 'state': 'failed'}, [], 'failed'),
+    ({'command': ['evaluate'], 'state': 'failed'}, [40], 'unfinished at step 40'),
+    ({'command': ['evaluate'], 'state': 'failed'}, [], 'not evaluated'),
+  ],
+)
+def test_a_run_that_is_not_finished_says_how_far_it_is(folder, status, steps, said):
+  for step in steps:
+    (folder / 'd' / 'checkpoints' / str(step)).mkdir(parents=True)
+  status = {'message': '', 'host': 'elsewhere', 'pid': 1} | status
+  (folder / 'd' / 'status.json').write_text(json.dumps(status))
+  row = runs_table.markdown(runs_table.find(folder)).splitlines()[4]
+  assert row == f'| digits_linf_wrn-16-1_real | real | 1 | – | – | {said} | – |'
+  if steps:
+    with pytest.raises(UserError, match=f'{said}: .*jaxrobust train --workdir=.*@STEP'):
+      evaluate.main(None, str(folder / 'd'))
+
+
+def test_radii_are_in_255ths_where_decimals_are_not_exact():
+  shown = {8 / 255: '8/255', 0.2: '0.2', 0.0314: '0.0314', 128 / 255: '128/255'}
+  shown |= {0.5: '0.5', 12.0: '12', 1 / 7: '0.1429'}
+  assert {x: runs_table._radius(x) for x in shown} == shown
 
 
 def test_a_figure_of_runs_that_have_not_trained_yet(folder):

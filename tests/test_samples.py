@@ -347,7 +347,9 @@ def test_command_line(tmp_path, capsys):
   command = ['import', str(tmp_path / 'in.npz'), path, '--generator=ddpm']
   assert command_line.main([*command, f'--num_classes={K}']) == 0
   assert command_line.main(['verify', path]) == 0
+  capsys.readouterr()
   assert command_line.main(['export', path, str(tmp_path / 'out.npz')]) == 0
+  assert f'{tmp_path / "out.npz"}: ' in capsys.readouterr().out
   capsys.readouterr()
   assert command_line.main(['info', path]) == 0
   shown = capsys.readouterr().out

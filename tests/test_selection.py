@@ -131,7 +131,7 @@ def test_selections_that_are_refused(tmp_path, options, message):
   source = pool(tmp_path / 'pool')
   with pytest.raises(UserError, match=message):
     selection.subset(source, tmp_path / 'set', **options)
-  with pytest.raises(UserError, match='no confidences'):
+  with pytest.raises(UserError, match='no confidences.*--count=N'):
     selection.subset(pool(tmp_path / 'old', None), tmp_path / 'set', top_fraction=0.5)
 
 

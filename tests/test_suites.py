@@ -309,6 +309,8 @@ def test_an_attack_of_a_file_outside_joins_the_suites(registry, tmp_path):
   assert suites.describe(name, mine) == {'name': name, 'share': 0.5, 'restarts': 2}
   with pytest.raises(UserError, match='no option .*use field=value of share, restarts'):
     suites.get('brighten:epsilon=3', LINF)
+  with pytest.raises(UserError, match="no option 'restart=1'.*did you mean restarts"):
+    suites.get('apgd-ce:restart=1', LINF)
   threshold = lambda _, x: jnp.stack(
     [jnp.full(len(x), 0.5), x.mean(axis=(1, 2, 3))], axis=-1
   )

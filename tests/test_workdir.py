@@ -74,7 +74,7 @@ def test_progress_leaves_compilation_out_of_the_speed(monkeypatch):
   for _ in range(3):
     progress.advance(1, 'loss 1')
   assert lines == [
-    'train: 1 of 10 steps, unknown time left, loss 1',
+    'train: 1 of 10 steps, time left unknown, loss 1',
     'train: 2 of 10 steps, 0.1 a second, 1:20 left, loss 1',
     'train: 3 of 10 steps, 0.1 a second, 1:10 left, loss 1',
   ]

@@ -225,6 +225,7 @@ def _option(attack: Any, name: str, option: str) -> tuple[str, int | float]:
   if field not in fields:
     raise UserError(
       f'attack {name} has no option {option!r}: use field=value of {", ".join(fields)}'
+      f'{registries.did_you_mean(field, fields)}'
     )
   try:
     number = fields[field](value)

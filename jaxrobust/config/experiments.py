@@ -4,6 +4,7 @@ They lie beside the package in a clone, in its folder `experiments`; in an insta
 package, inside it. Nothing in the package imports one.
 """
 
+import functools
 import importlib.util
 import os
 import pathlib
@@ -15,6 +16,7 @@ from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust.config import fields, registries
+from jaxrobust.config import overrides as texts
 from jaxrobust.errors import UserError, one_line
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
@@ -103,7 +105,8 @@ def load_config(
   Args:
     experiment: by name or path, with its argument, such as 'digits' or
       'cifar10_linf:wrn-28-10,ddpm'.
-    values: under dotted paths, such as {'threat.epsilon': 8 / 255}.
+    values: under dotted paths, such as {'threat.epsilon': 8 / 255}; or as text, as
+      flags have them: '8/255'.
 
   Returns:
     The config, locked.
@@ -112,7 +115,15 @@ def load_config(
     UserError: for an experiment that is absent or fails, a path that is no field, or a
       value of another type.
   """
-  return fields.override(load(experiment), dict(values or {}), experiment)
+  config, found = load(experiment), dict(values or {})
+  known = fields.flatten(config)
+  for path, value in found.items():
+    if not isinstance(value, str) or path not in known:
+      continue
+    *parts, name = path.split('.')
+    kind = functools.reduce(getattr, parts, config).get_type(name)
+    found[path] = texts.parse(value, kind, f'{experiment}: {path}={value}')
+  return fields.override(config, found, experiment)
 
 
 def sweep_points(
@@ -139,7 +150,7 @@ def sweep_points(
     )
   points, known = [], dict[str, str]()
   for name, overrides in experiment.sweep():
-    point = fields.override(config, overrides, f'{file}, sweep(), {name}:')
+    point = fields.override(config, overrides, f'{file}, sweep(), {name}')
     run = configs.experiment_name(point)
     if run in known:
       raise UserError(

@@ -261,14 +261,17 @@ def override(
   for path, value in values.items():
     if path not in known:
       raise UserError(
-        f'{given} --config.{path}={value}: there is no such field'
-        f'{nearest(config, path)}'
+        f'{given}: {path}={value}: there is no such field'
+        f'{nearest(config, path).replace("mean config.", "mean ")}'
       )
-  try:
-    return replace(config, values)
-  except (KeyError, TypeError, ValueError) as e:
-    said = ' '.join(f'--config.{path}={value}' for path, value in values.items())
-    raise UserError(f'{given} {said}: {" ".join(str(e).split())}') from e
+    try:
+      config = replace(config, {path: value})
+    except (KeyError, TypeError, ValueError) as e:
+      raise UserError(
+        f'{given}: {path}={value!r} is a {type(value).__name__}: use a value like '
+        f'{known[path]!r}'
+      ) from e
+  return replace(config, {})
 
 
 def replace(

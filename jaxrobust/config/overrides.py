@@ -30,7 +30,7 @@ def apply(config: config_dict.ConfigDict, overrides: dict[str, str]) -> None:
   """
   for path, text in overrides.items():
     part, name = _find(config, path)
-    part[name] = _parse(text, part.get_type(name), f'--config.{path}={text}')
+    part[name] = parse(text, part.get_type(name), f'--config.{path}={text}')
 
 
 def parse_boolean(text: str) -> bool:
@@ -81,8 +81,17 @@ def _no_field(config, path: str) -> UserError:
   return UserError(f'--config.{path} is no field of this config{hint}')
 
 
-def _parse(text: str, kind: type, flag: str):
-  """The value that text stands for in a field of a type."""
+def parse(text: str, kind: type, given: str) -> Any:
+  """The value that text stands for in a field of a type.
+
+  Args:
+    text: such as '8/255'.
+    kind: the field's type.
+    given: what was written, for messages.
+
+  Raises:
+    UserError: if it stands for none of that type.
+  """
   if text.lower() == 'none' and kind is not str:
     return None  # The checks of the config refuse it where a value is needed.
   parsers: dict[type, Callable[[str], Any]] = {
@@ -95,7 +104,7 @@ def _parse(text: str, kind: type, flag: str):
   try:
     return parsers.get(kind, _parse_any)(text)
   except ValueError as e:
-    raise UserError(f'{flag}: {e}') from e
+    raise UserError(f'{given}: {e}') from e
 
 
 def _parse_integer(text: str) -> int:

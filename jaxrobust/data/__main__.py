@@ -1,6 +1,7 @@
 """Makes data sets and sample sets ready: `python -m jaxrobust.data --help`."""
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -26,6 +27,8 @@ from jaxrobust.samples import (
   shards,
   stratified,
 )
+
+_DELAY = 1.0  # Seconds until a bar is shown: before, it has no speed to show.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +89,9 @@ def _import(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
   """An `.npz` of a sample set."""
-  npz.export_npz(sample_sets.SampleSet.open(args.set), args.npz)
+  found = sample_sets.SampleSet.open(args.set)
+  npz.export_npz(found, args.npz)
+  print(f'{args.npz}: {len(found)} images')
 
 
 def _select(args: argparse.Namespace) -> None:
@@ -108,7 +113,7 @@ def _select(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
   """The checksums of a sample set."""
   found = sample_sets.SampleSet.open(args.set)
-  found.verify(tqdm.tqdm, anew=True)
+  found.verify(functools.partial(tqdm.tqdm, unit=' files', delay=_DELAY), anew=True)
   print(f'{found.path}: {len(found)} images, every file as written')
 
 
@@ -149,7 +154,7 @@ def _estimate_hosts(args: argparse.Namespace) -> None:
 
 def _progress(batches: Iterable, total: int) -> Iterator:
   """Shows images a second while batches go by."""
-  with tqdm.tqdm(total=total, unit=' images', unit_scale=True) as bar:
+  with tqdm.tqdm(total=total, unit=' images', unit_scale=True, delay=_DELAY) as bar:
     for batch in batches:
       yield batch
       bar.update(len(batch[0]))

@@ -23,6 +23,12 @@ from jaxrobust.models.card import Card
 PREFIX = 'hf:'
 FILE = 'model.safetensors'
 _INSTALL = "install it (from a clone: pip install -e '.[hub]')"
+# Names of errors of requests, httpx, the system and huggingface_hub, none of which need
+# be installed.
+_NO_CONNECTION = {
+  *('ConnectionError', 'Timeout', 'TransportError', 'TimeoutError', 'gaierror'),
+  *('LocalEntryNotFoundError', 'OfflineModeIsEnabled'),
+}
 _README = """---
 {front}---
 
@@ -71,8 +77,7 @@ def fetch(path: str) -> epath.Path:
     return epath.Path(hub.hf_hub_download(repo_id=repository, filename=FILE))
   except Exception as e:  # Also those of the libraries that it reaches the hub by.
     raise UserError(
-      f'{path}: {FILE} cannot be fetched ({_one_line(e)}): correct the name, or say '
-      'who you are if it is private (hf auth login)'
+      f'{path}: {FILE} cannot be fetched ({_one_line(e)}): {_remedy(e)}'
     ) from e
 
 
@@ -107,10 +112,7 @@ def publish(path: str, card: Card, export: Callable[[epath.Path], Any]) -> Any:
         commit_message=f'Add {card.name}',
       )
     except Exception as e:  # As above.
-      raise UserError(
-        f'{path} cannot be written ({_one_line(e)}): correct the name, or say who you '
-        'are (hf auth login)'
-      ) from e
+      raise UserError(f'{path} cannot be written ({_one_line(e)}): {_remedy(e)}') from e
   return exported
 
 
@@ -198,6 +200,16 @@ def _repository(path: str) -> str:
   if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', repository, re.ASCII):
     raise UserError(f'{path}: write hf:OWNER/NAME, the name of a repository')
   return repository
+
+
+def _remedy(error: BaseException) -> str:
+  """What to do about an error of the hub, or of the way there."""
+  cause: BaseException | None = error
+  while cause is not None:
+    if _NO_CONNECTION & {kind.__name__ for kind in type(cause).__mro__}:
+      return 'the hub cannot be reached: check the connection, and try again'
+    cause = cause.__cause__ or cause.__context__
+  return 'correct the name, or log in if it needs that (hf auth login)'
 
 
 def _one_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ from jaxrobust.config import dataset_info
 from jaxrobust.config.tables import Table
 from jaxrobust.data import datasets
 from jaxrobust.files import arrays
+from jaxrobust.reporting import runs_table
 from jaxrobust.runs import metrics
 from jaxrobust.runs import workdir as workdirs
 from jaxrobust.samples import sample_sets, shards
@@ -395,14 +396,19 @@ def image_rows(groups: dict) -> list[Strip]:
 
 
 def groups_by_experiment(runs: list[tuple[epath.Path, config_dict.ConfigDict]]) -> dict:
-  """Adversarially trained runs by experiment, its seeds together.
+  """Adversarially trained runs by the names of the table of runs, seeds together.
 
   Args:
     runs: (workdir, config) of each.
   """
+  lines = runs_table.lines(runs)
+  names = {
+    configs.to_json(line.config): name
+    for name, line in zip(runs_table.names_of(lines), lines, strict=True)
+  }
   groups = {}
   for folder, config in runs:
     if config.loss.name != 'standard':
-      name = configs.experiment_name(configs.without_seed(config))
+      name = names[configs.to_json(configs.without_seed(config))]
       groups.setdefault(name, []).append((folder, config))
   return groups

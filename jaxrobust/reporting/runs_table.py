@@ -44,14 +44,14 @@ class Line(NamedTuple):
 
   Attributes:
     config: without its seed.
-    folder: of one of its runs.
+    folders: of its runs.
     protocol: of the evaluation, without what differs from seed to seed; None where it
       was not evaluated.
     entries: of results.json, by seed; the last one of a workdir counts.
   """
 
   config: config_dict.ConfigDict
-  folder: epath.Path
+  folders: list[epath.Path]
   protocol: dict | None
   entries: dict[int, Any]
 
@@ -72,9 +72,10 @@ def lines(runs: list[tuple[epath.Path, config_dict.ConfigDict]]) -> list[Line]:
         protocol |= {'seed': None, 'checkpoint_sha256': None}
       same = configs.without_seed(config)
       line = found.setdefault(
-        (configs.to_json(same), str(protocol)), Line(same, folder, protocol, {})
+        (configs.to_json(same), str(protocol)), Line(same, [], protocol, {})
       )
       line.entries[config.seed] = entry
+      line.folders.append(folder)
   return sorted(found.values(), key=lambda line: line.protocol is None)
 
 
@@ -93,7 +94,7 @@ def names_of(found: list[Line]) -> list[str]:
     for line, values in zip(group, flat, strict=True):
       differs = ', '.join(f'{x}={values[x]}' for x in differing if x in values)
       if len(differing) > _MAX_FIELDS:
-        differs = line.folder.name
+        differs = line.folders[0].name
       names[id(line)] = f'{name} ({differs})' if differs else name
   return [names[id(line)] for line in found]
 
@@ -107,12 +108,13 @@ def markdown(runs: list[tuple[epath.Path, config_dict.ConfigDict]]) -> str:
   found = lines(runs)
   for name, line in zip(names_of(found), found, strict=True):
     data, protocol = line.config.data, line.protocol
-    cells = ['–', '–', 'not evaluated', '–']
+    states = dict.fromkeys(filter(None, map(workdirs.how_far, line.folders)))
+    cells = ['–', '–', '; '.join(states) or 'not evaluated', '–']
     if protocol:
       cells = [
         _percent(line.entries.values(), 'clean_accuracy'),
         _percent(line.entries.values(), 'robust_accuracy'),
-        f'{protocol["suite"]}, {protocol["norm"]} {protocol["epsilon"]:.4g}',
+        f'{protocol["suite"]}, {protocol["norm"]} {_radius(protocol["epsilon"])}',
         f'{protocol["num_images"]} {protocol["split"]}',
       ]
     if protocol and 'checkpoint_step' in protocol:
@@ -120,6 +122,13 @@ def markdown(runs: list[tuple[epath.Path, config_dict.ConfigDict]]) -> str:
     share = f'{data.real_fraction:.0%} real' if data.samples else 'real'
     text.append(f'| {" | ".join([name, share, str(len(line.entries)), *cells])} |')
   return '\n'.join(text) + '\n'
+
+
+def _radius(epsilon: float) -> str:
+  """In few decimals, or in 255ths where these say it exactly and decimals do not."""
+  text, levels = f'{epsilon:.4g}', round(255 * epsilon)
+  in_levels = levels and abs(255 * epsilon - levels) < 1e-6
+  return f'{levels}/255' if in_levels and float(text) != epsilon else text
 
 
 def _percent(entries: Iterable[dict], field: str) -> str:

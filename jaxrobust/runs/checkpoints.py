@@ -27,6 +27,10 @@ _DESCRIBED = {
 }
 
 
+# orbax warns of each checkpoint that has no score, which are most.
+logging.get_absl_logger().addFilter(lambda x: 'tracked_metric' not in str(x.msg))
+
+
 class Layout(NamedTuple):
   """How an earlier version saved the state of a run.
 

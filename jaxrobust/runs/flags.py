@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from jaxrobust.config import analysis, classifier, fields, generator, registries
 from jaxrobust.config import overrides as config_overrides
-from jaxrobust.config import registries
 from jaxrobust.errors import UserError
 
 PATH = os.path.expanduser
@@ -214,9 +214,24 @@ def _unknown(argument: str, program: Program) -> str:
   names = [f'--{flag.name}' for flag in program.flags]
   names += ['--workdir'] * (program.workdir != 'none')
   names += ['--config', '--config.FIELD'] * (program.config != 'none')
-  return f'{argument.partition("=")[0]} is not a flag of this program: it takes ' + (
-    ', '.join(names)
+  given = argument.partition('=')[0]
+  return (
+    f'{given} is not a flag of this program: it takes {", ".join(names)}'
+    f'{_nearest(given, names, program)}'
   )
+
+
+def _nearest(given: str, names: list[str], program: Program) -> str:
+  """The field that a flag stands for without --config, or the flag that is nearest."""
+  path, (head, dot, rest) = given.lstrip('-'), given.partition('.')
+  kinds = {'generate': generator.of(''), 'analyze': analysis.FIELDS}
+  if program.config != 'none':
+    known = kinds.get(program.name, classifier.FIELDS)
+    hint = fields.nearest(known, path).replace('mean config.', 'mean --config.')
+    if hint.endswith((f'--config.{path}?', f'.{path}?')):
+      return hint
+  near = registries.did_you_mean(head, names[:-1] if dot else names)
+  return near.replace('--config?', f'--config{dot}{rest}?')
 
 
 def _boolean(text: str) -> bool:

@@ -208,11 +208,13 @@ class Progress:
       started, first = self._marks[0]
       self._marks.append((now, self._done))
       rate = (self._done - first) / max(now - started, 1e-9)
-      left = (self._total - self._done) / rate if rate else math.inf
-      left = left if self._done < self._total else 0
+      remaining = self._total - self._done
+      left = 'time left unknown'
+      if rate or not remaining:
+        left = f'{duration(remaining / rate if remaining else 0)} left'
       log_line(
         f'{self._what}: {self._done} of {self._total} {self._unit}'
-        f'{f", {rate:.3g} a second" if rate else ""}, {duration(left)} left'
+        f'{f", {rate:.3g} a second" if rate else ""}, {left}'
         f'{f", {note}" if note else ""}'
       )
 
@@ -224,8 +226,6 @@ class Progress:
 
 def duration(seconds: float) -> str:
   """Seconds as h:mm:ss or m:ss."""
-  if not math.isfinite(seconds):
-    return 'unknown time'
   minutes, seconds = divmod(int(round(seconds)), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

@@ -160,7 +160,7 @@ def begin(command: list[str], config: Sequence[str] = ()) -> None:
   """Says that this process is a program: what it claims gets a status.json.
 
   Args:
-    command: the program's name and its flags.
+    command: the program's name and its flags, or the name of a function of Python.
     config: the flags that gave its config; () leaves what the workdir says.
   """
   _program.update(command=command, config=list(config), folder=None)
@@ -220,6 +220,8 @@ def write_status(state: str, message: str = '') -> None:
   config = _program.get('config', [])
   gone = removed()
   if state != 'running':
+    if (opened := _program.get('opened')) is not None:
+      os.close(opened)
     _program.clear()
   if folder is None or gone or not parallel.is_writer():
     return
@@ -260,6 +262,21 @@ def read_status(folder: epath.Path) -> dict:
     except PermissionError:  # It runs, and is of another user.
       pass
   return status
+
+
+def how_far(folder: epath.Path) -> str:
+  """How far training is, such as 'preempted at step 40'; '' if it is finished."""
+  if (folder / CHECKPOINT).exists():
+    return ''
+  saved = folder / 'checkpoints'
+  found = saved.iterdir() if saved.exists() else ()
+  steps = [int(x.name) for x in found if x.name.isdecimal()]
+  status = read_status(folder)
+  command = status.get('command', [''])[0]  # An evaluation may have been the last.
+  trains = command.startswith('train') and status['state'] != 'done'
+  if not steps:
+    return status['state'] if trains else ''
+  return f'{status["state"] if trains else "unfinished"} at step {max(steps)}'
 
 
 def has_run(folder: str | epath.Path) -> bool:

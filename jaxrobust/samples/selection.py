@@ -132,8 +132,8 @@ def subset(
   confidence = source.confidence()
   if top_fraction is not None and confidence is None:
     raise UserError(
-      f'{source.path} has no confidences to rank its samples by; label them again '
-      'with confidences, or use count'
+      f'{source.path} has no confidences to rank its samples by, which sets of '
+      '`jaxrobust generate` have: use --count=N for a random choice'
     )
   total = math.floor(len(source) * fraction + 0.5) if count is None else count
   per_class = source.metadata['counts']['per_class']

@@ -67,6 +67,10 @@ def train(
   done = finished.exists()
   parallel.require_agreement(int(done))
   if done:
+    if train is not None or validation is not None:
+      given = fields.replace(config, {'data.samples': ''})
+      data = training_images.load(given, (0, config.data.batch_size), train, validation)
+      _require_recorded(workdir, data)
     workdirs.claim(workdir, config)
     logging.info('%s is finished: %s', configs.experiment_name(config), finished)
     return finished
@@ -80,12 +84,7 @@ def train(
     pipeline.check_sources(data.real, data.generated, *counts, info.num_classes)
   model = companions.for_training(config, info)
   process_group.require_alike(data.checksums())
-  recorded = workdirs.read_checksums(epath.Path(workdir))
-  if recorded is not None and recorded != data.checksums():
-    raise UserError(
-      f'{workdir} holds a run with other images: give the same arrays, or another '
-      'workdir'
-    )
+  _require_recorded(workdir, data)
   folder = workdirs.claim(workdir, config)
   if parallel.is_writer() and (train is not None or validation is not None):
     workdirs.write_checksums(folder, data.checksums())
@@ -101,6 +100,21 @@ def train(
     derived.learning_rate,
   )
   return Run(config, derived, folder, model, info.num_classes, data).train()
+
+
+def _require_recorded(workdir: str | os.PathLike, data: training_images.TrainingImages):
+  """Raises UserError if the run in `workdir` began with other images."""
+  recorded = workdirs.read_checksums(epath.Path(workdir))
+  if recorded is None:
+    return
+  found = data.checksums()
+  if data.generated is None:  # Of a finished run the set may be gone.
+    recorded = {x: recorded[x] for x in recorded if x != 'generated images'}
+  if recorded != found:
+    raise UserError(
+      f'{workdir} holds a run with other images: give the same arrays, or another '
+      'workdir'
+    )
 
 
 def evaluation_attacks(config: config_dict.ConfigDict) -> list:

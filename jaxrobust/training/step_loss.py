@@ -99,7 +99,13 @@ def make(config: config_dict.ConfigDict, model: models.Model) -> LossFn:
         config.loss.class_temperature,
         config.loss.class_decay,
       )
-    return loss_of_passes(passes, config.loss), (moved, adv_images, metrics)
+    loss = loss_of_passes(passes, config.loss)
+    if jnp.ndim(loss):
+      raise UserError(
+        f'loss {config.loss.name!r} gave shape {list(jnp.shape(loss))}: return its '
+        'mean over the images'
+      )
+    return loss, (moved, adv_images, metrics)
 
   return loss_fn
 

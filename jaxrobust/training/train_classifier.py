@@ -6,7 +6,9 @@ from ml_collections import config_dict
 
 from jaxrobust.config import experiments
 from jaxrobust.data.training_images import Arrays
+from jaxrobust.errors import PreemptedError
 from jaxrobust.models import classifier as classifiers
+from jaxrobust.runs import workdir as workdirs
 from jaxrobust.training import classifier as training
 
 
@@ -24,7 +26,7 @@ def train_classifier(
     classifier = jaxrobust.train_classifier(config, 'runs/mine', train=(images, labels))
 
   Interrupted, the same call goes on where it was; of a finished run it returns the
-  classifier at once.
+  classifier at once. Other images than those that the run began with are refused.
 
   Args:
     config: an experiment, such as 'cifar10_linf:wrn-28-10,ddpm', or its config.
@@ -51,6 +53,17 @@ def train_classifier(
   if isinstance(config, str):
     config = experiments.load(config)
   folder = os.path.expanduser(workdir)
-  return classifiers.load(
-    training.train(config, folder, train=train, validation=validation, samples=samples)
-  )
+  workdirs.begin(['train_classifier'])
+  state, message = 'done', ''
+  try:
+    path = training.train(
+      config, folder, train=train, validation=validation, samples=samples
+    )
+  except BaseException as e:  # Also what a cell of a notebook is stopped by.
+    stopped = isinstance(e, PreemptedError | KeyboardInterrupt)
+    state = 'preempted' if stopped else 'failed'
+    message = str(e) or type(e).__name__
+    raise
+  finally:
+    workdirs.write_status(state, message)
+  return classifiers.load(path)
