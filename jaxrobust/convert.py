@@ -176,10 +176,18 @@ def _card(config, found: zoo.Found | None, source, params) -> cards.Card:
     )
   if said and (contradiction := _contradiction(said, card)):
     raise UserError(
-      f'--config says {contradiction[0]}, and {source} is known to have '
+      f'--config says {contradiction[0]}, and {_origin(source)} says '
       f'{contradiction[1]}: correct --config, or leave it out'
     )
   return card
+
+
+def _origin(source: epath.Path) -> str:
+  """Where what is known of a file comes from, for messages."""
+  beside = cards.path_of(source)
+  if source.is_file() and beside.exists():
+    return f'the model card {beside} (remove it if it is of another file)'
+  return f'what is known of {source}'
 
 
 def _check_target(target, card):

@@ -86,7 +86,8 @@ def default_config(workdir: str, suite: str, checkpoint: str) -> config_dict.Con
   found = zoo.find(checkpoint)
   if found is None:
     raise UserError(
-      f'--checkpoint={checkpoint}: nothing says what its network is; give --config, '
+      f'--checkpoint={checkpoint}: {zoo.missing(checkpoint)}nothing says what its '
+      'network is; give --config, '
       'the name of a released checkpoint, or a file with a model card'
     )
   config, card = classifier.get_config(), found.card
@@ -182,9 +183,11 @@ def main(
   if parallel.is_writer():
     for line in entry['warnings']:
       print(f'warning: {line}')
+    robust = (
+      f', {suite} {entry["robust_accuracy"]:.2%}' if suite != suites.CLEAN else ''
+    )
     print(
-      f'{name}: clean {entry["clean_accuracy"]:.2%}, '
-      f'{suite} {entry["robust_accuracy"]:.2%} of {len(images)} '
+      f'{name}: clean {entry["clean_accuracy"]:.2%}{robust} of {len(images)} '
       f'{settings.split} images'
     )
 

@@ -4,7 +4,7 @@
 #
 #   bash launch/local.sh [FOLDER] [--full] [--seeds=N]
 #
-# FOLDER is runs/quickstart if not given. --full adds a diffusion generator and the
+# FOLDER is runs/quickstart if not given. --full adds a diffusion generator (EDM) and the
 # classifier trained with its samples. Each of N seeds (1) trains all classifiers; the
 # table has means over them. Run again it goes on where it was interrupted, or shows the
 # result at once.
@@ -16,7 +16,7 @@ generators=(gaussian)
 for argument; do
   case $argument in
     -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit ;;
-    --full) generators=(gaussian ddpm) ;;
+    --full) generators=(gaussian edm) ;;
     --seeds=[1-9] | --seeds=[1-9][0-9]) seeds=${argument#--seeds=} ;;
     -*)
       echo "error: $argument: give a folder, --full, --seeds=1 to 99, or nothing" >&2

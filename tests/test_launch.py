@@ -184,13 +184,13 @@ def test_local_in_full_trains_with_the_samples_of_both_generators(call, tmp_path
   generated = [c for c in calls if '-m jaxrobust.generate' in c]
   assert [c.split('--config=')[1].split()[0] for c in generated] == [
     'digits_gaussian',
-    'digits_ddpm',
+    'digits_edm',
   ]
   headings = [x for x in done.stderr.splitlines() if re.match(r'\d+/10 ', x)]
   assert [x.split('/')[0] for x in headings] == [str(i) for i in range(1, 11)]
   trained = [c for c in calls if '-m jaxrobust.train' in c]
   samples = [c.split('.samples=')[1] for c in trained if '.samples=' in c]
-  assert samples == [f'{tmp_path}/out/{x}/samples' for x in ('gaussian', 'ddpm')]
+  assert samples == [f'{tmp_path}/out/{x}/samples' for x in ('gaussian', 'edm')]
   assert sum('-m jaxrobust.evaluate' in c for c in calls) == 3
 
 

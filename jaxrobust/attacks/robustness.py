@@ -30,6 +30,7 @@ parameters, as long as the function lives: define it once.
 """
 
 import html
+import json
 import os
 import re
 import weakref
@@ -48,6 +49,7 @@ from jaxrobust.attacks.record import Record
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.runs import metrics
+from jaxrobust.runs import workdir as workdirs
 
 # Of each function, what was compiled for it: by its program, attacks and numbers.
 _COMPILED: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
@@ -59,6 +61,28 @@ class Curve(dict[float, Outcome]):
   def to_dict(self) -> dict[float, dict]:
     """The figures of each, as JSON values."""
     return {epsilon: outcome.to_dict() for epsilon, outcome in self.items()}
+
+  @property
+  def clean_accuracy(self) -> dict[float, float]:
+    """The share of images that are right before attacks, by epsilon: all the same."""
+    return {epsilon: outcome.clean_accuracy for epsilon, outcome in self.items()}
+
+  @property
+  def robust_accuracy(self) -> dict[float, float]:
+    """The share of images that are right after all attacks, by epsilon."""
+    return {epsilon: outcome.robust_accuracy for epsilon, outcome in self.items()}
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes the figures of `to_dict` to a `.json` file, or leaves what was there.
+
+    Raises:
+      UserError: for another ending.
+    """
+    file = epath.Path(path).expanduser()
+    if file.suffix != '.json':
+      raise UserError(f'{file}: a curve is saved as .json')
+    file.parent.mkdir(parents=True, exist_ok=True)
+    workdirs.write(file, json.dumps(self.to_dict(), indent=2) + '\n')
 
   def _rows(self) -> list[tuple[str, str, str]]:
     return [

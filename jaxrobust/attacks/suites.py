@@ -44,9 +44,10 @@ from jaxrobust.attacks.attack import Attack
 from jaxrobust.config import registries
 from jaxrobust.errors import UnknownNameError, UserError
 
+CLEAN = 'clean'  # without attacks
 _AUTOATTACK = 'apgd-ce,apgd-t,fab-t,square'
 SUITES = {
-  'clean': '',
+  CLEAN: '',
   'pgd-40': 'pgd',
   'autoattack': _AUTOATTACK,
   'autoattack-plus': 'apgd-ce:restarts=5,apgd-dlr:restarts=5,fab:restarts=5,square,'

@@ -293,12 +293,20 @@ def get_config(dataset: str = 'cifar10') -> config_dict.ConfigDict:
   return c
 
 
+LABELLER = 'labeller'  # in the place of a sample set: without attacks
+
+
 def parse_arg(arg: str) -> tuple[str, str]:
   """Splits 'MODEL,DATA' (in any order, each optional) into its two parts."""
   model = data = ''
   for part in filter(None, arg.split(',')):
     if re.fullmatch(r'wrn-\d+-\d+|preact-resnet-18', part) or part in registries.MODELS:
       model = part
+    elif re.match(r'(wide|pre|preact)?-?(resnet|wrn|vgg|densenet|vit|convnext)', part):
+      raise UserError(
+        f'config argument {arg!r}: there is no model {part!r}; use wrn-DEPTH-WIDTH, '
+        f'{", ".join(["preact-resnet-18", *registries.MODELS.names()])}'
+      )
     elif data:
       raise UserError(
         f'config argument {arg!r} names two data sources, {data!r} and {part!r}; '
@@ -315,14 +323,17 @@ def with_arg(
   """Sets model and sample set from 'MODEL,DATA', and locks the config.
 
   DATA is 'real', a name NAME for the sample set data/{dataset}_NAME, or a folder,
-  which has a '/' in it. What `arg` leaves out is taken from `default`.
+  which has a '/' in it; 'labeller' is real images without attacks. What `arg` leaves
+  out is taken from `default`.
   """
   model, data = (
     given or usual
     for given, usual in zip(parse_arg(arg), parse_arg(default), strict=True)
   )
   c.model.name = model
-  if data != 'real':
+  if data == LABELLER:
+    c.loss.name = 'standard'
+  elif data != 'real':
     c.data.samples = data if '/' in data else f'data/{c.dataset.name}_{data}'
   return c.lock()
 

@@ -207,14 +207,14 @@ def _cut(
     return Split(*read(0, size))
   if not 0 <= validation_images < size:
     raise UserError(
-      f'validation_images={validation_images}: {name} has {size} training images, '
-      f'of which 0 to {size - 1} can be held out'
+      f'config.dataset.validation_images = {validation_images}: {name} has {size} '
+      f'training images, of which 0 to {size - 1} can be held out'
     )
   if split == 'validation':
     if validation_images == 0:
       raise UserError(
-        f'validation_images=0 leaves {name} without a validation split: hold out 1 '
-        f'to {size - 1} training images'
+        f'config.dataset.validation_images = 0 leaves {name} without a validation '
+        f'split: hold out 1 to {size - 1} training images'
       )
     return Split(*read(0, validation_images))
 

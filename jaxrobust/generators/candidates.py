@@ -73,8 +73,10 @@ class Draws:
         raise UserError(
           f'after {num_files * self.size} samples the labeller has found too few of '
           f'the classes {np.flatnonzero(short).tolist()} ({short.sum()} candidates are '
-          'missing): use a better generator or labeller, '
-          'config.samples.selection=none, or a higher config.samples.max_draws_factor'
+          'missing): in another --workdir use a better generator or labeller, or, with '
+          f'--config.fitted={self._folder}, which spares the fit, '
+          '--config.samples.selection=none or a higher '
+          '--config.samples.max_draws_factor'
         )
       # Of a class that is rare so far little is known: at most twice as many.
       num_files = min(math.ceil(num_files * min(times, 2)), most)

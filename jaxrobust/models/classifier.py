@@ -139,8 +139,9 @@ def load(
     card, file = found
   else:
     raise UserError(
-      f'nothing says what the network of {path} is: give config=, an experiment such '
-      f'as cifar10_linf:wrn-28-10. {zoo.where_to_get(epath.Path(path))}'
+      f'{path}: {zoo.missing(path)}nothing says what its network is; give config=, '
+      'an experiment such as cifar10_linf:wrn-28-10; or '
+      f'{zoo.where_to_get(epath.Path(path))}'
     )
   return Classifier(card, *parameter_files.load(file, card.build()))
 

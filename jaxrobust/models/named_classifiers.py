@@ -45,9 +45,9 @@ def find(
   found = zoo.find(path)
   if found is None:
     raise UserError(
-      f'{field} = {path}: nothing says what network that is; give a workdir that '
-      'finished training, a file with its card, or the name of a released checkpoint'
-      f'{otherwise}'
+      f'{field} = {path}: {zoo.missing(path)}nothing says what network that is; give '
+      'a workdir that finished training, a file with its card, or the name of a '
+      f'released checkpoint{otherwise}'
     )
   theirs = found.card.info
   info = info or theirs

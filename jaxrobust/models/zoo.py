@@ -209,6 +209,12 @@ def _card_inside(path: epath.Path, source: str) -> cards.Card:
   )
 
 
+def missing(name_or_path: str) -> str:
+  """'it does not exist, and ' of a path where nothing is, to begin a message with."""
+  path, _ = split_step(epath.Path(name_or_path).expanduser())
+  return '' if path.exists() else 'it does not exist, and '
+
+
 def where_to_get(path: epath.Path) -> str:
   """The remedy for a checkpoint that is not there."""
   name = path.stem

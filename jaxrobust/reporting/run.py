@@ -11,6 +11,7 @@ from etils import epath
 from ml_collections import config_dict
 
 from jaxrobust import config as configs
+from jaxrobust.attacks import suites
 from jaxrobust.errors import UserError
 from jaxrobust.models import classifier
 from jaxrobust.runs import metrics
@@ -95,10 +96,11 @@ class Run:
       last = max(int(series.steps[-1]) for series in self.metrics.values())
       lines.append(f'metrics to step {last}: {", ".join(sorted(self.metrics))}')
     for entry in self.results:
+      suite = entry.get('protocol', {}).get('suite')
       figures = [
         f'{word} {entry[key]:.2%}'
         for word, key in (('clean', 'clean_accuracy'), ('robust', 'robust_accuracy'))
-        if key in entry
+        if key in entry and (word == 'clean' or suite != suites.CLEAN)
       ]
       protocol = entry.get('protocol', {})
       count = f'{protocol.get("num_images")} {protocol.get("split")} images'

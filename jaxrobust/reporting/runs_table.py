@@ -8,6 +8,7 @@ from etils import epath
 from ml_collections import config_dict
 
 from jaxrobust import config as configs
+from jaxrobust.attacks import suites
 from jaxrobust.config import fields
 from jaxrobust.files import json_files
 from jaxrobust.runs import workdir as workdirs
@@ -113,7 +114,9 @@ def markdown(runs: list[tuple[epath.Path, config_dict.ConfigDict]]) -> str:
     if protocol:
       cells = [
         _percent(line.entries.values(), 'clean_accuracy'),
-        _percent(line.entries.values(), 'robust_accuracy'),
+        '–'
+        if protocol['suite'] == suites.CLEAN
+        else _percent(line.entries.values(), 'robust_accuracy'),
         f'{protocol["suite"]}, {protocol["norm"]} {_radius(protocol["epsilon"])}',
         f'{protocol["num_images"]} {protocol["split"]}',
       ]

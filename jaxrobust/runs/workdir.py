@@ -101,8 +101,9 @@ def claim(
     found = configs.differences(read_config(folder), config)
     if changed := [x for x in found if x.partition(':')[0] not in free]:
       raise UserError(
-        f'{folder} holds a run with another config ({"; ".join(changed)}): use '
-        'another --workdir, or the same config'
+        f'{folder} holds a run with another config (its value → yours, '
+        f'{"; ".join(changed)}): leave out what differs, or use another --workdir (to '
+        f'evaluate its checkpoint there, with --checkpoint={folder})'
       )
     if found and parallel.is_writer():
       write(path, configs.to_json(config))
