@@ -166,7 +166,7 @@ def test_load_from_a_run_and_a_file_and_by_name(
 
 
 def test_what_cannot_be_loaded(tmp_path, variables):
-  with pytest.raises(UserError, match='nothing says what the network of .*x.npy is'):
+  with pytest.raises(UserError, match='x.npy: .*nothing says what its network is'):
     jaxrobust.load(tmp_path / 'x.npy')
   with pytest.raises(UserError, match='no checkpoint at'):
     jaxrobust.load(tmp_path / 'x.npy', DIGITS)
