@@ -126,10 +126,10 @@ def test_what_is_known_and_the_config_must_agree(call, source, tmp_path):
   )
   err = told(CONFIG, '--config.threat.epsilon=0.1')
   assert '--config says epsilon 0.1, and' in err
-  assert 'known to have epsilon 0.2' in err
+  assert 'a.json' in err and 'says epsilon 0.2' in err
   err = told(CONFIG, '--config.model.activation=relu')
   assert 'says model.activation relu, and' in err
-  assert 'known to have model.activation swish' in err
+  assert 'says model.activation swish: correct --config' in err
 
 
 def test_parameters_that_are_not_finite(call, tmp_path):
