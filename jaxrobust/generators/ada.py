@@ -201,7 +201,12 @@ def warp(images: jax.Array, maps: jax.Array) -> jax.Array:
     for size in (height + 2 * _MARGIN, width + 2 * _MARGIN)
   )
   grid = np.stack([*np.meshgrid(xs, ys), np.ones((len(ys), len(xs)))]).reshape(3, -1)
-  places = jnp.einsum('bij,jn->bin', maps[:, :2], jnp.asarray(grid, maps.dtype))
+  places = jnp.einsum(
+    'bij,jn->bin',
+    maps[:, :2],
+    jnp.asarray(grid, maps.dtype),
+    precision=jax.lax.Precision.HIGHEST,
+  )
   found = _lookup(fine, places)
   found = found.reshape(len(images), len(ys), len(xs), -1)
   return resampling.resample(found, *map(_from_fine, (height, width)))
@@ -254,7 +259,9 @@ def recolour(images: jax.Array, maps: jax.Array) -> jax.Array:
     mean = jnp.mean(maps[:, :3], 1)
     scale, offset = jnp.sum(mean[:, :3], -1), mean[:, 3]
     return images * scale[:, None, None, None] + offset[:, None, None, None]
-  changed = jnp.einsum('bij,bhwj->bhwi', maps[:, :3, :3], images)
+  changed = jnp.einsum(
+    'bij,bhwj->bhwi', maps[:, :3, :3], images, precision=jax.lax.Precision.HIGHEST
+  )
   return changed + maps[:, None, None, :3, 3]
 
 

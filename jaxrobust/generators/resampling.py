@@ -5,6 +5,8 @@ does to a row of pixels is a matrix. Images are small, so that the products cost
 than a convolution with one channel at a time, and their gradients are products too.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,4 +45,6 @@ def matrix(
 def resample(images: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
   """Images [b, H, W, C] as [b, H', W', C], by matrices [H', H] and [W', W]."""
   rows, columns = (jnp.asarray(x, images.dtype) for x in (rows, columns))
-  return jnp.einsum('vw,bhwc->bhvc', columns, jnp.einsum('uh,bhwc->buwc', rows, images))
+  # By default a TPU would round the images to bfloat16.
+  product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+  return product('vw,bhwc->bhvc', columns, product('uh,bhwc->buwc', rows, images))
