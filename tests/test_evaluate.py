@@ -185,6 +185,17 @@ def test_saves_adversarial_images_on_request(judged, trained, call, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_attack_of_ones_own_meets_a_run_of_another_config(trained, call, tmp_path):
+  more = ['--register=docs/extending/my_attack.py']
+  run = command(tmp_path, trained, 'random-points:restarts=1')
+  code, out, err = call(*run, *more)
+  assert code == 0, err
+  assert 'random-points' in out and len(results(tmp_path)) == 1
+  code, _, err = call(*run)
+  assert code == 1 and "'random-points'" in err and '--register=FILE.py' in err
+
+
+@pytest.mark.slow
 def test_overrides_alone_take_the_config_of_the_workdir(judged, call, tmp_path):
   workdir = shutil.copytree(judged, tmp_path / 'copy')
   code, out, err = call(

@@ -2,7 +2,7 @@
 
 Judge a run with it by
 
-  jaxrobust evaluate --workdir=runs/digits --config=my_attack.py \\
+  jaxrobust evaluate --workdir=runs/digits --register=my_attack.py \\
       --suite=random-points:restarts=100,square
 """
 
@@ -10,7 +10,6 @@ import dataclasses
 
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.attack import Attack
-from jaxrobust.config import experiments
 
 
 @suites.register('random-points')
@@ -28,8 +27,3 @@ class RandomPoints(Attack):
   def attempt(self, logits_fn, rngs, images, labels, index):
     """Images in the ball and in [0, 1]."""
     return self.ball.initialize(rngs, images)
-
-
-def get_config(arg: str = ''):
-  """The run's own config: what is judged is not changed."""
-  return experiments.load(f'digits:{arg}')
