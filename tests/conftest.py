@@ -3,7 +3,9 @@
 The fixtures run programs as processes of their own.
 """
 
+import gc
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -27,6 +29,20 @@ def float64():
   """Runs a test in double precision."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(scope='module', autouse=True)
+def room_for_programs():
+  """Lets go of compiled programs after a module, before there are too many.
+
+  Each takes some maps of memory, of which Linux gives a process 65,530; a compiler that
+  gets none aborts.
+  """
+  yield
+  maps = pathlib.Path('/proc/self/maps')
+  if maps.exists() and maps.read_bytes().count(b'\n') > 20_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope='session')
