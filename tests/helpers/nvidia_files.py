@@ -65,7 +65,7 @@ def persistent(state: bytes) -> bytes:
 def tensor(array: np.ndarray, opened: bytes | None = None) -> bytes:
   """The call that makes a tensor, of a storage of its own or another one."""
   if opened is None:
-    array = np.ascontiguousarray(array)
+    array = np.ascontiguousarray(array).reshape(array.shape)  # It gives () an axis.
   strides = tuple(step // array.itemsize for step in array.strides)
   return b''.join(
     [
