@@ -118,7 +118,7 @@ class Run:
     self,
     config: config_dict.ConfigDict,
     folder: epath.Path,
-    labeller: 'Labeller | None',
+    labeller: Labeller | None,
   ):
     self.config, self.folder, self.labeller = config, folder, labeller
     self.info = dataset_info.of(config.dataset)

@@ -122,7 +122,7 @@ def print_total(
   what: str, found: list, devices: list, topology: str, utilization: float
 ) -> None:
   """Prints the chip-hours of each of (name, config, is it judged), and of all."""
-  chip = hardware.CHIPS[topology.partition(':')[0]]
+  chip = hardware.chip_of(topology)
   chips, num_devices = len(devices) // chip.devices, len(devices)
   known = {}
 
@@ -272,7 +272,7 @@ def alternatives(
   config: config_dict.ConfigDict, what: str, devices: list, topology: str
 ) -> Iterator[str]:
   """Lines on what else was compiled; of each kind until the first that fits."""
-  usable = hardware.CHIPS[topology.partition(':')[0]].usable
+  usable = hardware.chip_of(topology).usable
   for kind in changes(config, what, len(devices)):
     for overrides in kind:
       other = config.copy_and_resolve_references()

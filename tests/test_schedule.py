@@ -60,6 +60,7 @@ backend_config={"window_config":{"estimated_cycles":"50"}}
 
 %ends.itself (u: (s32[], f32[4,8,8,16])) -> pred[] {
   %u = (s32[], f32[4,8,8,16]{3,0,2,1}) parameter(0)
+  %never = pred[] constant(false)
   ROOT %alive = pred[] get-tuple-element(%u), index=0
 }
 

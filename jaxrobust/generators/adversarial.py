@@ -11,7 +11,27 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
 
-from jaxrobust.generators import ada, diff_augment
+from jaxrobust.config import dataset_info
+from jaxrobust.data import datasets
+from jaxrobust.generators import ada, diff_augment, fid
+from jaxrobust.generators.trained import Evaluation, Trained
+
+
+class Adversarial(Trained):
+  """A generator that a discriminator trains; their losses do not say how good it is."""
+
+  @classmethod
+  def evaluation(
+    cls,
+    settings: config_dict.ConfigDict,
+    info: dataset_info.DatasetInfo,
+    real: datasets.Split,
+    held_out: dict[str, datasets.Split],
+    seed: int,
+  ) -> Evaluation | None:
+    """By the distance from the training images; see Trained and `fid`."""
+    del held_out
+    return fid.evaluation(settings.training, info, real, seed)
 
 
 class Loss(NamedTuple):

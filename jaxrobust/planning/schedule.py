@@ -197,7 +197,7 @@ def _runs(computations, entry: str, rounds: int) -> dict[str, float]:
         r'\b(?:body|to_apply|true_computation|false_computation)=%?([\w.-]+)', x.rest
       )
       if x.code == 'while':
-        trips = _trips(x, computations, name, rounds)
+        trips = _trips(x, computations, rounds)
         visit(called[0], times * trips)
       elif x.code == 'conditional':
         branches = re.search(r'branch_computations=\{([^}]*)\}', x.rest)
@@ -216,13 +216,17 @@ def _total(computations, name: str) -> int:
   return sum(_cycles(x) for x in computations.get(name, ()))
 
 
-def _trips(loop: _Instruction, computations, home: str, rounds: int) -> int:
+def _trips(loop: _Instruction, computations, rounds: int) -> int:
   """How often a loop runs: from 0, until its counter is a constant."""
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
   if known:
     return int(known[1])
   condition = computations[re.search(r'condition=%?([\w.-]+)', loop.rest)[1]]
-  numbers = {x.name: int(x.arguments) for x in condition if x.code == 'constant'}
+  numbers = {
+    x.name: int(x.arguments)
+    for x in condition
+    if x.code == 'constant' and re.fullmatch(r'-?\d+', x.arguments)
+  }
   bounds = [
     numbers[x.operands[1]]
     for x in condition

@@ -12,16 +12,14 @@ from etils import epath
 from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, registries
-from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
-from jaxrobust.generators import fid
+from jaxrobust.generators import adversarial
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.biggan import networks, released, training
-from jaxrobust.generators.trained import Evaluation, Trained
 
 
 @registries.GENERATORS.register('biggan')
-class BigGAN(Trained):
+class BigGAN(adversarial.Adversarial):
   """A fitted generator; its variables are G's averaged parameters and state.
 
   Samples are drawn with the statistics of the state, so that each is by itself.
@@ -88,19 +86,6 @@ class BigGAN(Trained):
   ) -> recipes.Recipe:
     """How it is trained; see `training`."""
     return training.make_recipe(_functions(settings, info), settings.training)
-
-  @classmethod
-  def evaluation(
-    cls,
-    settings: config_dict.ConfigDict,
-    info: dataset_info.DatasetInfo,
-    real: datasets.Split,
-    held_out: dict[str, datasets.Split],
-    seed: int,
-  ) -> Evaluation | None:
-    """By the distance from the training images; see Trained and `fid`."""
-    del held_out
-    return fid.evaluation(settings.training, info, real, seed)
 
   @classmethod
   def make_draw(

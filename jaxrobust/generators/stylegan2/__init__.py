@@ -12,18 +12,16 @@ from etils import epath
 from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, registries
-from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
-from jaxrobust.generators import fid
+from jaxrobust.generators import adversarial
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.stylegan2 import networks, released, training
-from jaxrobust.generators.trained import Evaluation, Trained
 
 _LATENT, _NOISE = range(2)  # what a sample's key is used for
 
 
 @registries.GENERATORS.register('stylegan2')
-class StyleGAN2(Trained):
+class StyleGAN2(adversarial.Adversarial):
   """A fitted generator; its variables are G's averaged parameters and mean style."""
 
   licence = released.LICENCE
@@ -80,19 +78,6 @@ class StyleGAN2(Trained):
   ) -> recipes.Recipe:
     """How it is trained; see `training`."""
     return training.make_recipe(_functions(settings, info), settings.training)
-
-  @classmethod
-  def evaluation(
-    cls,
-    settings: config_dict.ConfigDict,
-    info: dataset_info.DatasetInfo,
-    real: datasets.Split,
-    held_out: dict[str, datasets.Split],
-    seed: int,
-  ) -> Evaluation | None:
-    """By the distance from the training images; see Trained and `fid`."""
-    del held_out
-    return fid.evaluation(settings.training, info, real, seed)
 
   @classmethod
   def make_draw(
