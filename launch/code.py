@@ -94,10 +94,14 @@ def experiment(words: list[str]) -> str:
   return f'experiments/{path}.py'
 
 
-# Prints why a program would refuse its words. 3: the package cannot be imported.
+# Prints why a program would refuse its words. 3: the package that would be sent cannot
+# be imported; one that is installed elsewhere has other flags.
 _CHECK = """
-import importlib, sys
+import importlib, os, sys
 try:
+  import jaxrobust
+  if not os.path.samefile(jaxrobust.__file__, 'jaxrobust/__init__.py'):
+    sys.exit(3)
   from jaxrobust.errors import UserError
   from jaxrobust.runs import cli
   module = importlib.import_module('jaxrobust.' + sys.argv[1])
