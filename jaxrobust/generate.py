@@ -178,7 +178,10 @@ def open_run(config: config_dict.ConfigDict, workdir: str, stage: str) -> Run:
       'fit': _described_fit(config, config.fitted) if config.fitted else None,
     }
   )
-  free = () if _draws(config, folder).has_labels() else ('labeller',)
+  # Until the set is written, another selection reads the same draws and labels.
+  free: tuple[str, ...] = ('samples.selection',)
+  if not _draws(config, folder).has_labels():
+    free += ('labeller',)
   return Run(config, workdirs.claim(workdir, config, free=free), labeller)
 
 

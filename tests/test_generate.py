@@ -118,8 +118,10 @@ def test_processes_share_the_files(tmp_path, monkeypatch):
 
 def test_gives_up_and_names_the_classes_that_are_short(tmp_path):
   run = Run(tmp_path, selection.Rule(12, True), lambda i: i % 2)
-  with pytest.raises(UserError, match=r'48 samples .* classes \[2\] \(4 cand'):
+  with pytest.raises(UserError, match=r'48 samples .* classes \[2\] \(4 cand') as e:
     run.finish(max_draws_factor=4.0)
+  for remedy in ('selection=none', 'max_draws_factor', f'--config.fitted={tmp_path}'):
+    assert remedy in str(e.value)
 
 
 def test_labels_need_the_draws(tmp_path):
@@ -192,6 +194,21 @@ def test_stages_before_the_labels_need_no_labeller(tmp_path):
     generate.main(config, tmp_path / 'x', stage='fit')
   with pytest.raises(UserError, match='config.labeller is not set'):
     generate.main(config, tmp_path / 'x', stage='label')
+
+
+def test_the_selection_may_change_until_the_set_is_written(tmp_path):
+  config = make_config()
+  config.labeller = 'condition'
+  generate.main(config, tmp_path, stage='fit')
+  (tmp_path / 'labelled').mkdir()
+  (tmp_path / 'labelled/000000.npz').touch()
+  config.samples.selection, config.samples.max_draws_factor = 'none', 40.0
+  generate.main(config, tmp_path, stage='fit')
+  found = configs.from_json((tmp_path / 'config.json').read_text()).samples
+  assert (found.selection, found.max_draws_factor) == ('none', 40.0)
+  config.samples.draw_size = 7
+  with pytest.raises(UserError, match='samples.draw_size'):
+    generate.main(config, tmp_path, stage='fit')
 
 
 def test_configs_on_disk_without_the_younger_field_mean_what_they_did():

@@ -73,10 +73,10 @@ class Draws:
         raise UserError(
           f'after {num_files * self.size} samples the labeller has found too few of '
           f'the classes {np.flatnonzero(short).tolist()} ({short.sum()} candidates are '
-          'missing): in another --workdir use a better generator or labeller, or, with '
-          f'--config.fitted={self._folder}, which spares the fit, '
-          '--config.samples.selection=none or a higher '
-          '--config.samples.max_draws_factor'
+          'missing): go on in this --workdir with a higher '
+          '--config.samples.max_draws_factor or --config.samples.selection=none, or '
+          'use another --workdir for a better labeller (with '
+          f'--config.fitted={self._folder}, which spares the fit) or generator'
         )
       # Of a class that is rare so far little is known: at most twice as many.
       num_files = min(math.ceil(num_files * min(times, 2)), most)
