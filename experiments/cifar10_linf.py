@@ -10,7 +10,8 @@ Published, clean / robust accuracy under AA+MT in percent (paper, table of resul
   preact-resnet-18,ddpm-100m  87.35 / 58.50
   wrn-70-16,ddpm-100m         88.74 / 66.10   with --config.augment.cutmix=True
 
-DATA is `real`, a name NAME for the sample set data/cifar10_NAME, or a folder. The
+DATA is `real`, a name NAME for the sample set data/cifar10_NAME, a folder, or
+`labeller`: real images without attacks, for pseudo-labels, as in every *_linf file. The
 authors' file cifar10_ddpm.npz becomes data/cifar10_ddpm by
   python -m jaxrobust.data import cifar10_ddpm.npz data/cifar10_ddpm
 

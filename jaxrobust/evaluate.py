@@ -84,8 +84,14 @@ def default_config(
 ) -> config_dict.ConfigDict:
   """The config where none is given: the workdir's, or what the checkpoint says."""
   del suite, register
-  if workdirs.has_run(workdir) or not checkpoint:
+  if workdirs.has_run(workdir):
     return workdirs.read_config(workdir).unlock()
+  if not checkpoint:
+    raise UserError(
+      f'{workdir} holds no run to evaluate: give the workdir of one, or '
+      '--checkpoint=RUN (a workdir, a file or a released name) to evaluate that with '
+      f'its result in --workdir={workdir}'
+    )
   found = zoo.find(checkpoint)
   if found is None:
     raise UserError(

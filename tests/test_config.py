@@ -335,6 +335,24 @@ def test_differences_show_both_values_and_leave_out_what_may_change(config):
   assert configs.differences(config, other) == ['loss.beta: 6.0 → 5.0']
 
 
+def test_differences_say_what_none_comes_to(config):
+  other = configs.from_json(configs.to_json(config)).unlock()
+  other.training.num_steps = 60
+  other.optimizer.learning_rate = 0.3
+  found = configs.differences(other, config)
+  assert found == [
+    'optimizer.learning_rate: 0.3 → None (0.4 by the other fields)',
+    'training.num_steps: 60 → None (19,531 by the other fields)',
+  ]
+
+
+def test_the_mix_means_nothing_without_a_sample_set(config):
+  config.data.samples = ''
+  assert 'data.real_fraction' in configs.ignored(config)
+  config.data.samples = 'data/cifar10_ddpm'
+  assert not configs.ignored(config) and not configs.ignored(generator.get_config())
+
+
 def test_any_two_trees_are_compared():
   """As processes compare what they are about to do."""
   tree = lambda name: config_dict.ConfigDict({'dataset': name, 'name': {'x': 1}})

@@ -154,6 +154,8 @@ def test_overrides_have_the_type_of_their_field(path, text, value):
     ('epsilon', '1', '--config.threat.epsilon?'),
     ('threat.epsilon.x', '1', '--config.threat.epsilon'),
     ('zzzz', '1', 'any, data, seed, steps, threat'),
+    ('threat.every', '1', '--helpfull'),
+    ('threat.epsilo', '1', '--config.threat.epsilon?'),
     ('threat', '1', 'threat.epsilon, threat.norm'),
     ('threat.epsilon', 'nan', '8/255'),
     ('threat.epsilon', 'inf', '8/255'),

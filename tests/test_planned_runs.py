@@ -135,7 +135,7 @@ def test_what_was_made_of_another_preparation_is_not_the_rows(found):
   other = judge.config.copy_and_resolve_references().unlock()
   other.loss.beta = 5.0
   workdir.claim(str(judge.workdir), other.lock())
-  said = 'of judge: loss.beta: 5.0 → 6.0'
+  said = 'of judge: its value → the planned one, loss.beta: 5.0 → 6.0'
   assert set_.state() == ('other', said)
   assert row.state() == ('other', f'of set: {said}')
   with pytest.raises(UserError, match='judge holds a run with another config'):
@@ -156,7 +156,10 @@ def test_a_run_of_another_config_is_not_the_rows(found):
   other = found[5].config.copy_and_resolve_references().unlock()
   other.loss.beta = 5.0
   workdir.claim(str(found[5].workdir), other.lock())
-  assert found[5].state() == ('other', 'loss.beta: 5.0 → 6.0')
+  assert found[5].state() == (
+    'other',
+    'its value → the planned one, loss.beta: 5.0 → 6.0',
+  )
 
 
 def status(point, state, command, message='', host=None, pid=None):

@@ -123,6 +123,15 @@ def test_runs_that_differ_in_much_are_told_apart_by_their_folders(tmp_path):
   ]
 
 
+def test_names_leave_out_what_has_no_effect(tmp_path):
+  for name, share in (('a', 0.33), ('b', 0.5)):
+    add_run(tmp_path, name, [0.6], **{'data.real_fraction': share, 'loss.beta': 5.0})
+  add_run(tmp_path, 'c', [0.6], **{'training.num_steps': None})
+  lines = runs_table.lines(runs_table.find(epath.Path(tmp_path)))
+  assert not any('real_fraction' in x for x in runs_table.names_of(lines))
+  assert all(f'({x})' in str(runs_table.names_of(lines[:2])) for x in ('a', 'b'))
+
+
 def test_a_single_run_is_reported(folder, capsys):
   report.main(None, str(folder / 'a'))
   assert '| digits_linf_wrn-10-1_real | real | 1 | 90.00 | 60.00 |' in (
@@ -236,7 +245,10 @@ def test_each_cell(maker):
     f'{name}_running_seed-1: running (train: no data)',
     f'{name}_failed_seed-0: failed (train: no data)',
   ]
-  assert notes[7:] == [f'{name}_other_seed-0: another config (loss.beta: 1.0 → 6.0)']
+  assert notes[7:] == [
+    f'{name}_other_seed-0: another config (its value → the planned one, loss.beta: 1.0 '
+    '→ 6.0)'
+  ]
   assert 'standard deviation' in tables.caption(TABLE, lines)
   assert 'standard deviation' not in tables.caption(TABLE, lines[:1])
 
@@ -332,8 +344,8 @@ def test_status_tells_what_to_do(maker, tmp_path):
   assert todo[place - 1] == f'# running on {platform.node()}, do not start it twice:'
   other = next(x for x in todo if 'another config' in x)
   assert other == (
-    f'# {folder}_other_seed-0 holds another config (loss.beta: 1.0 → 6.0), move it '
-    'away first:'
+    f'# {folder}_other_seed-0 holds another config (its value → the planned one, '
+    'loss.beta: 1.0 → 6.0), move it away first:'
   )
   absent = [x for x in todo if 'is absent' in x]
   assert absent == 2 * [

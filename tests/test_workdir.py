@@ -24,6 +24,8 @@ def test_claim_is_idempotent_and_refuses_another_config(tmp_path):
   with pytest.raises(UserError) as e:
     workdir.claim(str(tmp_path / 'run'), other)
   assert 'loss.beta: 6.0 → 5.0; seed: 0 → 1' in str(e.value)
+  for words in ('its value → yours', f'--checkpoint={folder}'):
+    assert words in str(e.value)
   assert json.loads((folder / 'config.json').read_text())['loss']['beta'] == 6.0
 
 

@@ -10,6 +10,7 @@ from jaxrobust.config.classifier import (
   Derived,
   check,
   experiment_name,
+  ignored,
   resolve,
   without_seed,
 )
@@ -20,6 +21,7 @@ from jaxrobust.config.records import (
   fields_of,
   from_json,
   to_json,
+  unset,
 )
 
 __all__ = [
@@ -31,7 +33,9 @@ __all__ = [
   'experiment_name',
   'fields_of',
   'from_json',
+  'ignored',
   'resolve',
   'to_json',
+  'unset',
   'without_seed',
 ]

@@ -317,6 +317,21 @@ def parse_arg(arg: str) -> tuple[str, str]:
   return model, data
 
 
+def said_of_samples(config: config_dict.ConfigDict) -> str:
+  """What to say where a config's sample set is not there, which an argument may name.
+
+  That is '', or why a word of the argument was read as a sample set.
+  """
+  samples, prefix = config.data.samples, f'data/{config.dataset.name}_'
+  if not samples.startswith(prefix):
+    return ''
+  models = ', '.join(['wrn-DEPTH-WIDTH', 'preact-resnet-18', *registries.MODELS.names()])
+  return (
+    f' (if you gave {samples.removeprefix(prefix)!r} in --config=EXPERIMENT:ARG: it is '
+    f"neither a model ({models}), nor 'real', nor '{LABELLER}', so it names this set)"
+  )
+
+
 def with_arg(
   c: config_dict.ConfigDict, arg: str, default: str
 ) -> config_dict.ConfigDict:
@@ -357,19 +372,16 @@ def resolve(config: config_dict.ConfigDict) -> Derived:
   for part in _OF_TRAINING:
     fields.check(config[part], FIELDS[part], f'{part}.')
   _check_loss(config.loss)
-  batch_size = config.data.batch_size
-  steps = lambda epochs: max(
-    int(epochs * config.training.epoch_examples / batch_size), 1
-  )
-  learning_rate = config.optimizer.learning_rate
-  if learning_rate is None:
-    learning_rate = config.optimizer.base_learning_rate * max(batch_size / 256, 1)
-  num_steps = config.training.num_steps
+  steps = lambda epochs: _steps(config, epochs)
+  num_steps, learning_rate = (config.training.num_steps, config.optimizer.learning_rate)
+  unset = follows(config)
   warmup = config.optimizer.warmup_epochs
   return Derived(
-    num_steps=steps(config.training.num_epochs) if num_steps is None else num_steps,
+    num_steps=unset['training.num_steps'] if num_steps is None else num_steps,
     warmup_steps=steps(warmup) if warmup else 0,
-    learning_rate=learning_rate,
+    learning_rate=unset['optimizer.learning_rate']
+    if learning_rate is None
+    else learning_rate,
     eval_interval_steps=steps(config.evaluation.interval_epochs),
     checkpoint_interval_steps=steps(config.checkpoint.interval_epochs),
     log_interval_steps=steps(config.log.interval_epochs),
@@ -378,10 +390,39 @@ def resolve(config: config_dict.ConfigDict) -> Derived:
     if config.data.samples
     else None,
     later_from_step=int(
-      config.data.later_from_epoch * config.training.epoch_examples / batch_size
+      config.data.later_from_epoch
+      * config.training.epoch_examples
+      / config.data.batch_size
     ),
     streams=config.data.streams if config.data.samples else 1,
   )
+
+
+def follows(config: config_dict.ConfigDict) -> dict[str, Any]:
+  """Dotted paths of fields, and what stands for None there by the other fields."""
+  scale = max(config.data.batch_size / 256, 1)
+  return {
+    'training.num_steps': _steps(config, config.training.num_epochs),
+    'optimizer.learning_rate': config.optimizer.base_learning_rate * scale,
+  }
+
+
+def _steps(config, epochs: float) -> int:
+  examples = epochs * config.training.epoch_examples
+  return max(int(examples / config.data.batch_size), 1)
+
+
+_OF_SAMPLES = (
+  'data.real_fraction',
+  'data.later_real_fraction',
+  'data.later_from_epoch',
+  'data.streams',
+)
+
+
+def ignored(config: config_dict.ConfigDict) -> set[str]:
+  """Dotted paths of fields that mean nothing in a config, for want of a sample set."""
+  return set() if 'threat' not in config or config.data.samples else {*_OF_SAMPLES}
 
 
 def check(config: config_dict.ConfigDict) -> None:

@@ -237,11 +237,17 @@ def nearest(config: config_dict.ConfigDict, path: str) -> str:
     path: dotted, without 'config.' before it.
   """
   paths = list(flatten(config))
-  last = path.rpartition('.')[2]
+  group, _, last = path.rpartition('.')
   same = [x for x in paths if x.rpartition('.')[2] == last]
   if len(same) == 1:
     return f'; did you mean config.{same[0]}?'
-  return registries.did_you_mean(path, paths).replace('mean ', 'mean config.')
+  # A group's name must not make its fields alike.
+  names = [x.rpartition('.')[2] for x in paths if x.rpartition('.')[0] == group]
+  dot = f'{group}.' if group else ''
+  near = registries.did_you_mean(last, names).replace('mean ', f'mean config.{dot}')
+  return near or registries.did_you_mean(path, paths, 0.8).replace(
+    'mean ', 'mean config.'
+  )
 
 
 def override(

@@ -77,7 +77,10 @@ def _no_field(config, path: str) -> UserError:
   """What to say of a path that is no field: the nearest one, or what there is."""
   hint = fields.nearest(config, path).replace('mean config.', 'mean --config.')
   if not hint:
-    hint = f'; its groups and fields are {", ".join(sorted(config))}'
+    hint = (
+      f'; its groups and fields are {", ".join(sorted(config))}, and --helpfull '
+      'explains all of them'
+    )
   return UserError(f'--config.{path} is no field of this config{hint}')
 
 

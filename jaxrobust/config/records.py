@@ -76,6 +76,8 @@ def differences(
 ) -> list[str]:
   """Fields whose values differ, each as `field: old → new`.
 
+  Where one is None, it is said what that comes to by the other fields.
+
   Args:
     old: the config of a run.
     new: a config that may be continued with it, see `continued`.
@@ -83,13 +85,32 @@ def differences(
   """
   if ignore:
     new = continued(new, old)
+  unset_old, unset_new = unset(old), unset(new)
   old, new = (fields.flatten(json.loads(to_json(c))) for c in (old, new))
   absent = '(absent)'
   return [
-    f'{f}: {old.get(f, absent)} → {new.get(f, absent)}'
+    f'{f}: {unset_old.get(f, old.get(f, absent))} → '
+    f'{unset_new.get(f, new.get(f, absent))}'
     for f in sorted(old | new)
     if f not in ignore and old.get(f, absent) != new.get(f, absent)
   ]
+
+
+def unset(config: config_dict.ConfigDict) -> dict[str, str]:
+  """Fields of a classifier that are None, with what that comes to, in words."""
+  if fields_of(config) is not classifier.FIELDS:
+    return {}
+  try:
+    found = classifier.follows(config)
+  except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError):
+    return {}  # Of a config that is not checked yet.
+  flat = fields.flatten(config)
+  text = lambda x: f'{x:,}' if isinstance(x, int) else f'{x:g}'
+  return {
+    path: f'None ({text(value)} by the other fields)'
+    for path, value in found.items()
+    if flat.get(path, '') is None
+  }
 
 
 def continued(

@@ -106,9 +106,9 @@ class Registry:
       )
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
   """'; did you mean …?' with the nearest of the names, or '' if none is near."""
-  near = difflib.get_close_matches(str(name), names, n=1)
+  near = difflib.get_close_matches(str(name), names, n=1, cutoff=cutoff)
   return f'; did you mean {near[0]}?' if near else ''
 
 

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import tqdm
 from absl import logging
+from etils import epath
 from ml_collections import config_dict
 
-from jaxrobust.config import dataset_info, fields
+from jaxrobust.config import classifier, dataset_info, fields
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.samples import sample_sets, streams
@@ -88,9 +89,14 @@ def load(
   generated = None
   if config.data.samples:
     part = streams.of_slots(config.data.streams, slots, config.data.batch_size)
-    generated = sample_sets.SampleSet.open(
-      config.data.samples, part, in_background=True
-    )
+    try:
+      generated = sample_sets.SampleSet.open(
+        config.data.samples, part, in_background=True
+      )
+    except UserError as e:
+      if epath.Path(config.data.samples).exists():
+        raise
+      raise UserError(f'{e}{classifier.said_of_samples(config)}') from e
     if config.data.verify_samples:
       logging.info('comparing checksums of %s (once)', config.data.samples)
       generated.verify(functools.partial(tqdm.tqdm, desc='checksums', disable=None))

@@ -120,7 +120,7 @@ class Point(NamedTuple):
       if not line.startswith(('data.samples:', 'labeller:', 'samples:'))
     ]
     if changed:
-      return 'other', '; '.join(changed)
+      return 'other', f'its value → the planned one, {"; ".join(changed)}'
     for point in self.preparations:  # What was made of another is of another, too.
       state, message = point.state()
       if state == 'other':

@@ -90,11 +90,20 @@ def names_of(found: list[Line]) -> list[str]:
     same_name.setdefault(configs.experiment_name(line.config), []).append(line)
   names = {}
   for name, group in same_name.items():
-    flat = [fields.flatten(line.config) for line in group]
-    differing = [x for x in sorted(flat[0]) if len({str(f.get(x)) for f in flat}) > 1]
+    flat = [
+      fields.flatten(line.config) | configs.unset(line.config) for line in group
+    ]
+    ignored = set.intersection(*(configs.ignored(line.config) for line in group))
+    same = [(str(f), line.protocol) for f, line in zip(flat, group, strict=True)]
+    differing = [
+      x
+      for x in sorted(flat[0].keys() - ignored)
+      if len({str(f.get(x)) for f in flat}) > 1
+    ]
     for line, values in zip(group, flat, strict=True):
       differs = ', '.join(f'{x}={values[x]}' for x in differing if x in values)
-      if len(differing) > _MAX_FIELDS:
+      alike = not differing and len(set(map(str, flat))) > 1
+      if alike or len(differing) > _MAX_FIELDS:
         differs = line.folders[0].name
       names[id(line)] = f'{name} ({differs})' if differs else name
   return [names[id(line)] for line in found]

@@ -194,6 +194,15 @@ def _config(program: Program, given: flags.Given):
     config = workdirs.read_config(given.workdir)
   if config is not None:
     overrides.apply(config, given.overrides)
+    ignored = configs.ignored(config)
+    for path, text in given.overrides.items():
+      if path in ignored and not program.passes_on:  # A sweep's points may use it.
+        logging.warning(
+          '--config.%s=%s has no effect: without config.data.samples all images are '
+          'real',
+          path,
+          text,
+        )
     return config.lock()
   if program.config == 'needed':
     raise UserError(

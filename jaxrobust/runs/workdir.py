@@ -102,8 +102,8 @@ def claim(
     if changed := [x for x in found if x.partition(':')[0] not in free]:
       raise UserError(
         f'{folder} holds a run with another config (its value → yours, '
-        f'{"; ".join(changed)}): leave out what differs, or use another --workdir (to '
-        f'evaluate its checkpoint there, with --checkpoint={folder})'
+        f'{"; ".join(changed)}): leave out what differs, or use another --workdir; to '
+        f'evaluate its checkpoint so: --workdir=OTHER --checkpoint={folder}'
       )
     if found and parallel.is_writer():
       write(path, configs.to_json(config))

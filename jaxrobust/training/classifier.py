@@ -99,6 +99,15 @@ def train(
     metrics.counted(parallel.num_devices(), 'device'),
     derived.learning_rate,
   )
+  repeats, found = config.data.real_repeats, len(data.real.labels)
+  if (distinct := mixes[0][0] // repeats) > found:
+    logging.warning(
+      'a batch takes %d different real images, and there are %d training images, so '
+      'that each is in it about %.0f times: lower config.data.batch_size',
+      distinct,
+      found,
+      repeats * distinct / found,
+    )
   return Run(config, derived, folder, model, info.num_classes, data).train()
 
 
