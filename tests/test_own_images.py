@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from jaxrobust import config as configs
-from jaxrobust.config import classifier, dataset_info, generator, registries
+from jaxrobust.config import classifier, dataset_info, fields, generator, registries
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.models import card as cards
@@ -106,6 +106,21 @@ def test_what_is_known_is_recorded_once(folder):
   c = generator.get_config()
   c.dataset.name, c.dataset.path, c.dataset.validation_images = 'folder', str(path), 2
   assert datasets.record(c).dataset.num_classes == 3
+
+
+def test_few_images_hold_out_a_tenth_unless_it_is_set(folder):
+  path, _ = folder
+  usual = lambda: own(path, **{'dataset.validation_images': 1024})
+  recorded = datasets.record(usual())
+  assert recorded.dataset.validation_images == 1  # Of 12.
+  # The command goes on with that run, and with one of an earlier version.
+  assert configs.continued(usual(), recorded).to_dict() == recorded.to_dict()
+  assert configs.differences(recorded, usual()) == []
+  before = fields.replace(recorded, {'dataset.validation_images': 1024})
+  assert configs.differences(before, usual()) == []
+  assert configs.differences(recorded, own(path))[0].startswith('dataset.')
+  assert dataset_info.held_out(1024, 2048) == 1024
+  assert dataset_info.held_out(100, 120) == 100
 
 
 def test_known_data_sets_are_recorded_as_they_are():

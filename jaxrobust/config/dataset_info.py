@@ -141,7 +141,8 @@ FIELDS = {
   'data_dir': field('', "folder of tensorflow-datasets; '' is its default", free=True),
   'validation_images': field(
     1024,
-    'training images held out, the first ones. The papers hold out 1,024 to choose the '
+    'training images held out, the first ones; a tenth of images of your own of which '
+    '1,024 are more than half. The papers hold out 1,024 to choose the '
     'checkpoint; the released code trains on all 50,000 (set 0, and checkpoint.export '
     "to 'last')",
     least=0,
@@ -164,6 +165,23 @@ FIELDS = {
   'test_size': field(None, 'test images of your own', type=int, least=0),
 }
 RECORDED = ('image_shape', 'num_classes', 'train_size', 'test_size')
+
+
+def held_out(validation_images: int, train_size: int) -> int:
+  """Training images of one's own to hold out: a tenth of few where none are asked for.
+
+  Args:
+    validation_images: of the config. Its default is not asked for.
+    train_size: training images there are.
+
+  Returns:
+    `validation_images`, unless that is the default and more than half of them.
+  """
+  usual = FIELDS['validation_images'].default
+  is_too_many = validation_images == usual and 2 * usual > train_size
+  return train_size // 10 if is_too_many else validation_images
+
+
 
 
 def is_own(dataset: config_dict.ConfigDict) -> bool:

@@ -138,10 +138,13 @@ def _read_before(config, begun) -> dict:
   dataset, theirs = config.get('dataset'), begun.get('dataset')
   if not dataset or not theirs or not dataset_info.is_own(dataset):
     return {}
-  same = ('name', 'path', 'validation_images', 'train_images')
-  if any(dataset[name] != theirs[name] for name in same):
+  held_out = theirs.validation_images
+  usual = dataset_info.held_out(dataset.validation_images, theirs.train_size or 0)
+  if held_out not in (dataset.validation_images, theirs.train_size and usual):
     return {}
-  found = {
+  if any(dataset[x] != theirs[x] for x in ('name', 'path', 'train_images')):
+    return {}
+  found = {'dataset.validation_images': held_out} | {
     f'dataset.{name}': theirs[name]
     for name in dataset_info.RECORDED
     if dataset[name] is None

@@ -138,7 +138,8 @@ def record(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
       the data sets that are known without being opened, it is returned as it is.
 
   Returns:
-    The config, locked, with `dataset.image_shape` and what follows it; a classifier's
+    The config, locked, with `dataset.image_shape` and what follows it, and fewer
+    validation images where the default of them is too many; a classifier's
     with mean and standard deviation of the training images, unless it sets others than
     those of a known data set.
 
@@ -154,10 +155,11 @@ def record(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
     return config
   where = dataset.name, dataset.data_dir, dataset.path
   train, test = (_open(where[0], split, *where[1:]) for split in ('train', 'test'))
-  images, _ = _cut(
-    train, dataset.name, 'train', dataset.train_images, dataset.validation_images
-  )
-  found = {
+  held_out = dataset_info.held_out(dataset.validation_images, train.size)
+  images, _ = _cut(train, dataset.name, 'train', dataset.train_images, held_out)
+  if held_out != dataset.validation_images:
+    found['dataset.validation_images'] = held_out
+  found |= {
     'dataset.image_shape': images.shape[1:],
     'dataset.num_classes': train.num_classes,
     'dataset.train_size': train.size,

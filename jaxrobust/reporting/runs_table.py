@@ -83,7 +83,8 @@ def lines(runs: list[tuple[epath.Path, config_dict.ConfigDict]]) -> list[Line]:
 def names_of(found: list[Line]) -> list[str]:
   """The name of each line's experiment, and what sets apart those that share it.
 
-  That is the fields in which their configs differ, or where these are many the folder.
+  That is the fields in which their configs differ, or the folder where these are many or
+  have no effect.
   """
   same_name = {}
   for line in found:
@@ -94,16 +95,15 @@ def names_of(found: list[Line]) -> list[str]:
       fields.flatten(line.config) | configs.unset(line.config) for line in group
     ]
     ignored = set.intersection(*(configs.ignored(line.config) for line in group))
-    same = [(str(f), line.protocol) for f, line in zip(flat, group, strict=True)]
     differing = [
       x
       for x in sorted(flat[0].keys() - ignored)
       if len({str(f.get(x)) for f in flat}) > 1
     ]
-    for line, values in zip(group, flat, strict=True):
-      differs = ', '.join(f'{x}={values[x]}' for x in differing if x in values)
-      alike = not differing and len(set(map(str, flat))) > 1
-      if alike or len(differing) > _MAX_FIELDS:
+    said = [', '.join(f'{x}={f[x]}' for x in differing if x in f) for f in flat]
+    is_known = len(set(said)) == len(set(map(str, flat)))
+    for line, differs in zip(group, said, strict=True):
+      if not is_known or len(differing) > _MAX_FIELDS:
         differs = line.folders[0].name
       names[id(line)] = f'{name} ({differs})' if differs else name
   return [names[id(line)] for line in found]
