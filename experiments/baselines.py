@@ -1,6 +1,6 @@
 r"""The methods that the paper compares with, on CIFAR-10 or CIFAR-100.
 
-  python -m jaxrobust.train --workdir=DIR --config=experiments/baselines.py:NAME
+  jaxrobust train --workdir=DIR --config=baselines:NAME
 
 Published, clean / robust accuracy in percent: rst and uat under AutoAttack by
 RobustBench, those of Gowal et al. under AutoAttack of the released checkpoints (the
@@ -16,8 +16,8 @@ not known here:
   uat                  86.46 / 56.03  Uesato et al. 2019 (UAT++), 200K extra images
 
 The extra images of rst and uat are of the 80 Million Tiny Images, which their authors
-have withdrawn: bring sample sets data/cifar10_tinyimages-500k and -200k (by `python -m
-jaxrobust.data import FILE SET`; the FILE of rst was ti_500K_pseudo_labeled.pickle).
+have withdrawn: bring sample sets data/cifar10_tinyimages-500k and -200k (by `jaxrobust
+data import FILE SET`; the FILE of rst was ti_500K_pseudo_labeled.pickle).
 
 From the published code: lengths, batches, learning rates and their drops, weight decay,
 momentum (not Nesterov's) and attack of awp and lbgat; the 200 epochs of rst. Epochs

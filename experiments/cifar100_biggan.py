@@ -1,7 +1,7 @@
 r"""BigGAN samples for CIFAR-100, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/cifar100_biggan.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=cifar100_biggan --config.labeller=LABELLER
 
 Published: FID 12.87 for the recipe of CIFAR-10, as Zhao et al. 2020 trained it, of
 10,000 samples from 10,000 images. The paper has samples of a diffusion model only

@@ -1,7 +1,7 @@
 r"""Diffusion samples for CIFAR-100, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/cifar100_ddpm.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=cifar100_ddpm --config.labeller=LABELLER
 
 Published: the authors' own network has FID 5.58 and inception score 10.82; its 1M
 samples raise the robust accuracy of a WRN-28-10 to 30.81 % (l-inf 8/255).

@@ -1,7 +1,7 @@
 r"""EDM samples for CIFAR-100, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/cifar100_edm.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=cifar100_edm --config.labeller=LABELLER
 
 Published: 1M and 50M samples of such a network, for robust training (Wang et al. 2023);
 Karras et al. 2022 have no CIFAR-100. Cost: that of experiments/cifar10_edm.py.

@@ -1,7 +1,7 @@
 r"""CIFAR-100, l-inf 8/255.
 
-  python -m jaxrobust.train --workdir=DIR \
-      --config=experiments/cifar100_linf.py:MODEL,DATA
+  jaxrobust train --workdir=DIR \
+      --config=cifar100_linf:MODEL,DATA
 
 Published, clean / robust accuracy under AA+MT in percent (paper, table of results):
   wrn-28-10,ddpm  59.18 / 30.81

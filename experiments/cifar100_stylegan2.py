@@ -1,7 +1,7 @@
 r"""StyleGAN2 samples for CIFAR-100, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/cifar100_stylegan2.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=cifar100_stylegan2 --config.labeller=LABELLER
 
 Published: figures with samples of a diffusion model only
 (experiments/cifar100_ddpm.py).

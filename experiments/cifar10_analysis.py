@@ -1,7 +1,7 @@
 r"""The three conditions, complementarity and coverage of samples for CIFAR-10.
 
-  python -m jaxrobust.analyze --workdir=DIR \
-      --config=experiments/cifar10_analysis.py:ddpm --config.labeller=LABELLER
+  jaxrobust analyze --workdir=DIR \
+      --config=cifar10_analysis:ddpm --config.labeller=LABELLER
 
 The argument is a folder, or NAME for the sample set data/cifar10_NAME.
 

@@ -1,7 +1,7 @@
 r"""BigGAN samples for CIFAR-10: Brock et al. 2019, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/cifar10_biggan.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=cifar10_biggan --config.labeller=LABELLER
 
 Published: FID 9.59 for this recipe, that of its authors' PyTorch code, as Zhao et al.
 2020 trained it, and 8.70 with the argument `diff-augment`

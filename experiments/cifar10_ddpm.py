@@ -1,7 +1,7 @@
 r"""Diffusion samples for CIFAR-10: Ho et al. 2020, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/cifar10_ddpm.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=cifar10_ddpm --config.labeller=LABELLER
 
 Published: FID 3.17 for this network with 1,000-step ancestral sampling (Ho et al.); the
 paper's 1M samples are of such a network and raise the robust accuracy of a WRN-28-10 to

@@ -1,7 +1,7 @@
 r"""EDM samples for CIFAR-10: Karras et al. 2022, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/cifar10_edm.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=cifar10_edm --config.labeller=LABELLER
 
 Published: FID 1.79 with classes and 1.97 without (the least of three draws of 50,000),
 with 35 evaluations of the network an image; about 2 days on 8 V100. Later work trains
@@ -12,9 +12,9 @@ other one --config.generator.network.architecture=ncsn++.
 Their weights can be sampled in place of a fit of 200M images. Fetch
 edm-cifar10-32x32-cond-vp.pkl from NVIDIA (CC BY-NC-SA 4.0: not for commercial use, and
 what is made with them falls under the same licence), and
-  python -m jaxrobust.convert --from=edm-cifar10-32x32-cond-vp.pkl \
-      --to=runs/edm/generator.npz --config=experiments/cifar10_edm.py
-  python -m jaxrobust.generate --workdir=DIR --config=experiments/cifar10_edm.py \
+  jaxrobust convert --from=edm-cifar10-32x32-cond-vp.pkl \
+      --to=runs/edm/generator.npz --config=cifar10_edm
+  jaxrobust generate --workdir=DIR --config=cifar10_edm \
       --config.fitted=runs/edm --config.labeller=LABELLER
 They saw all 50,000 training images.
 

@@ -1,7 +1,7 @@
 r"""Class-conditional Gaussian samples of CIFAR-10, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/cifar10_gaussian.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=cifar10_gaussian --config.labeller=LABELLER
 
 Published: the workshop version gains at 50 to 90 % real images, at best about 0.9
 points of robust accuracy (l-inf 8/255); the samples are a row of the tables of

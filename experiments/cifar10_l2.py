@@ -1,6 +1,6 @@
 """CIFAR-10, l2 128/255.
 
-  python -m jaxrobust.train --workdir=DIR --config=experiments/cifar10_l2.py:MODEL,DATA
+  jaxrobust train --workdir=DIR --config=cifar10_l2:MODEL,DATA
 
 Published, clean / robust accuracy under AA+MT in percent (paper, table of results):
   wrn-28-10,ddpm  90.24 / 77.37

@@ -1,7 +1,7 @@
 r"""CIFAR-10, l-inf 8/255: the paper's main setting, with the released recipe.
 
-  python -m jaxrobust.train --workdir=DIR \
-      --config=experiments/cifar10_linf.py:MODEL,DATA
+  jaxrobust train --workdir=DIR \
+      --config=cifar10_linf:MODEL,DATA
 
 Published, clean / robust accuracy under AA+MT in percent (paper, table of results):
   wrn-28-10,ddpm              85.97 / 60.73
@@ -13,7 +13,7 @@ Published, clean / robust accuracy under AA+MT in percent (paper, table of resul
 DATA is `real`, a name NAME for the sample set data/cifar10_NAME, a folder, or
 `labeller`: real images without attacks, for pseudo-labels, as in every *_linf file. The
 authors' file cifar10_ddpm.npz becomes data/cifar10_ddpm by
-  python -m jaxrobust.data import cifar10_ddpm.npz data/cifar10_ddpm
+  jaxrobust data import cifar10_ddpm.npz data/cifar10_ddpm
 
 The 100M samples were not released: bring your own as data/cifar10_ddpm-100m.
 

@@ -1,7 +1,7 @@
 r"""Mixed training images of CIFAR-10, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/cifar10_mixup.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=cifar10_mixup --config.labeller=LABELLER
 
 Published: mixup is the first row of the tables of complementarity and coverage (see
 experiments/cifar10_analysis.py).

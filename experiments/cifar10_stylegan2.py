@@ -1,7 +1,7 @@
 r"""StyleGAN2 samples for CIFAR-10: Karras et al. 2020 with adaptive augmentation.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/cifar10_stylegan2.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=cifar10_stylegan2 --config.labeller=LABELLER
 
 With the argument `conditional` (experiments/cifar10_stylegan2.py:conditional) networks
 know classes. Published, by the configuration `cifar` of the authors: FID 2.42 with

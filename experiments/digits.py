@@ -3,7 +3,7 @@
 scikit-learn ships 1,797 real 8x8 digits, so nothing is downloaded. No number of the
 paper belongs to this data set; it shows the method from end to end.
 
-  python -m jaxrobust.train --workdir=runs/digits --config=experiments/digits.py
+  jaxrobust train --workdir=runs/digits --config=digits
 
 The argument is MODEL,DATA as elsewhere, or `labeller`: the non-robust classifier that
 gives generated images their labels, trained without attacks on the same images.

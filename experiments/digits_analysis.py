@@ -1,7 +1,7 @@
 r"""The three conditions, complementarity and coverage of samples of the digits.
 
-  python -m jaxrobust.analyze --workdir=runs/paper/digits_gaussian_analysis \
-      --config=experiments/digits_analysis.py:gaussian
+  jaxrobust analyze --workdir=runs/paper/digits_gaussian_analysis \
+      --config=digits_analysis:gaussian
 
 The argument is a folder, or NAME for runs/paper/digits_NAME/samples. The generators saw
 100 images, so no more of each set can be compared: the shares carry standard errors of

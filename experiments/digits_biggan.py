@@ -1,7 +1,7 @@
 r"""BigGAN samples of the digits, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=runs/biggan \
-      --config=experiments/digits_biggan.py --config.labeller=runs/labeller
+  jaxrobust generate --workdir=runs/biggan \
+      --config=digits_biggan --config.labeller=runs/labeller
 
 Small networks for 8x8 images, with augmentation that turns and mirrors nothing: 1,800
 updates of G, a minute on a busy core, and 25 s of processor time to compile. One run:

@@ -1,7 +1,7 @@
 r"""Diffusion samples of the digits, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=runs/ddpm \
-      --config=experiments/digits_ddpm.py --config.labeller=runs/labeller
+  jaxrobust generate --workdir=runs/ddpm \
+      --config=digits_ddpm --config.labeller=runs/labeller
 
 A small network for 8x8 images: about 13 minutes of training at the 2.6 updates a second
 that two busy cores made. Its settings were not searched. No number of the paper belongs

@@ -1,7 +1,7 @@
 r"""EDM samples of the digits, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=runs/edm \
-      --config=experiments/digits_edm.py --config.labeller=runs/labeller
+  jaxrobust generate --workdir=runs/edm \
+      --config=digits_edm --config.labeller=runs/labeller
 
 A small network for 8x8 images, without augmentation: 600 updates, about a minute of
 processor time with compilation. One run: of 3,000 samples the Frechet distance in

@@ -1,7 +1,7 @@
 r"""Class-conditional Gaussian samples of the digits, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=runs/gaussian \
-      --config=experiments/digits_gaussian.py --config.labeller=runs/labeller
+  jaxrobust generate --workdir=runs/gaussian \
+      --config=digits_gaussian --config.labeller=runs/labeller
 
 The covariance of 10 images a class in 64 dimensions is singular, so it is shrunk
 (Ledoit and Wolf 2004).

@@ -1,7 +1,7 @@
 r"""Mixed training images of the digits, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=runs/mixup \
-      --config=experiments/digits_mixup.py --config.labeller=runs/labeller
+  jaxrobust generate --workdir=runs/mixup \
+      --config=digits_mixup --config.labeller=runs/labeller
 """
 
 from jaxrobust.config import generator

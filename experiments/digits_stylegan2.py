@@ -1,7 +1,7 @@
 r"""StyleGAN2 samples of the digits, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=runs/stylegan2 \
-      --config=experiments/digits_stylegan2.py --config.labeller=runs/labeller
+  jaxrobust generate --workdir=runs/stylegan2 \
+      --config=digits_stylegan2 --config.labeller=runs/labeller
 
 A small network for 8x8 images. No number of the paper belongs to this data set.
 """

@@ -1,7 +1,7 @@
 r"""VD-VAE samples of the digits, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=runs/vdvae \
-      --config=experiments/digits_vdvae.py --config.labeller=runs/labeller
+  jaxrobust generate --workdir=runs/vdvae \
+      --config=digits_vdvae --config.labeller=runs/labeller
 
 A small network for 8x8 images: 500 updates take about a minute of processor time, and
 compiling them half a minute. One run came to 3.81 bits a dimension on the test images

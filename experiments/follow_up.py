@@ -2,7 +2,7 @@ r"""Work that followed the paper: better generators, more samples, other losses.
 
 None of these is the paper's. CIFAR-10, l-inf 8/255.
 
-  python -m jaxrobust.train --workdir=DIR --config=experiments/follow_up.py:NAME
+  jaxrobust train --workdir=DIR --config=follow_up:NAME
 
 Published, clean / robust accuracy under AutoAttack in percent (RobustBench; edm-1m as
 Cui et al. print it):
@@ -14,7 +14,7 @@ Cui et al. print it):
   wrn-94-16    93.68 / 73.71  Bartoldson et al. 2024, 500M samples of three generators
 
 Samples are data/cifar10_edm-1m, _edm-20m, _edm-50m, _ddpm and _generated-500m. Those of
-EDM are published as .npz, in parts: `python -m jaxrobust.data import` takes all at
+EDM are published as .npz, in parts: `jaxrobust data import` takes all at
 once. Those of wrn-94-16 were not released, so bring your own: 100M each of EDM, of EDM
 with discriminator guidance and of PFGM++, of which the run sees 500M images.
 

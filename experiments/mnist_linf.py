@@ -1,6 +1,6 @@
 """MNIST, l-inf 0.3.
 
-  python -m jaxrobust.train --workdir=DIR --config=experiments/mnist_linf.py:MODEL,DATA
+  jaxrobust train --workdir=DIR --config=mnist_linf:MODEL,DATA
 
 Published (Gowal et al. 2020, arXiv 2010.03593), clean / robust accuracy in percent:
   wrn-28-10,real  99.26 / 96.34

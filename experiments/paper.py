@@ -1,7 +1,7 @@
 r"""The paper's tables and figures: the runs that fill them and what was published.
 
-  python -m jaxrobust.sweep  --workdir=runs/paper --table=NAME [--list]
-  python -m jaxrobust.report --workdir=runs/paper --table=NAME [--status]
+  jaxrobust sweep  --workdir=runs/paper --table=NAME [--list]
+  jaxrobust report --workdir=runs/paper --table=NAME [--status]
 
 Published accuracies are as the paper prints them, in percent, its own under AA+MT;
 those of `follow-ups` are under AutoAttack, and so are those of `baselines` where the

@@ -1,7 +1,7 @@
 r"""Diffusion samples for SVHN, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/svhn_ddpm.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=svhn_ddpm --config.labeller=LABELLER
 
 Published: the samples raise the robust accuracy of a WRN-28-10 to 60.90 % (l-inf
 8/255).

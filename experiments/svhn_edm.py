@@ -1,7 +1,7 @@
 r"""EDM samples for SVHN, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/svhn_edm.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=svhn_edm --config.labeller=LABELLER
 
 Published: nothing by Karras et al. 2022. Cost: that of experiments/cifar10_edm.py.
 

@@ -1,6 +1,6 @@
 """SVHN, l-inf 8/255.
 
-  python -m jaxrobust.train --workdir=DIR --config=experiments/svhn_linf.py:MODEL,DATA
+  jaxrobust train --workdir=DIR --config=svhn_linf:MODEL,DATA
 
 Published, clean / robust accuracy under AA+MT in percent (paper, table of results):
   wrn-28-10,real  92.87 / 56.83

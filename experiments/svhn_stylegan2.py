@@ -1,7 +1,7 @@
 r"""StyleGAN2 samples for SVHN, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/svhn_stylegan2.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=svhn_stylegan2 --config.labeller=LABELLER
 
 Published: figures with samples of a diffusion model only
 (experiments/svhn_ddpm.py).

@@ -1,7 +1,7 @@
 r"""BigGAN samples for TinyImageNet, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/tiny_imagenet_biggan.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=tiny_imagenet_biggan --config.labeller=LABELLER
 
 Published: nothing for this data set. The paper has samples of a diffusion model only
 (experiments/tiny_imagenet_ddpm.py).

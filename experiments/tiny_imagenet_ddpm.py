@@ -1,7 +1,7 @@
 r"""Diffusion samples for TinyImageNet, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/tiny_imagenet_ddpm.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=tiny_imagenet_ddpm --config.labeller=LABELLER
 
 Published: the samples raise the robust accuracy of a WRN-28-10 to 26.66 % (l-inf
 8/255).

@@ -1,7 +1,7 @@
 r"""EDM samples for TinyImageNet, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/tiny_imagenet_edm.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=tiny_imagenet_edm --config.labeller=LABELLER
 
 Published: nothing for this data set by Karras et al. 2022. Network, batch, learning
 rate and augmentation are those of their FFHQ at 64x64: about 4 days on 8 V100.

@@ -1,7 +1,7 @@
 r"""TinyImageNet-200 (64x64), l-inf 8/255.
 
-  python -m jaxrobust.train --workdir=DIR \
-      --config=experiments/tiny_imagenet_linf.py:MODEL,DATA
+  jaxrobust train --workdir=DIR \
+      --config=tiny_imagenet_linf:MODEL,DATA
 
 Published, clean / robust accuracy under AA+MT in percent (paper, table of results):
   wrn-28-10,real  51.56 / 21.56

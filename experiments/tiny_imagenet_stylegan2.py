@@ -1,7 +1,7 @@
 r"""StyleGAN2 samples for TinyImageNet, pseudo-labelled and balanced.
 
-  python -m jaxrobust.generate --workdir=DIR \
-      --config=experiments/tiny_imagenet_stylegan2.py --config.labeller=LABELLER
+  jaxrobust generate --workdir=DIR \
+      --config=tiny_imagenet_stylegan2 --config.labeller=LABELLER
 
 Published: figures with samples of a diffusion model only
 (experiments/tiny_imagenet_ddpm.py).

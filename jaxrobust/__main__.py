@@ -54,7 +54,7 @@ def _map() -> str:
   for verb, module in _VERBS.items():
     file = package.joinpath(*module.split('.')[1:]).with_suffix('.py')
     first = (ast.get_docstring(ast.parse(file.read_text())) or '').partition('\n')[0]
-    lines.append(f'  {verb:<10}{first.partition(": `python")[0].rstrip(".")}')
+    lines.append(f'  {verb:<10}{first.partition(": `")[0].rstrip(".")}')
   lines += [
     '',
     'jaxrobust VERB --help is a page about one of them. First steps:',

@@ -1,16 +1,16 @@
 """Analyses a sample set: does it meet the conditions under which it should help?
 
 Usage:
-  python -m jaxrobust.analyze --workdir=DIR --config=experiments/FILE.py[:SAMPLES] \\
+  jaxrobust analyze --workdir=DIR --config=EXPERIMENT[:SAMPLES] \\
       --config.labeller=NON_ROBUST_CLASSIFIER [--config.FIELD=VALUE …]
 
 Examples:
   The Gaussian samples of the digits, in the features of their labeller:
-    python -m jaxrobust.analyze --workdir=runs/paper/digits_gaussian_analysis \\
-        --config=experiments/digits_analysis.py:gaussian
+    jaxrobust analyze --workdir=runs/paper/digits_gaussian_analysis \\
+        --config=digits_analysis:gaussian
   Any other set, by LPIPS (jaxrobust/models/lpips.py says how to make the file):
-    python -m jaxrobust.analyze --workdir=DIR --config.labeller=runs/cifar10_labeller \\
-        --config=experiments/cifar10_analysis.py:data/cifar10_ddpm \\
+    jaxrobust analyze --workdir=DIR --config.labeller=runs/cifar10_labeller \\
+        --config=cifar10_analysis:data/cifar10_ddpm \\
         --config.features=lpips:lpips.safetensors
   With --config.features=FILE.npz, which another program computes: while the file is
   absent, this one writes DIR/images.npz and says what it should hold.

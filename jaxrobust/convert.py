@@ -3,28 +3,28 @@
 Or the published weights of a generator, to a run of `generate` that has been fitted.
 
 Usage:
-  python -m jaxrobust.convert --from=PATH --to=PATH [--robustbench=FILE.json]
-      [--config=experiments/FILE.py[:ARG]]
+  jaxrobust convert --from=PATH --to=PATH [--robustbench=FILE.json]
+      [--config=EXPERIMENT[:ARG]]
 
 Examples:
   A finished run that AutoAttack has judged, for a pull request to RobustBench, whose
   DMWideResNet and DMPreActResNet take the file:
-    python -m jaxrobust.convert --from=runs/ours --to=ours.pt \\
+    jaxrobust convert --from=runs/ours --to=ours.pt \\
         --robustbench=model_info.json
   A finished run, to a repository of the Hugging Face hub, and from there:
-    python -m jaxrobust.convert --from=runs/ours --to=hf:OWNER/NAME
-    python -m jaxrobust.convert --from=hf:OWNER/NAME --to=theirs.npy
+    jaxrobust convert --from=runs/ours --to=hf:OWNER/NAME
+    jaxrobust convert --from=hf:OWNER/NAME --to=theirs.npy
   The authors' weights, as a file that cannot hold code:
-    python -m jaxrobust.convert --from=models/cifar10_linf_wrn28-10_ddpm_v2.npy \\
+    jaxrobust convert --from=models/cifar10_linf_wrn28-10_ddpm_v2.npy \\
         --to=models/cifar10_linf_wrn28-10_ddpm_v2.safetensors
   A state dict of somebody else:
-    python -m jaxrobust.convert --from=theirs.pt --to=theirs.npy \\
-        --config=experiments/cifar10_linf.py:wrn-28-10
+    jaxrobust convert --from=theirs.pt --to=theirs.npy \\
+        --config=cifar10_linf:wrn-28-10
   EDM's weights, as NVIDIA published them, and samples of them:
-    python -m jaxrobust.convert --from=edm-cifar10-32x32-cond-vp.pkl \\
-        --to=runs/edm/generator.npz --config=experiments/cifar10_edm.py
-    python -m jaxrobust.generate --workdir=runs/samples \\
-        --config=experiments/cifar10_edm.py --config.fitted=runs/edm \\
+    jaxrobust convert --from=edm-cifar10-32x32-cond-vp.pkl \\
+        --to=runs/edm/generator.npz --config=cifar10_edm
+    jaxrobust generate --workdir=runs/samples \\
+        --config=cifar10_edm --config.fitted=runs/edm \\
         --config.labeller=LABELLER
 
 Writes the file and its model card, PATH with the ending .json: data set, threat model,
@@ -259,7 +259,7 @@ PROGRAM = cli.Program(
     cli.Flag(
       'from',
       'A .npy, .pt, .pth or .safetensors file, a workdir, or the name of a released '
-      'checkpoint (python -m jaxrobust.models.download lists them), or hf:OWNER/NAME. '
+      'checkpoint (jaxrobust download lists them), or hf:OWNER/NAME. '
       "With the config of a generator: a file as that generator's authors published "
       'it, such as a .pkl.',
       cli.PATH,

@@ -1,22 +1,22 @@
 """Judges a checkpoint: clean and robust accuracy, every image once.
 
 Usage:
-  python -m jaxrobust.evaluate --workdir=DIR [--suite=SUITE] [--checkpoint=CHECKPOINT]
-      [--register=FILE.py] [--config=experiments/FILE.py[:ARG]] [--config.FIELD=VALUE …]
+  jaxrobust evaluate --workdir=DIR [--suite=SUITE] [--checkpoint=CHECKPOINT]
+      [--register=FILE.py] [--config=EXPERIMENT[:ARG]] [--config.FIELD=VALUE …]
 
 Examples:
   The final checkpoint of a training run by AutoAttack, on all its test images:
-    python -m jaxrobust.evaluate --workdir=runs/digits --suite=autoattack
-  A released checkpoint (python -m jaxrobust.models.download fetches it), with a workdir
+    jaxrobust evaluate --workdir=runs/digits --suite=autoattack
+  A released checkpoint (jaxrobust download fetches it), with a workdir
   of its own for the result:
-    python -m jaxrobust.evaluate --workdir=runs/released --suite=aa+mt \\
+    jaxrobust evaluate --workdir=runs/released --suite=aa+mt \\
         --checkpoint=cifar10_linf_wrn28-10_ddpm_v2
   A run under another threat model than it was trained for, in a workdir of its own:
-    python -m jaxrobust.evaluate --workdir=runs/digits-l2 --suite=autoattack \\
+    jaxrobust evaluate --workdir=runs/digits-l2 --suite=autoattack \\
         --checkpoint=runs/digits --config.threat.norm=l2 --config.threat.epsilon=0.5
   A file of somebody else, of which nothing is known:
-    python -m jaxrobust.evaluate --workdir=runs/theirs --suite=autoattack \\
-        --checkpoint=theirs.pt --config=experiments/cifar10_linf.py:wrn-28-10
+    jaxrobust evaluate --workdir=runs/theirs --suite=autoattack \\
+        --checkpoint=theirs.pt --config=cifar10_linf:wrn-28-10
 
 Suites (--suite is short for --config.evaluation.suite):
   pgd              the attack of config.evaluation.attack, PGD-40 by default

@@ -1,15 +1,15 @@
 """Makes a sample set: fits a generator, samples it, pseudo-labels and selects.
 
 Usage:
-  python -m jaxrobust.generate --workdir=DIR --config=experiments/FILE.py \\
+  jaxrobust generate --workdir=DIR --config=EXPERIMENT \\
       --config.labeller=LABELLER [--stage=STAGE]
 
 Example:
-  python -m jaxrobust.train --workdir=runs/labeller \\
-      --config=experiments/digits.py:labeller
-  python -m jaxrobust.generate --workdir=runs/gaussian \\
-      --config=experiments/digits_gaussian.py --config.labeller=runs/labeller
-  python -m jaxrobust.train --workdir=runs/robust --config=experiments/digits.py \\
+  jaxrobust train --workdir=runs/labeller \\
+      --config=digits:labeller
+  jaxrobust generate --workdir=runs/gaussian \\
+      --config=digits_gaussian --config.labeller=runs/labeller
+  jaxrobust train --workdir=runs/robust --config=digits \\
       --config.data.samples=runs/gaussian/samples
 
 The generator sees the training images only. LABELLER gives each sample its class, and

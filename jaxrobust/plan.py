@@ -1,26 +1,26 @@
 r"""Compiles a run for a TPU that is not here: does it fit, and what will it cost?
 
 Usage:
-  python -m jaxrobust.plan --topology=SLICE --config=experiments/FILE.py[:ARG] \
+  jaxrobust plan --topology=SLICE --config=EXPERIMENT[:ARG] \
       [--what=train|evaluate|sample] [--suggest] [--sweep] [--utilization=SHARE]
       [--config.a.b=VALUE …]
-  python -m jaxrobust.plan --topology=SLICE --table=NAME [--tables=FILE]
+  jaxrobust plan --topology=SLICE --table=NAME [--tables=FILE]
 
 Examples:
   The paper's WRN-28-10 on 16 chips (32 cores) of TPU v3, as published:
-    python -m jaxrobust.plan --topology=v3:4x4 \
-        --config=experiments/cifar10_linf.py:wrn-28-10,ddpm
+    jaxrobust plan --topology=v3:4x4 \
+        --config=cifar10_linf:wrn-28-10,ddpm
   WRN-70-16 on 8 chips of v5e; if it does not fit, what would:
-    python -m jaxrobust.plan --topology=v5e:2x4 --suggest \
-        --config=experiments/cifar10_linf.py:wrn-70-16,ddpm
+    jaxrobust plan --topology=v5e:2x4 --suggest \
+        --config=cifar10_linf:wrn-70-16,ddpm
   The attacks of AutoAttack, each with its attempts as if no image fell:
     … --what=evaluate --config.evaluation.suite=autoattack
   A generator that is trained, its training and its sampling:
-    python -m jaxrobust.plan --topology=v4:2x2x1 --config=experiments/cifar10_ddpm.py
+    jaxrobust plan --topology=v4:2x2x1 --config=cifar10_ddpm
     … --what=sample
   What the paper's table of CIFAR-10 costs, in a minute by its operations alone, at a
   share of the peak that you suppose (without it each kind of run is compiled):
-    python -m jaxrobust.plan --topology=v4:2x2x4 --table=cifar10-linf --utilization=0.5
+    jaxrobust plan --topology=v4:2x2x4 --table=cifar10-linf --utilization=0.5
 
 No TPU is needed or used: the compiler comes with libtpu (from a clone: pip install -e
 '.[plan]'), on x86 Linux. It compiles the very program that `train`, `evaluate` or
@@ -70,7 +70,7 @@ def main(
   if config is None and not table:
     raise UserError(
       '--config is missing: give an experiment, such as '
-      '--config=experiments/cifar10_linf.py'
+      '--config=cifar10_linf'
     )
   if table and config is not None:
     raise UserError(

@@ -1,15 +1,15 @@
 """Shows the runs of a folder: side by side, or as the tables of the paper.
 
 Usage:
-  python -m jaxrobust.report --workdir=FOLDER_OF_WORKDIRS
-  python -m jaxrobust.report --workdir=FOLDER_OF_WORKDIRS --table=NAME [--status]
+  jaxrobust report --workdir=FOLDER_OF_WORKDIRS
+  jaxrobust report --workdir=FOLDER_OF_WORKDIRS --table=NAME [--status]
       [--tables=FILE]
 
 Examples:
-  python -m jaxrobust.report --workdir=runs/quickstart
+  jaxrobust report --workdir=runs/quickstart
   A table of the paper, as far as it is filled; and what would fill the rest:
-    python -m jaxrobust.report --workdir=runs/paper --table=digits-linf
-    python -m jaxrobust.report --workdir=runs/paper --table=digits-linf --status
+    jaxrobust report --workdir=runs/paper --table=digits-linf
+    jaxrobust report --workdir=runs/paper --table=digits-linf --status
 
 Without --table: prints a table of the evaluations in the folder's workdirs and writes
 it to report.md: a line an experiment, mean ± standard deviation over its seeds. The
@@ -41,7 +41,10 @@ def main(
 ) -> None:
   """Writes tables and figures of the workdirs below `workdir`."""
   if status and not table:
-    raise UserError('--status is of a table: give --table=NAME')
+    known, _ = planned_runs.read_tables(tables)
+    raise UserError(
+      f'--status is of a table: give --table=NAME, with one of {", ".join(known)}'
+    )
   if not epath.Path(workdir).is_dir() and not status:
     raise UserError(
       f'{workdir}: no such folder; give the one with the workdirs of runs, or that of '
@@ -54,6 +57,8 @@ def main(
   if table:
     found = planned_runs.find_table(table, known)
     if status:
+      if not folder.is_dir():
+        print(f'# {folder} is no folder: none of its runs has begun')
       print('\n'.join(table_status.lines(found, maker)))
     else:
       lines = texts.read(found, maker)

@@ -1,21 +1,21 @@
 r"""Runs the points of a sweep, or whatever fills a table of the paper.
 
 Usage:
-  python -m jaxrobust.sweep --workdir=RUNS --config=experiments/FILE.py[:ARG] \
+  jaxrobust sweep --workdir=RUNS --config=EXPERIMENT[:ARG] \
       [--list] [--only=REGEX] [--shard=I/N] [--config.a.b=VALUE …]
-  python -m jaxrobust.sweep --workdir=RUNS --table=NAME [--tables=FILE] …
+  jaxrobust sweep --workdir=RUNS --table=NAME [--tables=FILE] …
 
 Examples:
   What there is to do, each line a command to copy:
-    python -m jaxrobust.sweep --workdir=runs --config=experiments/digits.py --list
+    jaxrobust sweep --workdir=runs --config=digits --list
   All of it, here, one after the other:
-    python -m jaxrobust.sweep --workdir=runs --config=experiments/digits.py
+    jaxrobust sweep --workdir=runs --config=digits
   The second quarter of it:
     … --shard=1/4
   The seeds only:
     … --only='real-seed-\d+'
   A table of the paper in handwritten digits, on a laptop:
-    python -m jaxrobust.sweep --workdir=runs/paper --table=digits-linf
+    jaxrobust sweep --workdir=runs/paper --table=digits-linf
 
 The experiment's file defines sweep(), which yields pairs of a name and overrides, such
 as ('seed-1', {'seed': 1, 'variant': 'seed-1'}). A point is trained, then evaluated, in
@@ -84,6 +84,8 @@ def main(
   if not list_:
     return run(chosen)
   for point in chosen:
+    if remark := point.remark_on_samples():
+      print(f'# {remark}')
     for command, finished in point.commands():
       print('# finished: ' * finished + command_line(command))
   return cli.DONE
@@ -145,12 +147,9 @@ def run(chosen: list[Point]) -> int:
     UserError: before the first run, if a sample set is absent that none of them makes.
   """
   for point in chosen:  # A set that is not there should not wait for its turn.
-    source = point.absent_samples()
-    if source and not point.is_finished(point.programs[0]):
-      raise UserError(
-        f'{point.name} needs {source}, which is absent: make it with generate, import '
-        f'it (python -m jaxrobust.data import FILES {source}), or leave it out (--only)'
-      )
+    remark = point.remark_on_samples()
+    if remark and not point.is_finished(point.programs[0]):
+      raise UserError(f'{point.name}: {remark}, or leave it out (--only)')
   runner = _Runner()
   for point in chosen:
     for command, finished in point.commands():

@@ -1,14 +1,14 @@
 """Trains a classifier: TRADES, adversarial or standard, on real and generated images.
 
 Usage:
-  python -m jaxrobust.train --workdir=DIR --config=experiments/FILE.py[:MODEL,DATA]
+  jaxrobust train --workdir=DIR --config=EXPERIMENT[:MODEL,DATA]
 
 Examples:
   Digits that ship with scikit-learn, on a laptop:
-    python -m jaxrobust.train --workdir=runs/digits --config=experiments/digits.py
+    jaxrobust train --workdir=runs/digits --config=digits
   The paper's WRN-28-10 with 1M DDPM samples (data/cifar10_ddpm is a sample set):
-    python -m jaxrobust.train --workdir=gs://BUCKET/cifar10_linf_wrn-28-10_ddpm \\
-        --config=experiments/cifar10_linf.py:wrn-28-10,ddpm
+    jaxrobust train --workdir=gs://BUCKET/cifar10_linf_wrn-28-10_ddpm \\
+        --config=cifar10_linf:wrn-28-10,ddpm
   The same with another share of real images:
     … --config.data.real_fraction=0.5 --config.variant=half
 

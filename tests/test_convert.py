@@ -199,7 +199,7 @@ def test_help_is_a_page(capsys):
     cli.run(convert.PROGRAM, ['--help'])
   assert e.value.code == 0
   out = capsys.readouterr().out
-  assert 'python -m jaxrobust.convert --from=' in out
+  assert 'jaxrobust convert --from=' in out
   assert 'Exit codes' in out
 
 

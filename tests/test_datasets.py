@@ -337,7 +337,7 @@ def test_absent_dataset_names_the_remedy(tmp_path, name):
     datasets.load(name, 'test', data_dir=str(tmp_path))
   told = str(error.value)
   assert '\n' not in told and str(tmp_path) in told
-  assert f'python -m jaxrobust.data prepare {name} --data_dir={tmp_path}' in told
+  assert f'jaxrobust data prepare {name} --data_dir={tmp_path}' in told
   assert '--archives=' in told
 
 

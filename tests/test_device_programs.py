@@ -247,7 +247,7 @@ def test_help_is_a_page(program, monkeypatch, capsys):
     cli.run(importlib.import_module(f'jaxrobust.{program}').PROGRAM, ['--help'])
   assert e.value.code == 0
   out = capsys.readouterr().out
-  assert f'python -m jaxrobust.{program} --workdir=' in out
+  assert f'jaxrobust {program} --workdir=' in out
   assert 'Example' in out
   assert 'Exit codes' in out
 

@@ -125,14 +125,14 @@ def test_rows_bring_kinds_of_their_own():
 def test_lines_of_the_digits():
   run = runs()['digits_linf_wrn-10-1_gaussian_real-0.25_seed-1']
   assert line(run, 'train') == (
-    'python -m jaxrobust.train --workdir=runs/paper/digits_linf_wrn-10-1_gaussian_'
+    'jaxrobust train --workdir=runs/paper/digits_linf_wrn-10-1_gaussian_'
     'real-0.25_seed-1 --config=digits --config.data.samples=runs/paper/'
     'digits_gaussian/samples --config.data.real_fraction=0.25 --config.seed=1 '
     '--config.variant=real-0.25_seed-1'
   )
   assert line(run, 'evaluate').endswith('--suite=pgd-40')
   assert line(runs()['digits_ddpm'], 'generate') == (
-    'python -m jaxrobust.generate --workdir=runs/paper/digits_ddpm '
+    'jaxrobust generate --workdir=runs/paper/digits_ddpm '
     '--config=digits_ddpm '
     '--config.labeller=runs/paper/digits_labeller'
   )

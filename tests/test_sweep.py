@@ -245,7 +245,7 @@ def test_an_absent_sample_set_is_told_before_anything_runs(digits, play, tmp_pat
   absent = {'data.samples': str(tmp_path / 'gaussian'), 'data.real_fraction': 0.5}
   for point in digits[1:]:
     point.config.update_from_flattened_dict(absent)
-  with pytest.raises(UserError, match=r'^seed-2 needs .*gaussian, which is absent: '):
+  with pytest.raises(UserError, match=r'^seed-2: .*gaussian is absent: make it'):
     play(digits)
   assert not digits[0].workdir.exists()
   (tmp_path / 'gaussian').mkdir()
@@ -272,8 +272,8 @@ def test_the_program_lists_and_passes_flags_on(tmp_path):
     '--config.seed=1 --config.variant=seed-1'
   )
   assert done.stdout.splitlines() == [
-    f'python -m jaxrobust.train {flags}',
-    f'python -m jaxrobust.evaluate {flags}',
+    f'jaxrobust train {flags}',
+    f'jaxrobust evaluate {flags}',
   ]
   assert not folder.exists()
 
@@ -294,9 +294,7 @@ def test_the_program_lists_a_table(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
-  assert [x.split()[2] for x in lines] == [
-    f'jaxrobust.{x}' for x in ('train', 'generate', 'train', 'evaluate')
-  ]
+  assert [x.split()[1] for x in lines] == ['train', 'generate', 'train', 'evaluate']
   for line in lines:
     assert '--coordinator=auto' in line
   both = sweep_('--table=digits-linf', '--config=experiments/digits.py')

@@ -98,7 +98,7 @@ def check(config: config_dict.ConfigDict) -> None:
   if 'rules' not in config:
     raise UserError(
       "this is not an analysis's config: give an experiment such as "
-      'experiments/digits_analysis.py'
+      'digits_analysis'
     )
   dataset_info.check(config.dataset)
   fields.check(config, FIELDS)

@@ -434,7 +434,7 @@ def check(config: config_dict.ConfigDict) -> None:
   if 'threat' not in config or 'training' not in config:
     raise UserError(
       "this is not a classifier's config: give an experiment such as "
-      'experiments/digits.py, or the workdir of such a run'
+      'digits, or the workdir of such a run'
     )
   dataset_info.check(config.dataset)
   fields.check(config, {k: x for k, x in FIELDS.items() if k not in _OF_TRAINING})

@@ -125,7 +125,7 @@ def check(config: config_dict.ConfigDict) -> None:
   if 'generator' not in config or 'samples' not in config:
     raise UserError(
       "this is not a generator's config: give an experiment such as "
-      'experiments/digits_gaussian.py'
+      'digits_gaussian'
     )
   name = config.generator.name
   registries.GENERATORS.check(name, 'config.generator.name')

@@ -1,4 +1,4 @@
-"""Makes data sets and sample sets ready: `python -m jaxrobust.data --help`."""
+"""Makes data sets and sample sets ready: `jaxrobust data --help`."""
 
 import argparse
 import functools
@@ -237,7 +237,7 @@ _COMMANDS = {
 def _parser() -> argparse.ArgumentParser:
   """Returns the parser of the command line."""
   parser = flags.Parser(
-    prog='python -m jaxrobust.data',
+    prog='jaxrobust data',
     description='Makes data sets and sample sets ready. Each command has its --help.',
   )
   commands = parser.add_subparsers(dest='command', required=True)

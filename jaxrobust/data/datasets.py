@@ -113,7 +113,7 @@ def of(dataset: config_dict.ConfigDict, split: str) -> Split:
   opened = _open(dataset.name, official, dataset.data_dir, dataset.path)
   expected = info.test_size if official == 'test' else info.train_size
   if opened.size != expected:
-    remedy = 'prepare it again (python -m jaxrobust.data prepare --help)'
+    remedy = 'prepare it again (jaxrobust data prepare --help)'
     if dataset_info.is_own(dataset):
       remedy = 'they changed since the run began: use another --workdir'
     raise UserError(
@@ -232,7 +232,7 @@ def _cut(
 
 
 def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
-  """Writes a dataset where `load` finds it; `python -m jaxrobust.data prepare`.
+  """Writes a dataset where `load` finds it; `jaxrobust data prepare`.
 
   Runs the tensorflow-datasets builder, which checks every archive's checksum. A
   dataset that is already there is left as it is.
@@ -381,8 +381,8 @@ def _open_prepared(name: str, official_split: str, data_dir: str):
   if not _is_prepared(builder):
     place = f' --data_dir={data_dir}' if data_dir else ''
     raise UserError(
-      f'{name} is not prepared in {builder.data_dir}: run `python -m '
-      f'jaxrobust.data prepare {name}{place}`, which downloads it; without a network '
+      f'{name} is not prepared in {builder.data_dir}: run `'
+      f'jaxrobust data prepare {name}{place}`, which downloads it; without a network '
       f'add --archives=FOLDER, a folder with {", ".join(_archive_names(name, builder))}'
     )
   names = dict(zip(('train', 'test'), _splits(name, builder), strict=True))

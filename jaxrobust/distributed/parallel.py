@@ -331,7 +331,7 @@ def memory_error(e: Exception) -> UserError | None:
   return UserError(
     f'the memory of a device is too small ({text[:200]}): use more devices, '
     'config.model.remat, or a higher config.training.accumulation, of which '
-    'python -m jaxrobust.plan --suggest says what fits; generators and evaluations: a '
+    'jaxrobust plan --suggest says what fits; generators and evaluations: a '
     'smaller batch_size'
   )
 

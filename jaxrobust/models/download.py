@@ -184,7 +184,7 @@ def _start_of(note: epath.Path) -> str:
 def _parser() -> argparse.ArgumentParser:
   """Returns the parser of the command line."""
   parser = flags.Parser(
-    prog='python -m jaxrobust.models.download',
+    prog='jaxrobust download',
     description="Fetches the authors' released checkpoints; without a name, lists them "
     'with their published clean and robust (AutoAttack) accuracies.',
   )

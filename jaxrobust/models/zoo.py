@@ -3,7 +3,7 @@
 Names, accuracies and addresses are the authors' (README files of deepmind-research,
 adversarial_robustness, and of its folders iclrw2021doing and iclrw2021data). A name
 says data set, norm and architecture; all networks use Swish. Nothing is fetched here:
-`python -m jaxrobust.models.download` does that, when asked.
+`jaxrobust download` does that, when asked.
 """
 
 import dataclasses
@@ -228,5 +228,5 @@ def where_to_get(path: epath.Path) -> str:
     return f'did you mean the released {close[0]}?'
   return (
     'give a file (.npy, .pt, .safetensors), a workdir that finished training, or the '
-    'name of a released checkpoint (`python -m jaxrobust.models.download` lists them)'
+    'name of a released checkpoint (`jaxrobust download` lists them)'
   )

@@ -67,7 +67,7 @@ def batch(config: config_dict.ConfigDict, what: str) -> tuple[str, int]:
       raise UserError(
         f'config.generator.name = {config.generator.name!r} has no network, and asks '
         'nothing of the devices worth a plan: give a generator that is trained, such '
-        'as experiments/cifar10_ddpm.py'
+        'as cifar10_ddpm'
       )
     fields = {
       'train': 'generator.training.batch_size',

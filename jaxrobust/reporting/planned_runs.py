@@ -1,6 +1,7 @@
 """Runs as sweeps and tables name them: their commands, and how far each is."""
 
 import functools
+import os
 import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -104,6 +105,17 @@ class Point(NamedTuple):
       return ''
     return '' if any(f'/{name}/' in source for name in self.needs) else source
 
+  def remark_on_samples(self) -> str:
+    """A line on a sample set that is absent and how to make it, or ''."""
+    if not (source := self.absent_samples()):
+      return ''
+    home, name = os.path.split(source.rstrip('/'))
+    made = f' --workdir={home}' if name == workdirs.SAMPLES else ''
+    return (
+      f'{source} is absent: make it (jaxrobust generate{made}) or import it '
+      f'(jaxrobust data import FILES {source})'
+    )
+
   def state(self) -> tuple[str, str]:
     """How far it is, and a line on it.
 
@@ -149,7 +161,7 @@ def _sha256(path: epath.Path, time: float) -> str:
 
 def command_line(command: list[str]) -> str:
   """A command to copy into a shell."""
-  return shlex.join(['python', '-m', f'jaxrobust.{command[0]}', *command[1:]])
+  return shlex.join(['jaxrobust', *command])
 
 
 def with_needs(names: set[str], found: list[Point]) -> list[Point]:

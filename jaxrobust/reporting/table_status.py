@@ -48,5 +48,5 @@ def _remarks(point: planned_runs.Point, state: str, message: str) -> Iterator[st
     yield f'# running on {host}, do not start it twice:'
   if state == 'other':
     yield f'# {point.workdir} holds another config ({message}), move it away first:'
-  if source := point.absent_samples():
-    yield f'# {source} is absent: python -m jaxrobust.data import FILES {source}'
+  if remark := point.remark_on_samples():
+    yield f'# {remark}'

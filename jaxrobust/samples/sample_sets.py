@@ -8,7 +8,7 @@ labeller is of each label, `confidence-….npy` (float16 or float32 [n], which
 metadata.json then names as `confidence`). Near 1 float16 has steps of 0.0005, so that
 many confident samples tie: float32 ranks them.
 
-  python -m jaxrobust.data {import,export,info,verify,select} --help
+  jaxrobust data {import,export,info,verify,select} --help
 """
 
 import concurrent.futures

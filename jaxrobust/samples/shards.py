@@ -136,7 +136,7 @@ def metadata_bytes(path: pathlib.Path | epath.Path) -> bytes:
   if not file.is_file():
     raise UserError(
       f'{path} is no sample set: it has no {METADATA}; make one by '
-      '`python -m jaxrobust.generate` or `python -m jaxrobust.data import`'
+      '`jaxrobust generate` or `jaxrobust data import`'
     )
   with file.open('rb') as opened:
     return opened.read(json_files.MAX_BYTES + 1)

@@ -3,7 +3,7 @@
 >>> from jaxrobust.training import classifier
 >>> path = classifier.train(config, 'runs/mine', train=(images, labels))
 
-`python -m jaxrobust.train` is this function with the config of its command line.
+`jaxrobust train` is this function with the config of its command line.
 """
 
 import functools
