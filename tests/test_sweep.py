@@ -142,10 +142,9 @@ def test_the_flags_make_the_config_of_the_point(digits):
 
 def test_a_line_can_be_copied_into_a_shell(digits, tmp_path):
   line = sweep.command_line(digits[0].commands()[0][0])
-  assert shlex.split(line)[:4] == [
-    'python',
-    '-m',
-    'jaxrobust.train',
+  assert shlex.split(line)[:3] == [
+    'jaxrobust',
+    'train',
     f'--workdir={tmp_path}/my runs/digits_linf_wrn-10-1_real_seed-0',
   ]
 
