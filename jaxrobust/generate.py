@@ -5,8 +5,7 @@ Usage:
       --config.labeller=LABELLER [--stage=STAGE]
 
 Example:
-  jaxrobust train --workdir=runs/labeller \\
-      --config=digits:labeller
+  jaxrobust train --workdir=runs/labeller --config=digits:labeller
   jaxrobust generate --workdir=runs/gaussian \\
       --config=digits_gaussian --config.labeller=runs/labeller
   jaxrobust train --workdir=runs/robust --config=digits \\

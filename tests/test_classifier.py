@@ -150,6 +150,16 @@ def test_validation_is_no_larger_than_its_images(run, batches, config):
   np.testing.assert_allclose(counts, np.rint(counts), atol=1e-4)
 
 
+def test_a_word_that_names_no_sample_set_says_what_it_could_be():
+  with pytest.raises(UserError, match="digits_foo is no .*'foo'.*wrn-DEPTH-WIDTH") as e:
+    training_images.load(digits.get_config('foo'), (0, 64))
+  for other in ("'real'", "'labeller'"):
+    assert other in str(e.value)
+  with pytest.raises(UserError) as e:
+    training_images.load(digits.get_config('no/foo'), (0, 64))
+  assert 'wrn-DEPTH' not in str(e.value)
+
+
 def test_a_run_goes_on_with_its_own_images_only(run, config, images, tmp_path):
   folder, _ = run
   for name in ('config.json', 'images.json'):

@@ -173,6 +173,19 @@ def test_wrong_overrides_are_refused_in_one_line(path, text, words):
   assert line.startswith(f'--config.{path}') and words in line and '\n' not in line
 
 
+def test_a_share_of_real_images_without_a_sample_set_is_warned_of(caplog):
+  """Of a sweep, whose points may have a set, it is not."""
+  share = '--config.data.real_fraction=0.33'
+  for name, more, is_warned in (
+    ('train', (), True),
+    ('train', ('--config.data.samples=data/x',), False),
+    ('sweep', (), False),
+  ):
+    caplog.clear()
+    cli.check(program(name), ['--workdir=x', '--config=digits', share, *more])
+    assert (share in caplog.text) == is_warned
+
+
 @pytest.mark.parametrize('name', PROGRAMS)
 def test_a_page_lists_the_flags_that_the_program_takes_and_no_others(name):
   taken = program(name)

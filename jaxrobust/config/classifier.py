@@ -325,7 +325,9 @@ def said_of_samples(config: config_dict.ConfigDict) -> str:
   samples, prefix = config.data.samples, f'data/{config.dataset.name}_'
   if not samples.startswith(prefix):
     return ''
-  models = ', '.join(['wrn-DEPTH-WIDTH', 'preact-resnet-18', *registries.MODELS.names()])
+  models = ', '.join(
+    ['wrn-DEPTH-WIDTH', 'preact-resnet-18', *registries.MODELS.names()]
+  )
   return (
     f' (if you gave {samples.removeprefix(prefix)!r} in --config=EXPERIMENT:ARG: it is '
     f"neither a model ({models}), nor 'real', nor '{LABELLER}', so it names this set)"

@@ -381,8 +381,8 @@ def _open_prepared(name: str, official_split: str, data_dir: str):
   if not _is_prepared(builder):
     place = f' --data_dir={data_dir}' if data_dir else ''
     raise UserError(
-      f'{name} is not prepared in {builder.data_dir}: run `'
-      f'jaxrobust data prepare {name}{place}`, which downloads it; without a network '
+      f'{name} is not prepared in {builder.data_dir}: run `jaxrobust data prepare '
+      f'{name}{place}`, which downloads it; without a network '
       f'add --archives=FOLDER, a folder with {", ".join(_archive_names(name, builder))}'
     )
   names = dict(zip(('train', 'test'), _splits(name, builder), strict=True))

@@ -27,8 +27,8 @@ def check(config: config_dict.ConfigDict, is_labelled: bool = True) -> None:
   generator_class.check(config.generator, dataset_info.of(config.dataset))
   if is_labelled and not config.labeller:
     raise UserError(
-      'config.labeller is not set: give the workdir of a non-robust classifier, which '
-      'jaxrobust train --config=EXPERIMENT:labeller makes, such as cifar10_linf:labeller'
+      'config.labeller is not set: give the workdir of a non-robust classifier (train '
+      'one with --config=EXPERIMENT:labeller, such as cifar10_linf:labeller)'
     )
   if config.labeller == generator.CONDITION:
     if config.samples.top_fraction < 1:

@@ -83,8 +83,8 @@ def lines(runs: list[tuple[epath.Path, config_dict.ConfigDict]]) -> list[Line]:
 def names_of(found: list[Line]) -> list[str]:
   """The name of each line's experiment, and what sets apart those that share it.
 
-  That is the fields in which their configs differ, or the folder where these are many or
-  have no effect.
+  That is the fields in which their configs differ, or the folder where these are many
+  or have no effect.
   """
   same_name = {}
   for line in found:
