@@ -375,7 +375,7 @@ def resolve(config: config_dict.ConfigDict) -> Derived:
     fields.check(config[part], FIELDS[part], f'{part}.')
   _check_loss(config.loss)
   steps = lambda epochs: _steps(config, epochs)
-  num_steps, learning_rate = (config.training.num_steps, config.optimizer.learning_rate)
+  num_steps, learning_rate = config.training.num_steps, config.optimizer.learning_rate
   unset = follows(config)
   warmup = config.optimizer.warmup_epochs
   return Derived(
@@ -424,7 +424,7 @@ _OF_SAMPLES = (
 
 def ignored(config: config_dict.ConfigDict) -> set[str]:
   """Dotted paths of fields that mean nothing in a config, for want of a sample set."""
-  return set() if 'threat' not in config or config.data.samples else {*_OF_SAMPLES}
+  return set() if 'loss' not in config or config.data.samples else {*_OF_SAMPLES}
 
 
 def check(config: config_dict.ConfigDict) -> None:

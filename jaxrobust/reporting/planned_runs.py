@@ -112,7 +112,7 @@ class Point(NamedTuple):
     home, name = os.path.split(source.rstrip('/'))
     made = f' --workdir={home}' if name == workdirs.SAMPLES else ''
     return (
-      f'{source} is absent: make it (jaxrobust generate{made}) or import it '
+      f'{source} is absent: make it (jaxrobust generate{made} --config=…) or import it '
       f'(jaxrobust data import FILES {source})'
     )
 
