@@ -203,7 +203,7 @@ def test_generate_then_train_on_the_samples_then_report(call, tmp_path):
       'cifar10',
     ),
     (['train', '--workdir=x', '--config=experiments/digits.py', 'stray'], 'stray'),
-    (['evaluate', '--workdir=x'], 'config.json is absent'),
+    (['evaluate', '--workdir=x'], 'holds no run to evaluate'),
     (
       ['generate', '--workdir=x', '--config=experiments/digits_gaussian.py'],
       'config.labeller is not set',

@@ -239,7 +239,7 @@ CASES = [
     ['--checkpoint=mnist_linf_wrn28-10_without', '--config.evaluation.num_image=3'],
     'num_image',
   ),
-  ([], 'config.json is absent'),
+  ([], 'holds no run to evaluate'),
   (
     [
       '--checkpoint=cifar10_l2_wrn28-10_ddpm_v2',
