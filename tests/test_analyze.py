@@ -337,4 +337,4 @@ def test_experiments(file):
   assert config.dataset.name == dataset
   # What is on disk is read as what it is.
   assert not configs.differences(configs.from_json(configs.to_json(config)), config)
-  assert pathlib.Path(module.__file__).name in module.__doc__
+  assert f'--config={pathlib.Path(module.__file__).stem}' in module.__doc__

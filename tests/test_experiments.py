@@ -117,7 +117,7 @@ def test_names_and_docstrings(file):
     f'{dataset}_{config.threat.norm}_wrn-28-10_ddpm'
   )
   page = importlib.import_module(f'experiments.{file}').__doc__
-  assert f'experiments/{file}.py' in page
+  assert f'--config={file}' in page
   if dataset != 'digits':
     assert 'Published' in page
     assert 'Uncertain' in page
@@ -132,7 +132,7 @@ def test_generator_experiments(file):
   generator = registries.GENERATORS.get(name)
   generator.check(config.generator, dataset_info.INFO[dataset])
   page = importlib.import_module(f'experiments.{file}').__doc__
-  assert f'experiments/{file}.py' in page
+  assert f'--config={file}' in page
   assert ('Published' in page and 'Uncertain' in page) == (dataset != 'digits')
 
 
@@ -150,7 +150,7 @@ def test_published_recipes_by_name(file, name):
   companions.for_training(config, dataset_info.INFO[config.dataset.name])
   page = importlib.import_module(f'experiments.{file}').__doc__
   assert re.search(rf'^  {name} +\d\d\.\d\d / \d\d\.\d\d  ', page, re.MULTILINE)
-  assert f'experiments/{file}.py:NAME' in page and 'Uncertain' in page
+  assert f'--config={file}:NAME' in page and 'Uncertain' in page
 
 
 @pytest.mark.parametrize(
