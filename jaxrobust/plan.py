@@ -69,8 +69,7 @@ def main(
   del workdir
   if config is None and not table:
     raise UserError(
-      '--config is missing: give an experiment, such as '
-      '--config=cifar10_linf'
+      '--config is missing: give an experiment, such as --config=cifar10_linf'
     )
   if table and config is not None:
     raise UserError(

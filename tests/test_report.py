@@ -339,9 +339,7 @@ def test_status_tells_what_to_do(maker, tmp_path):
   assert states.count('done') == 3  # Two of `done` and one of `partly`.
   todo = text[empty + 1 :]
   assert not any('real_seed-' in line for line in todo)
-  assert (
-    todo[0].startswith('jaxrobust train ') and 'digits_labeller' in todo[0]
-  )
+  assert todo[0].startswith('jaxrobust train ') and 'digits_labeller' in todo[0]
   place = next(i for i, x in enumerate(todo) if f'{folder}_running_seed-0 ' in x)
   assert todo[place - 1] == f'# running on {platform.node()}, do not start it twice:'
   other = next(x for x in todo if 'another config' in x)

@@ -97,8 +97,7 @@ def check(config: config_dict.ConfigDict) -> None:
   """Raises UserError for the first field with a value that cannot be meant."""
   if 'rules' not in config:
     raise UserError(
-      "this is not an analysis's config: give an experiment such as "
-      'digits_analysis'
+      "this is not an analysis's config: give an experiment such as digits_analysis"
     )
   dataset_info.check(config.dataset)
   fields.check(config, FIELDS)

@@ -182,8 +182,6 @@ def held_out(validation_images: int, train_size: int) -> int:
   return train_size // 10 if is_too_many else validation_images
 
 
-
-
 def is_own(dataset: config_dict.ConfigDict) -> bool:
   """Whether a config's `dataset` names the user's own images, or any builder."""
   return dataset.name in (*OWN, ARRAYS) or dataset.name.startswith('tfds:')

@@ -124,8 +124,7 @@ def check(config: config_dict.ConfigDict) -> None:
   """Raises UserError for the first field with a value that cannot be meant."""
   if 'generator' not in config or 'samples' not in config:
     raise UserError(
-      "this is not a generator's config: give an experiment such as "
-      'digits_gaussian'
+      "this is not a generator's config: give an experiment such as digits_gaussian"
     )
   name = config.generator.name
   registries.GENERATORS.check(name, 'config.generator.name')

@@ -91,9 +91,7 @@ def names_of(found: list[Line]) -> list[str]:
     same_name.setdefault(configs.experiment_name(line.config), []).append(line)
   names = {}
   for name, group in same_name.items():
-    flat = [
-      fields.flatten(line.config) | configs.unset(line.config) for line in group
-    ]
+    flat = [fields.flatten(line.config) | configs.unset(line.config) for line in group]
     ignored = set.intersection(*(configs.ignored(line.config) for line in group))
     differing = [
       x
