@@ -47,6 +47,7 @@ CIFAR-10), of StyleGAN2 (the `G_ema` of the .pkl files of stylegan2-ada-pytorch)
 BigGAN (a state dict of G, as .pth, by BigGAN-PyTorch) are known.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -123,7 +124,7 @@ def _write(target: epath.Path, card: cards.Card, export) -> float:
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
     difference = export(draft)
-    workdirs.write(cards.path_of(target), card.to_json())
+    workdirs.write(cards.path_of(target), _card_beside(target, card).to_json())
     draft.replace(target)
   except OSError as e:
     raise UserError(f'cannot write to {target}: {e.strerror or e}') from e
@@ -131,6 +132,18 @@ def _write(target: epath.Path, card: cards.Card, export) -> float:
     if draft.exists():
       draft.unlink()
   return difference
+
+
+def _card_beside(target: epath.Path, card: cards.Card) -> cards.Card:
+  """The card of all formats that were written under this name, never of the source.
+
+  What was not converted, and has the same name, may be another checkpoint.
+  """
+  formats = (target.suffix,)
+  if (beside := cards.path_of(target)).exists():
+    known = cards.read(beside).formats  # Of an earlier version none: it is of any.
+    formats = (*known, *(x for x in formats if x not in known)) if known else ()
+  return dataclasses.replace(card, formats=formats)
 
 
 def _check_leaderboard(path: str, target: epath.Path):
@@ -162,9 +175,11 @@ def _card(config, found: zoo.Found | None, source, params) -> cards.Card:
   """What is known of the source, else what --config says; they must agree."""
   inferred = architecture.infer(params, str(source))
   if found is None and config is None:
+    beside = cards.path_of(source)
+    card = f' ({beside} is of another format)' if beside.exists() else f' {beside}'
     raise UserError(
       f'{source} is {inferred} by its parameters, and nothing says what its images '
-      f'and its activation are: give --config, or a model card {cards.path_of(source)}'
+      f'and its activation are: give --config, or a model card{card}'
     )
   said = None if config is None else cards.from_config(config, source=str(source))
   card = found.card if found else said
@@ -184,9 +199,10 @@ def _card(config, found: zoo.Found | None, source, params) -> cards.Card:
 
 def _origin(source: epath.Path) -> str:
   """Where what is known of a file comes from, for messages."""
-  beside = cards.path_of(source)
-  if source.is_file() and beside.exists():
-    return f'the model card {beside} (remove it if it is of another file)'
+  if source.is_file() and cards.beside(source):
+    return (
+      f'the model card {cards.path_of(source)} (remove it if it is of another file)'
+    )
   return f'what is known of {source}'
 
 
@@ -202,7 +218,11 @@ def _check_target(target, card):
   beside = cards.path_of(target)
   if not beside.exists():
     return
-  if not card.is_in(beside):
+  try:
+    is_its = cards.read(beside).says_the_same(card)
+  except UserError:
+    is_its = False
+  if not is_its:
     raise UserError(
       f'{beside} exists, and is the card of another checkpoint: give another --to'
     )

@@ -15,7 +15,7 @@ from etils import epath
 from jaxrobust import convert
 from jaxrobust.data import datasets
 from jaxrobust.models import card as cards
-from jaxrobust.models import parameter_files
+from jaxrobust.models import parameter_files, zoo
 from jaxrobust.runs import cli
 from tests.helpers.random_variables import assert_same, random_variables
 
@@ -49,7 +49,7 @@ def test_a_file_needs_a_config_once_and_its_card_goes_along(call, source, tmp_pa
   a, b = tmp_path / 'a.safetensors', tmp_path / 'b.npy'
   code, out, err = call(f'--from={source}', f'--to={a}', CONFIG)
   assert code == 0, err
-  assert out.startswith(f'{a}: wrn-10-1, 10 classes, 1 channels, digits; largest diff')
+  assert out.startswith(f'{a}: wrn-10-1, 10 classes, 1 channel, digits; largest diff')
   assert out.endswith(': 0\n')
   code, _, err = call(f'--from={a}', f'--to={b}')
   assert code == 0, err
@@ -59,11 +59,52 @@ def test_a_file_needs_a_config_once_and_its_card_goes_along(call, source, tmp_pa
   assert card['epsilon'] == 0.2
   assert card['num_classes'] == 10
   assert card['model']['name'] == 'wrn-10-1'
-  assert card == json.loads((tmp_path / 'a.json').read_text())
+  of_a = json.loads((tmp_path / 'a.json').read_text())
+  assert (card.pop('formats'), of_a.pop('formats')) == (['.npy'], ['.safetensors'])
+  assert card == of_a
   assert not list(tmp_path.glob('.draft*'))
   # Formats of one checkpoint share the card.
   code, _, err = call(f'--from={a}', f'--to={tmp_path / "a.npy"}')
   assert code == 0, err
+  of_both = json.loads((tmp_path / 'a.json').read_text())
+  assert of_both.pop('formats') == ['.safetensors', '.npy'] and of_both == card
+
+
+def test_a_card_is_not_of_the_file_it_was_converted_from(call, source, tmp_path):
+  # A guess of the config, beside a source of the same name.
+  guess = tmp_path / 'source.safetensors'
+  relu = '--config.model.activation=relu'
+  code, _, err = call(f'--from={source}', f'--to={guess}', CONFIG, relu)
+  assert code == 0, err
+  assert zoo.find(str(source)) is None
+  assert zoo.find(str(guess)).card.model['activation'] == 'relu'
+  code, _, err = call(f'--from={source}', f'--to={tmp_path / "a.npy"}', CONFIG)
+  assert code == 0, err
+  assert 'swish' in (tmp_path / 'a.json').read_text()
+  # The corrected card does not take the place of the guess, which is of its own file.
+  assert 'source.json exists' in refuse(
+    call, f'--from={source}', CONFIG, to=tmp_path / 'source.pth'
+  )
+  assert 'source.json is of another format' in refuse(
+    call, f'--from={source}', to=tmp_path / 'b.npy'
+  )
+  # Renamed together, file and card still belong to each other.
+  for ending in ('.json', '.safetensors'):
+    (tmp_path / f'source{ending}').rename(tmp_path / f'best{ending}')
+  assert zoo.find(str(tmp_path / 'best.safetensors'))
+
+
+def test_a_card_of_an_earlier_version_is_of_any_format(call, source, tmp_path):
+  code, _, err = call(f'--from={source}', f'--to={tmp_path / "a.npy"}', CONFIG)
+  assert code == 0, err
+  card = json.loads((tmp_path / 'a.json').read_text())
+  del card['formats']
+  (tmp_path / 'source.json').write_text(json.dumps(card))
+  assert zoo.find(str(source)).card.model['name'] == 'wrn-10-1'
+  to = tmp_path / 'source.safetensors'
+  code, _, err = call(f'--from={source}', f'--to={to}')
+  assert code == 0, err
+  assert zoo.find(str(source)) and zoo.find(str(to))
 
 
 @needs_torch
@@ -89,11 +130,11 @@ def refuse(call, *args, to):
 def test_mistakes_are_told_in_one_line(call, source, tmp_path):
   to = tmp_path / 'x.safetensors'
   told = lambda *args, to=to: refuse(call, *args, to=to)
-  assert 'source.npy is wrn-10-1, 10 classes, 1 channels by its parameters' in told(
+  assert 'source.npy is wrn-10-1, 10 classes, 1 channel by its parameters' in told(
     f'--from={source}'
   )
   err = told(f'--from={source}', '--config=experiments/digits.py:wrn-16-2')
-  assert 'wrn-10-1, 10 classes, 1 channels by' in err
+  assert 'wrn-10-1, 10 classes, 1 channel by' in err
   assert '--config says wrn-16-2, 10 classes' in err
   err = told(f'--from={source}', '--config=experiments/cifar100_linf.py:wrn-10-1')
   assert '--config says wrn-10-1, 100 classes, 3 channels' in err
@@ -234,7 +275,7 @@ def test_a_trained_network_predicts_the_same_in_pytorch(tmp_path):
   target = tmp_path / 'digits.pt'
   done = process('convert', f'--from={tmp_path}/run', f'--to={target}')
   assert done.returncode == 0, done.stderr
-  assert done.stdout.startswith(f'{target}: wrn-10-1, 10 classes, 1 channels, digits; ')
+  assert done.stdout.startswith(f'{target}: wrn-10-1, 10 classes, 1 channel, digits; ')
   assert done.stdout.endswith(': 0\n')
 
   images, labels = datasets.load('digits', 'test')

@@ -31,7 +31,8 @@ class Architecture(NamedTuple):
   channels: int
 
   def __str__(self):
-    return f'{self.name}, {self.num_classes} classes, {self.channels} channels'
+    plural = 's' * (self.channels > 1)
+    return f'{self.name}, {self.num_classes} classes, {self.channels} channel{plural}'
 
 
 class Mismatch(NamedTuple):

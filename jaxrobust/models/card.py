@@ -25,6 +25,7 @@ from jaxrobust.runs import workdir as workdirs
 _MODEL_FIELDS = ('name', 'activation', 'mean', 'std', 'padding')
 _NORMS = ('linf', 'l2', 'l1')
 _MAX_PADDING = 64  # pixels on each side
+_MAX_FORMATS, _ENDING = 16, r'\.\w{1,16}'
 _LARGEST = 1e6  # of any number in it
 _REMEDY = 'remove it and say what the network is, by --config'
 
@@ -45,6 +46,8 @@ class Card:
     config_sha256: of the training run's config.json; None where it is not known.
     num_classes: of images of one's own; None for those of a known data set.
     image_shape: (H, W, C) of these; None likewise.
+    formats: endings of the files that the card beside them is of; () for any, as of a
+      card that says none.
   """
 
   name: str
@@ -57,6 +60,7 @@ class Card:
   config_sha256: str | None = None
   num_classes: int | None = None
   image_shape: tuple[int, int, int] | None = None
+  formats: tuple[str, ...] = ()
 
   @property
   def info(self) -> dataset_info.DatasetInfo:
@@ -87,13 +91,15 @@ class Card:
     """The card's file; it also has the sizes that follow from the data set."""
     info = self.info
     sizes = {'num_classes': info.num_classes, 'image_shape': info.image_shape}
-    return json.dumps(dataclasses.asdict(self) | sizes, indent=2) + '\n'
+    values = dataclasses.asdict(self) | sizes
+    if not self.formats:
+      del values['formats']
+    return json.dumps(values, indent=2) + '\n'
 
-  def is_in(self, path: epath.Path) -> bool:
-    """Whether a file is this very card."""
-    text = self.to_json().encode()
-    with arrays.open_file(path) as file:
-      return file.read(len(text) + 1) == text
+  def says_the_same(self, other: 'Card') -> bool:
+    """Whether both are of one checkpoint, in whatever formats."""
+    texts = [dataclasses.replace(x, formats=()).to_json() for x in (self, other)]
+    return texts[0] == texts[1]
 
 
 def from_json(text: bytes | str, source: str) -> Card:
@@ -111,7 +117,8 @@ def from_json(text: bytes | str, source: str) -> Card:
   except UserError as e:
     raise UserError(f'{e}: {_REMEDY}') from e
   try:
-    if missing := [f.name for f in dataclasses.fields(Card) if f.name not in values]:
+    needed = {f.name for f in dataclasses.fields(Card)} - {'formats'}
+    if missing := sorted(needed - values.keys()):
       raise ValueError(f'it lacks {", ".join(missing)}')
     card = Card(
       name=_text(values, 'name'),
@@ -122,6 +129,7 @@ def from_json(text: bytes | str, source: str) -> Card:
       accuracies=_dictionaries(values['accuracies']),
       source=_text(values, 'source', 2**12),
       config_sha256=values['config_sha256'] and _text(values, 'config_sha256'),
+      formats=_formats(values.get('formats', [])),
       **_own_images(values),
     )
     if card.norm not in _NORMS:
@@ -130,7 +138,8 @@ def from_json(text: bytes | str, source: str) -> Card:
       raise ValueError('epsilon must not be negative')
     channels = card.info.image_shape[-1]
     if {len(card.model[field]) for field in ('mean', 'std')} != {channels}:
-      raise ValueError(f'mean and std need a value for each of {channels} channels')
+      plural = 's' * (channels > 1)
+      raise ValueError(f'mean and std need {channels} value{plural}, one a channel')
     card.build()  # A network of that name exists.
   except ValueError as e:
     raise UserError(f'{source} is not a model card ({e}): {_REMEDY}') from e
@@ -199,6 +208,31 @@ def path_of(checkpoint: str | epath.Path) -> epath.Path:
   return epath.Path(checkpoint).with_suffix('.json')
 
 
+def read(path: epath.Path) -> Card:
+  """The card in a file; UserError if it is none."""
+  with arrays.open_file(path) as file:
+    text = file.read(json_files.MAX_BYTES + 1)
+  return from_json(text, str(path))
+
+
+def beside(checkpoint: str | epath.Path) -> Card | None:
+  """The card beside a file of parameters, if there is one and it is of that file.
+
+  Args:
+    checkpoint: path of the file.
+
+  Raises:
+    UserError: if what is there is not a card.
+  """
+  path, ending = path_of(checkpoint), epath.Path(checkpoint).suffix
+  if not ending or not path.exists():
+    return None
+  card = read(path)
+  if card.formats and ending not in card.formats:
+    return None
+  return dataclasses.replace(card, formats=())
+
+
 def _own_images(values) -> dict:
   """Classes and shape of a card's images, where its data set is not a known one."""
   if _text(values, 'dataset') in dataset_info.INFO:
@@ -252,6 +286,13 @@ def _number(value, field) -> float:
   if type(value) not in (int, float) or not -_LARGEST <= value <= _LARGEST:
     raise ValueError(f'{field} must be a number, up to {_LARGEST:g}')
   return float(value)
+
+
+def _formats(values) -> tuple[str, ...]:
+  known = type(values) is list and len(values) <= _MAX_FORMATS
+  if not known or not all(type(x) is str and re.fullmatch(_ENDING, x) for x in values):
+    raise ValueError('formats must be a list of endings, such as .npy')
+  return tuple(values)
 
 
 def _dictionaries(values) -> tuple[dict, ...]:

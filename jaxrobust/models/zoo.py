@@ -15,7 +15,6 @@ from etils import epath
 
 from jaxrobust.config import dataset_info
 from jaxrobust.errors import UserError
-from jaxrobust.files import arrays, json_files
 from jaxrobust.models import card as cards
 from jaxrobust.models import hub, safetensors
 from jaxrobust.runs import workdir as workdirs
@@ -188,11 +187,8 @@ def find(name_or_path: str) -> Found | None:
   workdir = path.parent if path.name == workdirs.CHECKPOINT else path
   if workdirs.has_run(workdir):
     return Found(cards.from_workdir(workdir), workdir / workdirs.CHECKPOINT)
-  beside = cards.path_of(path)
-  if path.suffix and beside.exists():
-    with arrays.open_file(beside) as file:
-      text = file.read(json_files.MAX_BYTES + 1)
-    return Found(cards.from_json(text, str(beside)), path)
+  if card := cards.beside(path):
+    return Found(card, path)
   if path.suffix == '.safetensors' and path.exists():
     text = safetensors.metadata(path).get('card')
     return Found(cards.from_json(text, str(path)), path) if text else None
