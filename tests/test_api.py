@@ -1,5 +1,6 @@
 """What `import jaxrobust` offers: lazily, and what it loads."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -199,11 +200,18 @@ def test_it_prints_what_it_is_and_was_judged_to_be(variables):
     },
     accuracies=accuracies,
   )
+  unattacked = {'protocol': {'suite': 'clean'}, 'attacks': []}
+  more = (
+    *accuracies,
+    unattacked | {'clean_accuracy': 0.7, 'robust_accuracy': 0.7},
+  )
+  card = dataclasses.replace(card, accuracies=more)
   classifier = jaxrobust.Classifier(card, *variables)
   assert repr(classifier).splitlines() == [
     'mine: wrn-10-2 of digits, linf 0.2',
     '  clean 90.00%, robust 50.00% by autoattack',
     '  clean 80.00%, robust 25.00% by <b> (published)',
+    '  clean 70.00%',
   ]
   assert '&lt;b&gt;' in classifier._repr_html_()
 

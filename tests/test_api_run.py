@@ -59,7 +59,8 @@ def test_what_it_came_to(workdir):
   protocol = {'suite': 'auto<attack', 'num_images': 797, 'split': 'test'}
   entry = {'protocol': protocol, 'clean_accuracy': 0.9, 'robust_accuracy': 0.5}
   analysis = {'protocol': {'kind': 'conditions'}}
-  (workdir / 'results.json').write_text(json.dumps([entry, analysis]))
+  clean = entry | {'protocol': protocol | {'suite': 'clean'}}
+  (workdir / 'results.json').write_text(json.dumps([entry, clean, analysis]))
   status = {
     'state': 'done',
     'message': '',
@@ -75,7 +76,7 @@ def test_what_it_came_to(workdir):
     epath.Path(workdir / 'checkpoint.npy'), *random_variables('wrn-10-1', 10, 1)
   )
   run = jaxrobust.read_run(workdir)
-  assert run.results == [entry, analysis]
+  assert run.results == [entry, clean, analysis]
   assert run.status == 'done'
   assert run.figures == {'training': workdir / 'figures' / 'training.png'}
   assert repr(run).splitlines() == [
@@ -83,6 +84,7 @@ def test_what_it_came_to(workdir):
     '  status: done',
     '  metrics to step 40: train/loss',
     '  clean 90.00%, robust 50.00%, auto<attack, 797 test images',
+    '  clean 90.00%, 797 test images',
     '  an analysis',
     '  figures: training',
   ]

@@ -455,6 +455,8 @@ def test_an_outcome_prints_as_a_few_lines(outcome):
   ]
   page = outcome._repr_html_()
   assert '<td>after apgd-ce</td><td>50.00%</td>' in page and '<caption>4 images' in page
+  clean = outcome._replace(names=(), warnings=[], robust=outcome.clean)
+  assert repr(clean).splitlines() == ['Outcome of 4 images', '  clean  75.00%']
   assert '&lt;9&gt;' in page and '&lt;masked&gt;' in page and '<9>' not in page
 
 

@@ -27,13 +27,13 @@ from tests.helpers.results import protocol as protocol_of
 DIGITS = 'experiments/digits.py'
 
 
-def add_run(folder, name, accuracies, checkpoint='a', **overrides):
+def add_run(folder, name, accuracies, checkpoint='a', suite='pgd-40', **overrides):
   config = digits.get_config().unlock()
   config.update_from_flattened_dict(overrides)
   run = workdir.claim(str(folder / name), config)
   for accuracy in accuracies:
     protocol = {
-      'suite': 'pgd-40',
+      'suite': suite,
       'norm': 'linf',
       'epsilon': 0.2,
       'num_images': 797,
@@ -68,6 +68,12 @@ def test_rows(folder):
     '| digits_linf_wrn-16-1_real | real | 1 | – | – | not evaluated | – |',
     '| digits_standard_wrn-10-1_real | real | 1 | – | – | not evaluated | – |',
   ]
+
+
+def test_a_run_that_was_not_attacked_has_no_robust_accuracy(tmp_path):
+  add_run(tmp_path, 'a', [0.9], suite='clean')
+  row = runs_table.markdown(runs_table.find(epath.Path(tmp_path))).splitlines()[2]
+  assert '| 90.00 | – | clean, linf 0.2 |' in row
 
 
 def test_runs_of_one_name_have_their_own_curves(folder):

@@ -194,7 +194,7 @@ def changed(**changes):
     (changed(model=5), 'its model is none'),
     (changed(model={}), 'its model is none: name, activation'),
     (changed(model_mean=0.5), 'model.mean is no list'),
-    (changed(model_mean=[0.5]), 'a value for each of 3 channels'),
+    (changed(model_mean=[0.5]), '3 values, one a channel'),
     (changed(model_mean=[0.5] * 10**5), 'model.mean is no list'),
     (changed(model_std=[1, 1, 0]), 'model.std must be above 0'),
     (changed(model_std=[1, 1, None]), 'model.std must be a number'),

@@ -118,7 +118,8 @@ class Outcome(NamedTuple):
 
   def _rows(self) -> list[tuple[str, str]]:
     """What `repr` shows beside the warnings: words and a share."""
-    rows = [('clean', self.clean_accuracy), ('robust', self.robust_accuracy)]
+    rows = [('clean', self.clean_accuracy)]
+    rows += [('robust', self.robust_accuracy)] * bool(self.names)
     rows += [(f'after {name}', share) for name, share in self.by_attack().items()]
     return [(words, f'{share:.2%}') for words, share in rows]
 

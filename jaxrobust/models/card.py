@@ -203,6 +203,11 @@ def from_workdir(folder: str | epath.Path) -> Card:
   )
 
 
+def has_attack(entry: dict) -> bool:
+  """Whether one of a card's accuracies is of attacks; published ones are."""
+  return entry.get('attacks') != []
+
+
 def path_of(checkpoint: str | epath.Path) -> epath.Path:
   """Where the card of a file of parameters stands."""
   return epath.Path(checkpoint).with_suffix('.json')

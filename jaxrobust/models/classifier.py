@@ -99,10 +99,10 @@ class Classifier:
     ]
     for entry in card.accuracies:
       published = ' (published)' if entry.get('published') else ''
-      lines.append(
-        f'clean {entry["clean_accuracy"]:.2%}, robust {entry["robust_accuracy"]:.2%} '
-        f'by {entry["protocol"].get("suite")}{published}'
-      )
+      suite = entry['protocol'].get('suite')
+      robust = f', robust {entry["robust_accuracy"]:.2%} by {suite}'
+      robust = robust if cards.has_attack(entry) else ''
+      lines.append(f'clean {entry["clean_accuracy"]:.2%}{robust}{published}')
     return lines
 
   def __repr__(self) -> str:

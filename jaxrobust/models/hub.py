@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from jaxrobust.errors import UserError
-from jaxrobust.models.card import Card
+from jaxrobust.models.card import Card, has_attack
 
 PREFIX = 'hf:'
 FILE = 'model.safetensors'
@@ -159,7 +159,7 @@ def _row(entry: dict) -> str:
     protocol.get('norm'),
     f'{protocol.get("epsilon", float("nan")):.6g}',
     f'{entry["clean_accuracy"]:.2%}',
-    f'{entry["robust_accuracy"]:.2%}',
+    f'{entry["robust_accuracy"]:.2%}' if has_attack(entry) else '–',
   )
   return f'| {" | ".join(map(str, cells))} |\n'
 
@@ -180,7 +180,7 @@ def _result(entry: dict) -> dict:
       for name, value in (
         ('clean accuracy', entry['clean_accuracy']),
         (robust, entry['robust_accuracy']),
-      )
+      )[: 1 + has_attack(entry)]
     ],
   }
 

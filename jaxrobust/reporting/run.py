@@ -96,16 +96,17 @@ class Run:
       last = max(int(series.steps[-1]) for series in self.metrics.values())
       lines.append(f'metrics to step {last}: {", ".join(sorted(self.metrics))}')
     for entry in self.results:
-      suite = entry.get('protocol', {}).get('suite')
+      protocol = entry.get('protocol', {})
+      suite = protocol.get('suite')
       figures = [
         f'{word} {entry[key]:.2%}'
         for word, key in (('clean', 'clean_accuracy'), ('robust', 'robust_accuracy'))
         if key in entry and (word == 'clean' or suite != suites.CLEAN)
       ]
-      protocol = entry.get('protocol', {})
+      judge = [] if suite == suites.CLEAN else [str(suite)]
       count = f'{protocol.get("num_images")} {protocol.get("split")} images'
-      judge = f'{protocol.get("suite")}, {count}'
-      lines.append(', '.join([*figures, judge]) if figures else 'an analysis')
+      line = ', '.join([*figures, *judge, count])
+      lines.append(line if figures else 'an analysis')
     if self.figures:
       lines.append(f'figures: {", ".join(self.figures)}')
     return lines
