@@ -29,8 +29,7 @@ Suites (--suite is short for --config.evaluation.suite):
   aa+mt            APGD-CE and APGD-DLR with 5 restarts, MultiTargeted: the paper's
   or attacks with options, such as apgd-ce:restarts=5,square:num_queries=1000; the
   attacks are apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, multitargeted, pgd, and
-  those that the file of --config or of --register registers
-  (jaxrobust.attacks.suites shows how).
+  those that a file of --register registers (jaxrobust.attacks.suites shows how).
 
 --checkpoint (short for --config.evaluation.checkpoint) is a .npy, .pt or .safetensors
 file, a workdir, or the name of a released checkpoint; without it, it is the workdir's
@@ -60,7 +59,7 @@ from jaxrobust import models
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator, Outcome
 from jaxrobust.attacks.record import Record
-from jaxrobust.config import classifier, dataset_info, experiments
+from jaxrobust.config import classifier, dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
@@ -79,11 +78,9 @@ _NUM_EXAMPLES = 16
 _ADVERSARIAL = 'adversarial.npz'
 
 
-def default_config(
-  workdir: str, suite: str, checkpoint: str, register: str = ''
-) -> config_dict.ConfigDict:
+def default_config(workdir: str, suite: str, checkpoint: str) -> config_dict.ConfigDict:
   """The config where none is given: the workdir's, or what the checkpoint says."""
-  del suite, register
+  del suite
   if workdirs.has_run(workdir):
     return workdirs.read_config(workdir).unlock()
   if not checkpoint:
@@ -115,11 +112,8 @@ def main(
   workdir: str,
   suite: str = '',
   checkpoint: str = '',
-  register: str = '',
 ) -> None:
   """Evaluates and prints one line of result."""
-  if register:
-    experiments.load_file(register)
   if config is None:
     config = default_config(workdir, suite, checkpoint)
   with config.unlocked():
@@ -276,12 +270,6 @@ PROGRAM = cli.Program(
       'checkpoint',
       'Short for --config.evaluation.checkpoint. WORKDIR@STEP is the averages of a run '
       'after so many updates.',
-      cli.PATH,
-    ),
-    cli.Flag(
-      'register',
-      'A Python file of yours that registers an attack, a loss or a network under the '
-      'name that the run or --suite has. It is run; no config is taken from it.',
       cli.PATH,
     ),
   ),

@@ -94,6 +94,15 @@ def test_overrides_are_kept_apart_in_every_spelling():
   assert '--coordinator=auto' in given.to_pass_on()
 
 
+def test_several_files_to_register(monkeypatch):
+  monkeypatch.setenv('HOME', '/home/me')
+  given = parse('sweep', '--workdir=x', '--register=a.py', '--register', '~/b.py')
+  assert given.register == ('a.py', '/home/me/b.py')
+  assert given.to_pass_on() == ['--register=a.py', '--register=/home/me/b.py']
+  with pytest.raises(UserError, match='--register has no use here'):
+    parse('report', '--workdir=x', '--register=a.py')
+
+
 def test_the_home_folder_in_every_path(monkeypatch):
   monkeypatch.setenv('HOME', '/home/me')
   given = parse('evaluate', '--workdir=~/runs/a', '--checkpoint=~/b.npy')

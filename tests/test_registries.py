@@ -151,7 +151,7 @@ def test_a_name_that_the_file_of_a_run_registers_is_told_with_that_file(
   assert cli._run(train.PROGRAM, [f'--workdir={run}']) == cli.ERROR
   [line] = capsys.readouterr().err.splitlines()
   assert "config.loss.name = 'mine': use one of standard" in line
-  assert line.endswith(f'add --config={file} --config.seed=3')
+  assert line.endswith(f'add --register={file}')
   assert not (run / 'loaded').exists()
   # Of the package's own experiments a file has nothing to add.
   status = json.loads((run / 'status.json').read_text())
@@ -160,4 +160,31 @@ def test_a_name_that_the_file_of_a_run_registers_is_told_with_that_file(
     (run / 'status.json').write_text(json.dumps(status | {'config': flags}))
     assert cli._run(train.PROGRAM, [f'--workdir={run}']) == cli.ERROR
     [line] = capsys.readouterr().err.splitlines()
-    assert line.endswith('uat')
+    assert line.endswith(
+      'uat; one of your own needs --register=FILE.py, which registers it'
+    )
+
+
+def test_files_are_run_for_what_they_register_alone(own_loss):
+  """With another config; who judges a run does not change what it was made with."""
+  _, file, run = own_loss
+  made = json.loads((run / 'status.json').read_text())['config']
+  more = run.parent / 'more.py'
+  more.write_text(
+    'from jaxrobust.config import registries\n'
+    "registries.OBJECTIVES.register('more', print)\n"
+  )
+
+  def main(config, folder):
+    configs.check(config)
+    assert 'more' in registries.OBJECTIVES
+    workdir.claim(folder, config)
+
+  given = [f'--register={file}', f'--register={more}', '--config=digits']
+  fields = ['loss.name=mine', 'attack.objective=mine', 'seed=3']
+  given += [f'--config.{x}' for x in fields]
+  for name, flags in (('evaluate', made), ('train', given)):
+    assert cli._run(cli.Program(name, main), [f'--workdir={run}', *given]) == 0
+    assert json.loads((run / 'status.json').read_text())['config'] == flags
+  with pytest.raises(UserError, match='none.py: no such file'):
+    cli.check(train.PROGRAM, ['--workdir=x', '--config=digits', '--register=none.py'])

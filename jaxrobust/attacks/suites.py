@@ -204,8 +204,7 @@ def _attack(suite: str, item: str, ball: norms.Ball) -> Attack:
     raise UnknownNameError(
       f'suite {suite!r}: there is no attack or suite {name!r}; use one of the suites '
       f'{", ".join(SUITES)}, or attacks, separated by commas: '
-      f'{", ".join(attacks.names())}{near}; one of your own is known by the '
-      '--register=FILE.py of evaluate'
+      f'{", ".join(attacks.names())}{near}'
     )
   attack = attacks.get(name)(ball)
   if not (isinstance(attack, Attack) and dataclasses.is_dataclass(attack)):

@@ -56,12 +56,9 @@ def find(experiment: str) -> str:
       os.path.relpath(here) if here.is_relative_to(pathlib.Path.cwd()) else str(here)
     )
   raise UserError(
-    f'{experiment}: no such file, and no experiment of that name'
-    + (
-      registries.did_you_mean(here.stem, names())
-      or f': use one of {", ".join(names())}'
-    )
-    + ', or give the path of an experiment'
+    f'{experiment}: no such file, and no experiment of that name; give the path of a '
+    f'file, or one of {", ".join(names())}'
+    f'{registries.did_you_mean(here.stem, names())}'
   )
 
 

@@ -150,21 +150,26 @@ def _own_place(e: Exception) -> str:
 
 
 def _hint(e: UserError, given: flags.Given) -> str:
-  """What to add where a name is unknown, which the run's own file had registered.
+  """What to add where a name is unknown, which a file of the user's may register.
 
-  That file is not loaded unasked: a workdir may come from somebody else.
+  A file of the run's own is not loaded unasked: a workdir may come from somebody else.
   """
   from jaxrobust.runs import workdir as workdirs
 
-  if not isinstance(e, UnknownNameError) or given.config or not given.workdir:
+  if not isinstance(e, UnknownNameError):
     return ''
-  flags_of_run = workdirs.config_flags(given.workdir)
-  file = next((x for x in flags_of_run if x.startswith('--config=')), '')
-  file = file.removeprefix('--config=').split(':')[0]
-  own = file.endswith('.py') and not file.startswith(str(experiments.folder()))
-  return own * (
+  known = workdirs.config_flags(given.workdir) if given.workdir else []
+  files = []
+  for flag, _, value in (x.partition('=') for x in known):
+    path = value.split(':')[0] if flag == '--config' else value
+    own = path.endswith('.py') and not path.startswith(str(experiments.folder()))
+    if flag in ('--register', '--config') and own:
+      files.append(f'--register={path}')
+  if given.config or not files:
+    return '; one of your own needs --register=FILE.py, which registers it'
+  return (
     f'; {given.workdir} was made with a file that may register that name, which is not '
-    f'loaded unasked: add {shlex.join(flags_of_run)}'
+    f'loaded unasked: add {shlex.join(files)}'
   )
 
 
@@ -184,6 +189,8 @@ def _config(program: Program, given: flags.Given):
     UserError: for an experiment that is absent or fails, or what is no field of it.
   """
   config = None
+  for file in given.register:
+    experiments.load_file(file)
   if given.config:
     config = experiments.load(given.config)
   elif program.default_config:

@@ -80,6 +80,7 @@ class Given(NamedTuple):
     workdir: '' where not given.
     coordinator, num_processes, process_id: of a run of several processes.
     flags: values of the program's own flags under the names of `main`'s arguments.
+    register: files of the user's that are run for what they register.
   """
 
   config: str
@@ -89,25 +90,29 @@ class Given(NamedTuple):
   num_processes: int | None
   process_id: int | None
   flags: dict[str, Any]
+  register: tuple[str, ...] = ()
 
   def config_flags(self) -> list[str]:
-    """What gave the config, as flags, its file by the whole path; none without one."""
+    """What gave the config, as flags, files by the whole path; none without one."""
     file, colon, arg = self.config.partition(':')
     path = os.path.abspath(os.path.expanduser(file))
     file = path if os.path.isfile(path) else file
-    return [f'--config={file}{colon}{arg}', *self._overrides()] if file else []
+    registered = [f'--register={os.path.abspath(x)}' for x in self.register]
+    given = [*registered, f'--config={file}{colon}{arg}', *self._overrides()]
+    return given if file else []
 
   def _overrides(self) -> list[str]:
     return [f'--config.{path}={text}' for path, text in self.overrides.items()]
 
   def to_pass_on(self) -> list[str]:
-    """The overrides and the flags of processes, as flags."""
+    """The files to register, the overrides and the flags of processes, as flags."""
     processes = {
       name: value
       for name in ('coordinator', 'num_processes', 'process_id')
       if (value := getattr(self, name)) not in (None, '')
     }
     return [
+      *(f'--register={file}' for file in self.register),
       *self._overrides(),
       *(f'--{name}={value}' for name, value in processes.items()),
     ]
@@ -163,6 +168,7 @@ def parse(program: Program, arguments: Sequence[str]) -> Given:
     add(flag.name, **options)
   for name in ('workdir', 'config', 'coordinator'):
     add(name, default='')
+  add('register', default=[], type=PATH, action='append')
   for name in ('num_processes', 'process_id'):
     add(name, default=None, type=_integer)
   try:
@@ -175,6 +181,8 @@ def parse(program: Program, arguments: Sequence[str]) -> Given:
     raise UserError(f'--workdir={values.workdir}: this program takes no workdir')
   if program.config == 'none' and (values.config or overrides):
     raise UserError('--config has no use here: this program takes no config')
+  if program.config == 'none' and values.register:
+    raise UserError('--register has no use here: this program takes no config')
   if program.workdir == 'needed' and not values.workdir:
     raise UserError("--workdir is missing: give the run's folder")
   return Given(
@@ -185,6 +193,7 @@ def parse(program: Program, arguments: Sequence[str]) -> Given:
     values.num_processes,
     values.process_id,
     {f.argument: getattr(values, f.name, f.default) for f in program.flags},
+    tuple(values.register),
   )
 
 
@@ -212,6 +221,7 @@ def _unknown(argument: str, program: Program) -> str:
   if not argument.startswith('-'):
     return f'{argument!r} is not a flag: write --name=value'
   names = [f'--{flag.name}' for flag in program.flags]
+  names += ['--register'] * (program.config != 'none')
   names += ['--workdir'] * (program.workdir != 'none')
   names += ['--config', '--config.FIELD'] * (program.config != 'none')
   given = argument.partition('=')[0]
@@ -277,6 +287,7 @@ def page(program: Program) -> str:
     flags += [
       ('--config=EXPERIMENT[:ARG]', _CONFIG_HELP),
       ('--config.a.b=VALUE', _OVERRIDE_HELP),
+      ('--register=FILE.py', _REGISTER_HELP),
     ]
   flags.append(('--coordinator=HOST:PORT --num_processes=N --process_id=I', _POD_HELP))
   return f'{text}\n\nFlags:\n{_listing(flags)}\n\n{_CODES_HELP}'
@@ -317,6 +328,11 @@ _CONFIG_HELP = (
 _OVERRIDE_HELP = (
   'Overrides a field of the config; --helpfull has the page of all fields. Numbers may '
   'be fractions, such as 8/255.'
+)
+_REGISTER_HELP = (
+  'A Python file of yours that registers a loss, an attack, a generator, a model or a '
+  'data set by name. It is run before anything else; no config is taken from it. The '
+  'flag may be given several times.'
 )
 _POD_HELP = (
   'Join a run of N processes. On a TPU pod none of these is needed; --coordinator=auto '

@@ -42,6 +42,7 @@ _STATUS = {
   'pid': int,
   'config?': [str],
 }
+_MAKERS = ('train', 'generate')  # whose flags say what a run was made with
 _CHECKSUMS = 'images.json'  # of arrays, where a run was given some
 _MAX_PID = 2**31 - 1  # of the type that the system gives processes' numbers
 # What is read of entries of results.json, whatever made them.
@@ -116,7 +117,9 @@ def claim(
   if _program:
     _refuse_second(folder)
     _program['folder'] = folder
-    _program['config'] = _program['config'] or config_flags(folder)
+    known = config_flags(folder)
+    if known and _program['command'][0] not in _MAKERS or not _program['config']:
+      _program['config'] = known
     if parallel.is_writer() and '://' not in str(folder):
       # Open, so that no other gets its number.
       _program['opened'] = os.open(folder, os.O_RDONLY)
