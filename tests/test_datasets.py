@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.image_classification import mnist
 
-from jaxrobust.config import classifier, dataset_info
+from jaxrobust.config import classifier, dataset_info, experiments, registries
 from jaxrobust.data import __main__ as command
 from jaxrobust.data import cifar_archives, datasets, tiny_imagenet
 from jaxrobust.errors import UserError
@@ -437,6 +437,30 @@ def test_a_data_set_smaller_than_its_official_size_is_refused(prepared):
   config.dataset.data_dir = data_dir
   with pytest.raises(UserError, match=f'cifar10 has 50000 train images, {TRAIN} are'):
     datasets.of(config.dataset, 'train')
+
+
+def test_a_registered_data_set_has_a_remedy_that_works(tmp_path, monkeypatch, capsys):
+  kept = registries.DATASETS
+  for name in ('_items', '_homes'):
+    monkeypatch.setattr(kept, name, dict(getattr(kept, name)))
+  file = 'docs/extending/my_data_set.py'
+  assert command.main(['prepare', 'fashion_mnist']) == 1
+  told = capsys.readouterr().err
+  assert "'fashion_mnist'" in told and '--register=FILE.py' in told
+  assert 'npz' not in told and 'folder' not in told
+  asked = []
+  monkeypatch.setattr(datasets, '_is_prepared', lambda builder: asked.append(builder))
+  experiments.load_file(file)
+  with pytest.raises(UserError, match='prepare tfds:fashion_mnist --data_dir'):
+    datasets.load('fashion_mnist', 'train', data_dir=str(tmp_path))
+  monkeypatch.setattr(datasets, '_is_prepared', lambda b: asked.append(b) or True)
+  for arguments in (
+    ['tfds:fashion_mnist'],
+    ['fashion_mnist', f'--register={file}'],
+  ):
+    place = f'--data_dir={tmp_path}'
+    assert command.main(['prepare', *arguments, place]) == 0
+  assert len({str(builder.data_dir) for builder in asked}) == 1 and len(asked) == 3
 
 
 def test_prepare_names_missing_archives(tmp_path, capsys):

@@ -1,7 +1,8 @@
 """A data set that tensorflow-datasets has: images of clothes, like MNIST.
 
-Train on it with
+Download it once, and train on it, with
 
+  jaxrobust data prepare tfds:fashion_mnist
   jaxrobust train --workdir=runs/fashion --config=my_data_set.py
 """
 

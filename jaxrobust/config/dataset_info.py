@@ -125,6 +125,7 @@ for _info in (
   ),
 ):
   INFO.register(_info.name, _info)
+PACKAGED = tuple(INFO)  # without those of the user's files
 
 FIELDS = {
   'name': field(

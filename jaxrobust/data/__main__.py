@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import tqdm
 
-from jaxrobust.config import classifier, dataset_info
+from jaxrobust.config import classifier, dataset_info, experiments
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.runs import exits, flags
@@ -66,6 +66,8 @@ def _disk_error(error: Exception) -> UserError | None:
 
 def _prepare(args: argparse.Namespace) -> None:
   """A data set, downloaded or from its archives."""
+  for file in args.register:
+    experiments.load_file(file)
   datasets.prepare(args.name, data_dir=args.data_dir, archives=args.archives)
   print(f'{args.name} is ready')
 
@@ -247,7 +249,19 @@ def _parser() -> argparse.ArgumentParser:
     description='Downloads a data set, or takes its official archives from a folder, '
     "and writes it in the form the programs read (tensorflow-datasets').",
   )
-  command.add_argument('name', help=', '.join(dataset_info.INFO))
+  command.add_argument(
+    'name',
+    help=f'{", ".join(dataset_info.PACKAGED)}; tfds:NAME[/CONFIG], any builder of '
+    'tensorflow-datasets; or one that --register makes known',
+  )
+  command.add_argument(
+    '--register',
+    type=os.path.expanduser,
+    action='append',
+    default=[],
+    metavar='FILE.py',
+    help='a Python file of yours that registers the data set; it is run',
+  )
   command.add_argument(
     '--data_dir',
     type=os.path.expanduser,

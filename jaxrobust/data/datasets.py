@@ -249,7 +249,15 @@ def prepare(name: str, *, data_dir: str = '', archives: str = '') -> None:
     UserError: unknown name, an archive that is missing or not the official one, or
       a download that failed.
   """
-  if name in dataset_info.OWN or _find(name) is None:
+  if name in dataset_info.OWN:
+    return
+  if not name.startswith('tfds:') and name not in dataset_info.INFO:
+    raise UserError(
+      f'unknown data set {name!r}: give one of {", ".join(dataset_info.INFO)}, '
+      'tfds:NAME, or one of your own with the --register=FILE.py that registers it'
+      f'{registries.did_you_mean(name, dataset_info.INFO)}'
+    )
+  if _find(name) is None:
     return
   builder = _builder(name, data_dir)
   if _is_prepared(builder):
@@ -380,9 +388,14 @@ def _open_prepared(name: str, official_split: str, data_dir: str):
   builder = _builder(name, data_dir)
   if not _is_prepared(builder):
     place = f' --data_dir={data_dir}' if data_dir else ''
+    wanted = name
+    if not name.startswith('tfds:') and name not in dataset_info.PACKAGED:
+      # A command that needs the user's file only where it has the builder.
+      own = dataset_info.INFO.get(name).builder
+      wanted = f'{name} --register=FILE.py' if own else f'tfds:{_find(name)}'
     raise UserError(
       f'{name} is not prepared in {builder.data_dir}: run `jaxrobust data prepare '
-      f'{name}{place}`, which downloads it; without a network '
+      f'{wanted}{place}`, which downloads it; without a network '
       f'add --archives=FOLDER, a folder with {", ".join(_archive_names(name, builder))}'
     )
   names = dict(zip(('train', 'test'), _splits(name, builder), strict=True))
