@@ -91,9 +91,10 @@ def default_config(workdir: str, suite: str, checkpoint: str) -> config_dict.Con
     )
   found = zoo.find(checkpoint)
   if found is None:
+    given = f'--checkpoint={checkpoint}'
+    zoo.refuse_absent(checkpoint, given)
     raise UserError(
-      f'--checkpoint={checkpoint}: {zoo.missing(checkpoint)}nothing says what its '
-      'network is; give --config, '
+      f'{given}: nothing says what its network is; give --config, '
       'the name of a released checkpoint, or a file with a model card'
     )
   config, card = classifier.get_config(), found.card

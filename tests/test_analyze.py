@@ -281,12 +281,12 @@ def test_two_processes_stop_together_and_find_the_same(run, pod, flags, tmp_path
     ('samples=', 'config.samples is not set'),
     ('samples=nowhere', 'nowhere is no sample set'),
     ('labeller=', 'config.labeller is not set'),
-    ('labeller=nowhere', 'nowhere: it does not exist, and nothing says what network'),
+    ('labeller=nowhere', 'nowhere: it does not exist; give a file'),
     ('dataset.name=mnist', r'holds images [8, 8, 1] of 10 classes, mnist [28, 28, 1]'),
     ('rules.most_flips=50.0', 'config.rules.most_flips = 50.0: use a number from 0'),
     ('num_images=2', 'config.num_images = 2: use 4 or more'),
     ('attack.num_steps=0', 'attack.num_steps = 0'),
-    ('features=nowhere', 'nowhere: it does not exist, and nothing says what network'),
+    ('features=nowhere', 'nowhere: it does not exist; give a file'),
   ],
 )
 def test_mistakes_are_told_in_one_line(run, tmp_path, override, words):

@@ -167,7 +167,10 @@ def test_load_from_a_run_and_a_file_and_by_name(
 
 
 def test_what_cannot_be_loaded(tmp_path, variables):
-  with pytest.raises(UserError, match='x.npy: .*nothing says what its network is'):
+  (tmp_path / 'there.npy').touch()
+  with pytest.raises(UserError, match='there.npy: nothing says what its network is'):
+    jaxrobust.load(tmp_path / 'there.npy')
+  with pytest.raises(UserError, match='x.npy: it does not exist'):
     jaxrobust.load(tmp_path / 'x.npy')
   with pytest.raises(UserError, match='no checkpoint at'):
     jaxrobust.load(tmp_path / 'x.npy', DIGITS)

@@ -234,7 +234,7 @@ CASES = [
     ['--checkpoint=cifar10_linf_wrn28-10_ddpm_v2'],
     'no checkpoint at',  # Everything else is known, only the file is not there.
   ),
-  (['--checkpoint=theirs.npy'], 'nothing says what its network is'),
+  (['--checkpoint=theirs.npy'], 'it does not exist; give a file'),
   (
     ['--checkpoint=mnist_linf_wrn28-10_without', '--config.evaluation.num_image=3'],
     'num_image',

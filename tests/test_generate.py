@@ -173,7 +173,7 @@ def test_refuses_a_condition_that_says_nothing():
 def test_refuses_what_is_absent(tmp_path):
   with pytest.raises(UserError, match='no generator.npz.*begin with --stage=fit'):
     generate.main(make_config(), tmp_path / 'x', stage='select')
-  with pytest.raises(UserError, match='somewhere: .*nothing says what network'):
+  with pytest.raises(UserError, match='somewhere: it does not exist; give a'):
     generate.main(make_config(), tmp_path / 'x')
   assert not (tmp_path / 'x').exists()
 
@@ -181,7 +181,7 @@ def test_refuses_what_is_absent(tmp_path):
 def test_stages_before_the_labels_need_no_labeller(tmp_path):
   """One that is given is looked for, and may change until it has labelled."""
   config = make_config()
-  with pytest.raises(UserError, match='somewhere: .*nothing says what network'):
+  with pytest.raises(UserError, match='somewhere: it does not exist; give a'):
     generate.main(config, tmp_path / 'x', stage='fit')
   config.labeller = ''
   generate.main(config, tmp_path / 'x', stage='fit')

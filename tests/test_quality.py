@@ -198,5 +198,5 @@ def test_features_of_a_classifier_do_not_depend_on_batches(tmp_path):
   assert network.name == 'tiny (penultimate layer)'
   with pytest.raises(UserError, match='trained on digits, which has other images'):
     feature_networks.network(str(path), dataset='mnist')
-  with pytest.raises(UserError, match='nothing says what network'):
+  with pytest.raises(UserError, match='it does not exist'):
     feature_networks.network(str(tmp_path / 'none.npy'))

@@ -100,6 +100,16 @@ def test_an_absent_file_is_told_with_the_remedy(path, words):
   assert '\n' not in str(e.value)
 
 
+def test_an_absent_path_is_told_with_the_names_beside_it(tmp_path):
+  for name in ('digits', 'half'):
+    (tmp_path / name).mkdir()
+  zoo.refuse_absent(str(tmp_path / 'half'), 'x')
+  with pytest.raises(UserError, match='x: it does not exist; did you mean .*/half?'):
+    zoo.refuse_absent(str(tmp_path / 'halve'), 'x')
+  with pytest.raises(UserError, match='not exist; give a file .* lists them.*, or y'):
+    zoo.refuse_absent(str(tmp_path / 'absent' / 'z'), 'x', ', or y')
+
+
 def test_nothing_known_is_none(tmp_path):
   assert zoo.find(str(tmp_path / 'none.npy')) is None
   assert zoo.find(str(tmp_path)) is None

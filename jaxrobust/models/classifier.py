@@ -138,10 +138,10 @@ def load(
   elif found:
     card, file = found
   else:
+    zoo.refuse_absent(path, path)
     raise UserError(
-      f'{path}: {zoo.missing(path)}nothing says what its network is; give config=, '
-      'an experiment such as cifar10_linf:wrn-28-10; or '
-      f'{zoo.where_to_get(epath.Path(path))}'
+      f'{path}: nothing says what its network is; give config=, an experiment such as '
+      f'cifar10_linf:wrn-28-10; or {zoo.where_to_get(epath.Path(path))}'
     )
   return Classifier(card, *parameter_files.load(file, card.build()))
 

@@ -44,8 +44,9 @@ def find(
   """
   found = zoo.find(path)
   if found is None:
+    zoo.refuse_absent(path, f'{field} = {path}', otherwise)
     raise UserError(
-      f'{field} = {path}: {zoo.missing(path)}nothing says what network that is; give '
+      f'{field} = {path}: nothing says what network that is; give '
       'a workdir that finished training, a file with its card, or the name of a '
       f'released checkpoint{otherwise}'
     )

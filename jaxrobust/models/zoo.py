@@ -205,10 +205,23 @@ def _card_inside(path: epath.Path, source: str) -> cards.Card:
   )
 
 
-def missing(name_or_path: str) -> str:
-  """'it does not exist, and ' of a path where nothing is, to begin a message with."""
+def refuse_absent(name_or_path: str, given: str, otherwise: str = '') -> None:
+  """Raises UserError for a path where nothing is.
+
+  Args:
+    name_or_path: as of `find`.
+    given: how it was given, to begin the message with.
+    otherwise: what else may be given there.
+  """
   path, _ = split_step(epath.Path(name_or_path).expanduser())
-  return '' if path.exists() else 'it does not exist, and '
+  if path.exists():
+    return
+  beside = path.parent.iterdir() if path.parent.is_dir() else ()
+  near = difflib.get_close_matches(path.name, [x.name for x in beside], 3)
+  remedy = f'{where_to_get(path)}{otherwise}'
+  if near:
+    remedy = f'did you mean {" or ".join(str(path.parent / x) for x in near)}?'
+  raise UserError(f'{given}: it does not exist; {remedy}')
 
 
 def where_to_get(path: epath.Path) -> str:
