@@ -292,7 +292,8 @@ PROGRAM = cli.Program(
     ),
     cli.Flag(
       'robustbench',
-      "A .json file, which must not exist, for RobustBench's model_info.",
+      "A .json file, which must not exist, for RobustBench's model_info. It needs a "
+      '.pt file as --to, and so PyTorch installed.',
       cli.PATH,
     ),
   ),

@@ -1,4 +1,4 @@
-"""Trains a classifier: TRADES, adversarial or standard, on real and generated images.
+"""Trains a classifier on real and generated images, by TRADES or another loss.
 
 Usage:
   jaxrobust train --workdir=DIR --config=EXPERIMENT[:MODEL,DATA]

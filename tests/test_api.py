@@ -117,6 +117,9 @@ def test_it_is_judged_as_any_function_is(classifier, images):
 
 
 def test_images_that_it_does_not_take(classifier, images):
+  wide, labels = np.zeros((6, 8, 8, 3), np.uint8), np.zeros(6, int)
+  with pytest.raises(UserError, match=r'shape \[B, 8, 8, 3\].*\[B, 8, 8, 1\]'):
+    jaxrobust.evaluate_robustness(classifier, wide, labels, 'linf', 0.3, 'clean')
   with pytest.raises(UserError, match=r'\[6, 8, 8, 3\].*\[B, 8, 8, 1\]'):
     classifier(np.repeat(images, 3, axis=-1))
   with pytest.raises(UserError, match=r'\[8, 8, 1\]'):

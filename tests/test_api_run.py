@@ -42,6 +42,9 @@ def test_metrics_are_arrays_by_name(workdir):
   assert (steps.dtype, losses.dtype) == (np.int64, np.float64)
   np.testing.assert_array_equal(run.metrics['train/adv_accuracy'].values, [0.25, 0.5])
   np.testing.assert_array_equal(run.metrics['eval/clean_accuracy'].steps, [10])
+  with pytest.raises(KeyError, match='train/los: use one of .*mean train/loss?'):
+    run.metrics['train/los']
+  assert 'train/los' not in run.metrics and run.metrics.get('train/los') is None
   assert run.config.model.name == 'wrn-10-1'
   assert run.name == 'digits_linf_wrn-10-1_real'
 

@@ -159,7 +159,11 @@ def test_the_command(server, tmp_path, capsys):
   assert download.main([]) == 0
   listed = capsys.readouterr().out
   assert len(listed.splitlines()) == 33
-  assert 'cifar10_linf_wrn28-10_ddpm_v2            85.97% 60.73%' in listed
+  assert (
+    'cifar10_linf_wrn28-10_ddpm_v2            clean 85.97%, AutoAttack 60.73%' in listed
+  )
+  assert download.main(['cifar10_linf_wrn28-10']) == 1
+  assert '; did you mean cifar10_linf_wrn28-10_' in capsys.readouterr().err
   url = server.url.removesuffix('x.npy')
   name = 'cifar10_linf_resnet18_ddpm'
   assert download.main([name, f'--url={url}', f'--folder={tmp_path}']) == 0

@@ -79,8 +79,11 @@ class Classifier:
     """Images as the network takes them: float in [0, 1]."""
     shape = self.card.info.image_shape
     if np.ndim(images) != 4 or tuple(np.shape(images)[1:]) != tuple(shape):
+      found = list(map(str, np.shape(images)))
+      if isinstance(images, jax.core.Tracer):
+        found[:1] = ['B']  # Who traces it may do so for other numbers than were given.
       raise UserError(
-        f'images have the shape {list(np.shape(images))}: {self.card.name} takes '
+        f'images have the shape [{", ".join(found)}]: {self.card.name} takes '
         f'[B, {", ".join(map(str, shape))}]'
       )
     images = jnp.asarray(images)

@@ -101,7 +101,8 @@ def _run(args: argparse.Namespace) -> int:
   if not args.names:
     for name, card in zoo.ENTRIES.items():
       [published] = card.accuracies
-      figures = f'{published["clean_accuracy"]:.2%} {published["robust_accuracy"]:.2%}'
+      clean, robust = published['clean_accuracy'], published['robust_accuracy']
+      figures = f'clean {clean:.2%}, AutoAttack {robust:.2%}'
       print(f'{name:40} {figures}  {published["published"]}')
     return 0
   for name in args.names:

@@ -138,7 +138,7 @@ def read(raw: bytes, source: str) -> tuple[Any, Any]:
     raise
   except pickles.RefusedError as e:
     raise UserError(
-      f'{source} wants to run {e.name}, which is refused: from who made it, ask '
+      f'{source} wants to run {e.name}, which is refused: ask whoever made it '
       'for a file with the state dict alone'
     ) from e
   except ValueError as e:

@@ -12,6 +12,7 @@ from ml_collections import config_dict
 
 from jaxrobust import config as configs
 from jaxrobust.attacks import suites
+from jaxrobust.config import registries
 from jaxrobust.errors import UserError
 from jaxrobust.models import classifier
 from jaxrobust.runs import metrics
@@ -30,6 +31,14 @@ class Series(NamedTuple):
   values: np.ndarray
 
 
+class Metrics(dict[str, Series]):
+  """The figures of a run by name; the KeyError of a wrong one has the nearest."""
+
+  def __missing__(self, name: str) -> Series:
+    near = registries.did_you_mean(name, self)
+    raise KeyError(f'{name}: use one of {", ".join(sorted(self))}{near}')
+
+
 class Run:
   """What a workdir holds, read once when it is first asked for.
 
@@ -46,7 +55,7 @@ class Run:
     self.name: str = configs.experiment_name(self.config)
 
   @functools.cached_property
-  def metrics(self) -> dict[str, Series]:
+  def metrics(self) -> Metrics:
     """The figures of metrics.jsonl by name, such as 'train/loss'; {} if absent."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in metrics.read(self.folder):
@@ -54,13 +63,15 @@ class Run:
       for name, value in line.items():
         point = (step, np.nan if value is None else value)
         found.setdefault(name, []).append(point)
-    return {
-      name: Series(
-        np.array([step for step, _ in points], np.int64),
-        np.array([value for _, value in points], np.float64),
-      )
-      for name, points in found.items()
-    }
+    return Metrics(
+      {
+        name: Series(
+          np.array([step for step, _ in points], np.int64),
+          np.array([value for _, value in points], np.float64),
+        )
+        for name, points in found.items()
+      }
+    )
 
   @functools.cached_property
   def results(self) -> list[dict[str, Any]]:

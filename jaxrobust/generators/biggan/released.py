@@ -65,7 +65,7 @@ def _tensors(path) -> dict[str, np.ndarray]:
       return {k: file.array(x) if is_tensor(x) else x for k, x in content.items()}
     except pickles.RefusedError as e:
       raise UserError(
-        f'{path} wants to run {e.name}, which is refused: from who made it, ask for a '
+        f'{path} wants to run {e.name}, which is refused: ask whoever made it for a '
         'file with the state dict of G alone'
       ) from e
     except ValueError as e:
