@@ -18,6 +18,7 @@ os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from jaxrobust.distributed import parallel  # noqa: E402
 from tests.helpers.programs import ROOT, TINY, free_port  # noqa: E402
 
 # [B] * [B, 1] would broadcast to [B, B] without a word.
@@ -43,6 +44,23 @@ def room_for_programs():
   if maps.exists() and maps.read_bytes().count(b'\n') > 20_000:
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def use_devices(monkeypatch):
+  """Goes on with the first so many of the four devices."""
+
+  def run(count):
+    devices = jax.devices()[:count]
+    for name in ('device_count', 'local_device_count'):
+      monkeypatch.setattr(jax, name, lambda: count)
+    monkeypatch.setattr(jax, 'local_devices', lambda: devices)
+    mapped = lambda fn, donate_argnums=(): jax.pmap(
+      fn, axis_name=parallel.AXIS, devices=devices, donate_argnums=donate_argnums
+    )
+    monkeypatch.setattr(parallel, 'pmap', mapped)
+
+  return run
 
 
 @pytest.fixture(scope='session')

@@ -360,13 +360,13 @@ def test_metrics_say_how_it_goes(fitted):
     assert line['train/discriminator_loss'] == pytest.approx(parts, rel=1e-5)
 
 
-@pytest.mark.parametrize('stop', [1, 3])
-def test_a_fit_that_is_stopped_ends_the_same(fitted, tmp_path, monkeypatch, stop):
+def test_a_fit_that_is_stopped_ends_the_same(fitted, tmp_path, monkeypatch):
   """State of spectral norms, statistics and the average's late start included."""
-  with monkeypatch.context() as patch, pytest.raises(PreemptedError):
-    answers = iter([False] * (stop - 1) + [True])
-    patch.setattr(parallel.Preemption, 'reached', lambda self: next(answers))
-    generate.main(make_config(), tmp_path, stage='fit')
+  for count in (1, 2):  # Iterations until it is stopped: after the first and third.
+    with monkeypatch.context() as patch, pytest.raises(PreemptedError):
+      answers = iter([False] * (count - 1) + [True])
+      patch.setattr(parallel.Preemption, 'reached', lambda self, a=answers: next(a))
+      generate.main(make_config(), tmp_path, stage='fit')
   generate.main(make_config(), tmp_path, stage='fit')
   assert lines_of(tmp_path) == lines_of(fitted)
   jax.tree.map(
@@ -376,17 +376,9 @@ def test_a_fit_that_is_stopped_ends_the_same(fitted, tmp_path, monkeypatch, stop
   )
 
 
-@pytest.mark.parametrize('count', [1, 2])
-def test_devices_change_no_number(fitted, monkeypatch, count):
-  """The figures of four devices, each with half of a group, by one and by two."""
-  devices = jax.devices()[:count]
-  for name in ('device_count', 'local_device_count'):
-    monkeypatch.setattr(jax, name, lambda: count)
-  monkeypatch.setattr(jax, 'local_devices', lambda: devices)
-  mapped = lambda fn, donate_argnums=(): jax.pmap(
-    fn, axis_name=parallel.AXIS, devices=devices, donate_argnums=donate_argnums
-  )
-  monkeypatch.setattr(parallel, 'pmap', mapped)
+def test_devices_change_no_number(fitted, use_devices):
+  """The figures of four devices, each with half of a group, by one with two groups."""
+  use_devices(1)
   config = make_config()
   settings = config.generator
   recipe = BigGAN.recipe(settings, INFO)

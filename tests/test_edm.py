@@ -140,16 +140,9 @@ def test_a_fit_that_is_stopped_ends_the_same(finished, tmp_path, monkeypatch):
   assert sha256(tmp_path / 'samples') == sha256(finished / 'samples')
 
 
-def test_devices_change_no_number(finished, monkeypatch):
+def test_devices_change_no_number(finished, use_devices):
   """The losses of four devices by one, with augmentation and dropout."""
-  count, devices = 1, jax.devices()[:1]
-  for name in ('device_count', 'local_device_count'):
-    monkeypatch.setattr(jax, name, lambda: count)
-  monkeypatch.setattr(jax, 'local_devices', lambda: devices)
-  mapped = lambda fn, donate_argnums=(): jax.pmap(
-    fn, axis_name=parallel.AXIS, devices=devices, donate_argnums=donate_argnums
-  )
-  monkeypatch.setattr(parallel, 'pmap', mapped)
+  use_devices(1)
   config = make_config()
   recipe = edm.EDM.recipe(config.generator, INFO)
   state = parallel.replicate(recipes.init_state(recipe, config.seed))

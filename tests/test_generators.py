@@ -135,16 +135,9 @@ def test_a_fit_that_is_stopped_ends_the_same(fitted, tmp_path, monkeypatch, stop
 
 
 @pytest.mark.parametrize('count', [1, 2])
-def test_devices_change_no_number(fitted, monkeypatch, count):
+def test_devices_change_no_number(fitted, use_devices, count):
   """The losses of four devices by one and by two."""
-  devices = jax.devices()[:count]
-  for name in ('device_count', 'local_device_count'):
-    monkeypatch.setattr(jax, name, lambda: count)
-  monkeypatch.setattr(jax, 'local_devices', lambda: devices)
-  mapped = lambda fn, donate_argnums=(): jax.pmap(
-    fn, axis_name=parallel.AXIS, devices=devices, donate_argnums=donate_argnums
-  )
-  monkeypatch.setattr(parallel, 'pmap', mapped)
+  use_devices(count)
   config = tiny_gan.make_config()
   recipe = tiny_gan.TinyGAN.recipe(config.generator, INFO)
   state = parallel.replicate(recipes.init_state(recipe, config.seed))
