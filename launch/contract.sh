@@ -31,6 +31,19 @@ require_program() {
   esac
 }
 
+# In $words: a program and its flags, without the `jaxrobust` or `python -m jaxrobust.`
+# that sweeps and help print before them.
+# shellcheck disable=SC2034
+as_program() {
+  local first=${3:-}
+  case "${1:-} ${2:-}" in
+    'jaxrobust download') words=(models.download "${@:3}") ;;
+    'jaxrobust '*) words=("${@:2}") ;;
+    'python -m') words=("${first#jaxrobust.}" "${@:4}") ;;
+    *) words=("$@") ;;
+  esac
+}
+
 # Whether it is one; the others prepare the host that they run on.
 joins() {
   case $1 in data | models.download) return 1 ;; esac

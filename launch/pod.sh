@@ -30,11 +30,8 @@ case ${1:-} in
     exit 1
     ;;
 esac
-if [ "${1:-} ${2:-}" = 'python -m' ]; then  # as sweeps print it
-  shift 2
-  first=${1:-}
-  set -- "${first#jaxrobust.}" "${@:2}"
-fi
+as_program "$@"
+set -- ${words[@]+"${words[@]}"}
 require_program "${1:-}"
 require_grace
 if ! joins "$1"; then

@@ -12,7 +12,7 @@
 TYPE is v2-8 … v4-32, v5litepod-16, v5p-8, v6e-16 …. Every verb takes --zone= and
 --project= (gcloud's own defaults otherwise) and --dry-run, which only prints the
 commands. Flags of this script stand before PROGRAM, its own flags after it; it may be
-written `python -m jaxrobust.PROGRAM`, as sweeps print it.
+written `jaxrobust PROGRAM`, as sweeps print it.
 
 setup sends the code to every worker, makes the environment there and copies --data into
 its folder data/. The code is every file of this repository that git does not ignore,
@@ -175,7 +175,11 @@ def _flags(verb, arguments):
 
 
 def _program(words):
-  """The words of a program, without the `python -m jaxrobust.` of sweeps."""
+  """The words of a program, without the `jaxrobust` of sweeps, or `python -m`."""
+  if words[:1] == ['jaxrobust']:
+    words = words[1:] or ['']
+    if words[0] == 'download':
+      words = ['models.download', *words[1:]]
   if words[:2] == ['python', '-m']:
     words = words[2:] or ['']
     if words[0].startswith('jaxrobust.'):

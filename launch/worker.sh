@@ -8,8 +8,8 @@
 #   bash launch/worker.sh --status                   what runs, the end of its log
 #   bash launch/worker.sh --stop                     TERM, $JAXROBUST_GRACE s (120), KILL
 #
-# PROGRAM may be written `python -m jaxrobust.PROGRAM`, as sweeps print it. A worker runs
-# one program: the one before is stopped first. $JAXROBUST_STATE (~/.jaxrobust) holds its
+# PROGRAM may be written `jaxrobust PROGRAM`, as sweeps print it. A worker runs one
+# program: the one before is stopped first. $JAXROBUST_STATE (~/.jaxrobust) holds its
 # `pid`, its `log` and its `exit` code. On a TPU the environment gets jax's TPU
 # extra, and the programs of several hosts find each other (--coordinator=auto).
 # $JAXROBUST_TPU=1 or 0 says whether this is a TPU, where /dev does not.
@@ -141,11 +141,8 @@ case ${1:-} in
   --stop) stop; exit ;;
   --start) start=1; shift ;;
 esac
-if [ "${1:-} ${2:-}" = 'python -m' ]; then
-  shift 2
-  first=${1:-}
-  set -- "${first#jaxrobust.}" "${@:2}"
-fi
+as_program "$@"
+set -- ${words[@]+"${words[@]}"}
 require_program "${1:-}"
 if [ -n "$start" ]; then
   mkdir -p "$state"

@@ -181,7 +181,7 @@ def test_the_scripts_know_every_program():
 class TestPod:
   def test_the_processes_find_each_other(self, call, record):
     done = call(
-      *('pod.sh', '3', '--devices=2', 'python', '-m', 'jaxrobust.train'),
+      *('pod.sh', '3', '--devices=2', 'jaxrobust', 'train'),
       '--workdir=a b',
     )
     assert done.returncode == 0, done.stderr
@@ -288,6 +288,7 @@ class TestPod:
       (('2\n',), r"$'2\n': give the number of processes"),
       (('2', '--devices=2\n', 'train'), r"$'--devices=2\n': write --devices=M"),
       (('2', 'python', '-m'), 'give train, evaluate'),
+      (('2', 'jaxrobust'), 'give train, evaluate'),
       (('x',), 'x: give the number of processes'),
       (('2',), 'give train, evaluate'),
       (('2', '--fast', 'train'), '--fast is no program: give train'),
@@ -330,9 +331,17 @@ class TestWorker:
     (tmp_path / 'state' / 'exit.tmp').mkdir(parents=True)
     assert call('worker.sh', 'train', CODES='42').returncode == 42
 
-  def test_a_line_of_a_sweep_is_a_program(self, call, record):
-    assert call('worker.sh', 'python', '-m', 'jaxrobust.train', '-x').returncode == 0
-    assert record() == ['-m jaxrobust.train -x']
+  @pytest.mark.parametrize(
+    'words, program',
+    [
+      (('jaxrobust', 'train'), 'train'),
+      (('jaxrobust', 'download'), 'models.download'),
+      (('python', '-m', 'jaxrobust.train'), 'train'),  # as sweeps printed it
+    ],
+  )
+  def test_a_line_of_a_sweep_is_a_program(self, call, record, words, program):
+    assert call('worker.sh', *words, '-x', 'a b').returncode == 0
+    assert record() == [f'-m jaxrobust.{program} -x a b']
 
   @pytest.mark.parametrize('number, code', [('TERM', 42), ('INT', 130)])
   def test_signals_reach_the_program(self, start, number, code):

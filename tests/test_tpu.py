@@ -290,6 +290,7 @@ class TestVerbs:
       (('create', 'x', '--type', 'v4-8'), '--type: write --type=VALUE'),
       (('run', 'x', 'trian'), 'trian is no program: give train,'),
       (('run', 'x', 'python', '-m'), 'give train, evaluate,'),
+      (('run', 'x', 'jaxrobust'), 'give train, evaluate,'),
       (('run', 'x', 'train', '--dry-run'), '--dry-run: give it before train'),
       (
         ('jobset', 'x', '--type=v4-32', '--image=i', '--topology=4x4', 'train'),
@@ -357,7 +358,8 @@ class TestHostileValues:
     worker = tmp_path / 'jaxrobust' / 'launch' / 'worker.sh'
     worker.parent.mkdir(parents=True)
     worker.write_text('printf "%s\\0" "$@"\n')
-    for args in (('run', 'x', 'python', '-m', 'jaxrobust.train'), BABYSIT[:-1]):
+    spellings = (('python', '-m', 'jaxrobust.train'), ('jaxrobust', 'train'))
+    for args in (*(('run', 'x', *spelling) for spelling in spellings), BABYSIT[:-1]):
       run = call(
         *(*args, *words[1:]),
         state=['0 ACTIVE'],

@@ -139,14 +139,15 @@ def record(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
 
   Returns:
     The config, locked, with `dataset.image_shape` and what follows it, and fewer
-    validation images where the default of them is too many; a classifier's
-    with mean and standard deviation of the training images, unless it sets others than
-    those of a known data set.
+    validation images where the default of them is too many; a classifier's with mean
+    and standard deviation of the training images, unless it sets others than those of
+    a known data set.
 
   Raises:
     UserError: if the images are absent or damaged.
   """
-  dataset, found = config.dataset, {}
+  dataset = config.dataset
+  found: dict[str, object] = {}
   if not dataset_info.is_own(dataset):
     return config
   dataset_info.check(dataset)
