@@ -211,7 +211,7 @@ def test_experiments_are_found_by_name_and_by_path_from_any_folder(
   assert experiments.load('digits').dataset.name == 'digits'
   with pytest.raises(UserError, match='did you mean cifar10_linf'):
     experiments.find('cifar10_lin')
-  with pytest.raises(UserError, match='use one of baselines, .*digits'):
+  with pytest.raises(UserError, match='one of baselines, .*digits'):
     experiments.find('zzz')
   with pytest.raises(UserError, match='no such file'):
     experiments.find('elsewhere/digits.py')
