@@ -279,7 +279,7 @@ def test_a_data_set_is_added_in_one_file(monkeypatch):
   assert config.model.mean == (0.286,)
   assert dataset_info.of(config.dataset) is info
   assert configs.experiment_name(config).startswith('clothes_linf')
-  with pytest.raises(UserError, match='prepare clothes'):
+  with pytest.raises(UserError, match='prepare tfds:fashion_mnist'):
     datasets.of(config.dataset, 'train')
 
 
