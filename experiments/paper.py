@@ -536,6 +536,17 @@ _DIGITS_EDITION = {
     _DIGITS_SEEDS,
     'Half of each batch is real.',
   ),
+  'digits-generated': Table(
+    'Generated images alone, by generator, digits, l-inf 0.2',
+    'accuracies',
+    [
+      *(rows[0]._replace(name=curve) for curve, rows in _D_BY_GENERATOR.items()),
+      _D_REAL,
+    ],
+    'autoattack',
+    _DIGITS_SEEDS,
+    'No image of a batch is real, but in the last row.',
+  ),
   'digits-augmentation': Table(
     'Augmentation as the only addition, digits, l-inf 0.2',
     'accuracies',

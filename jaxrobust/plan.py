@@ -199,7 +199,7 @@ def lines_of(
   """
   lines = [
     f'memory      {compiler.fits(result, chip.usable)}',
-    f'operations  {operations / program.images:.3e} FLOPs an image, attack included; '
+    f'operations  {operations / program.images:.3e} FLOPs an image, all passes included; '
     f'{operations * num_devices:.3e} a batch of {program.images * num_devices}',
   ]
   if 'refused' in result:
@@ -227,7 +227,12 @@ def _schedule_lines(
   """Where the cycles go, and what would bound them."""
   cycles = schedule.cycles
   if not cycles:
-    return ['schedule    none: this compiler notes no cycles; give --utilization']
+    why = (
+      'this compiler notes no cycles; give --utilization'
+      if operations
+      else 'it multiplies nothing'
+    )
+    return [f'schedule    none: {why}']
   shares = {
     kind: sum(x.cycles for x in schedule.work if x.kind == kind) / cycles
     for kind in schedules.KINDS

@@ -376,9 +376,10 @@ def test_a_fit_that_is_stopped_ends_the_same(fitted, tmp_path, monkeypatch):
   )
 
 
-def test_devices_change_no_number(fitted, use_devices):
-  """The figures of four devices, each with half of a group, by one with two groups."""
-  use_devices(1)
+@pytest.mark.parametrize('devices', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_devices_change_no_number(fitted, use_devices, devices):
+  """The figures of four devices, each with half of a group, by fewer."""
+  use_devices(devices)
   config = make_config()
   settings = config.generator
   recipe = BigGAN.recipe(settings, INFO)

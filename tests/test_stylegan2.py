@@ -488,9 +488,10 @@ def test_stopped_between_lazy_updates_it_ends_the_same(fitted, tmp_path, monkeyp
     np.testing.assert_array_equal(a, b)
 
 
-def test_devices_change_no_number(fitted, use_devices):
-  """The figures of four devices, each with half of a group, by one with two groups."""
-  use_devices(1)
+@pytest.mark.parametrize('devices', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_devices_change_no_number(fitted, use_devices, devices):
+  """The figures of four devices, each with half of a group, by fewer."""
+  use_devices(devices)
   config = make_config()
   settings = config.generator
   recipe = StyleGAN2.recipe(settings, INFO)
