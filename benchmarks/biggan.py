@@ -17,13 +17,9 @@ before the first turn is compilation, and for PyTorch the first iteration. Figur
 medians with their range; ratios are of the turns of one round, ours over the rival's.
 """
 
-import argparse
 import copy
-import multiprocessing
-import os
-import time
 
-from benchmarks.diffusion import spread
+from benchmarks import rivals
 
 # Data set, channels (None: of the experiment), images of an iteration, how many a turn.
 CASES = {
@@ -239,86 +235,29 @@ def torch_networks(network, info):
   return Generator(), Discriminator()
 
 
-def serve(pipe, rival, case, threads):
-  """Compiles and warms up; then answers each message with the seconds of a turn."""
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-  os.environ['OMP_NUM_THREADS'] = str(threads)
-  os.environ['JAX_NUM_CPU_DEVICES'] = '1'
-  settings, info = make_settings(case)
-  now = lambda: (time.perf_counter(), time.process_time())
-  since = lambda start: [b - a for a, b in zip(start, now(), strict=True)]
-  if rival == 'torch':
-    import torch
-
-    torch.set_num_threads(threads)
-    iterate, counts = torch_iteration(settings, info)
-  else:
-    iterate, counts = jax_iteration(settings, info)
-  start = now()
-  iterate()
-  first = since(start)
-  iterate()
-  pipe.send((counts, first))
-  while pipe.recv():
-    start = now()
-    for _ in range(CASES[case][-1]):
-      iterate()
-    pipe.send(since(start))
-
-
-def measure(rivals, case, threads, rounds):
-  """Of each rival: seconds of the first iteration and of each turn, (wall, processor).
-
-  And the numbers of parameters.
-  """
-  context = multiprocessing.get_context('spawn')
-  pipes, processes, first, counts = {}, [], {}, []
-  for rival in rivals:
-    pipes[rival], theirs = context.Pipe()
-    processes.append(
-      context.Process(target=serve, args=(theirs, rival, case, threads), daemon=True)
-    )
-    processes[-1].start()
-    found, first[rival] = pipes[rival].recv()
-    counts.append(found)
-  assert all(x == counts[0] for x in counts), f'networks of different sizes: {counts}'
-  seconds = {rival: [] for rival in rivals}
-  for index in range(rounds):
-    for rival in rivals if index % 2 == 0 else reversed(rivals):
-      pipes[rival].send(True)
-      seconds[rival].append(pipes[rival].recv())
-  for pipe in pipes.values():
-    pipe.send(False)
-  for process in processes:
-    process.join()
-  return first, seconds, counts[0]
+def make(rival, case):
+  """The iteration of a rival, and its numbers of parameters."""
+  iteration = {'ours': jax_iteration, 'torch': torch_iteration}[rival]
+  iterate, counts = iteration(*make_settings(case))
+  return {'training': rivals.Task(iterate, CASES[case][-1])}, counts
 
 
 def main():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--threads', type=int, default=2)
-  parser.add_argument('--cases', nargs='+', choices=CASES, default=['digits', 'small'])
+  parser = rivals.parser(__doc__, CASES, ['digits', 'small'], rounds=7, threads=2)
   args = parser.parse_args()
-  rivals = ['ours', 'torch']
   print(f'{args.threads} threads, {args.rounds} rounds')
   for case in args.cases:
-    first, seconds, counts = measure(rivals, case, args.threads, args.rounds)
+    names = ['ours', 'torch']
+    found, counts = rivals.measure(make, names, case, args.threads, args.rounds)
     print(f'{case}, {counts[0]:,} + {counts[1]:,} parameters')
-    for rival in rivals:
-      rates = [CASES[case][-1] / s[0] for s in seconds[rival]]
+    for rival, times in found['training'].items():
+      rates = rivals.spread([CASES[case][-1] / wall for wall, _ in times.turns], '.2f')
       print(
-        f'  {rival:<6} {spread(rates, ".2f")} iterations/s; first one '
-        f'{first[rival][0]:.1f} s, {first[rival][1]:.1f} s of processor time'
+        f'  {rival:<6} {rates} iterations/s; first one {times.first[0]:.1f} s, '
+        f'{times.first[1]:.1f} s of processor time'
       )
-    for index, kind in enumerate(('', ' in processor time')):
-      ratios = [
-        theirs[index] / ours[index]
-        for theirs, ours in zip(seconds['torch'], seconds['ours'], strict=True)
-      ]
-      print(f'  ours over torch {spread(ratios, ".2f")} x{kind}', flush=True)
+    for ratio in rivals.ratios(found['training']['torch'], found['training']['ours']):
+      print(f'  ours over torch {ratio}', flush=True)
 
 
 if __name__ == '__main__':

@@ -22,13 +22,9 @@ ours over rival's. What the first call of a task took beyond those figures is sa
 apart: for ours, compilation, unless $JAX_COMPILATION_CACHE_DIR has it.
 """
 
-import argparse
 import copy
-import importlib.util
-import multiprocessing
-import os
-import statistics
-import time
+
+from benchmarks import rivals
 
 # Experiment, channels at full resolution (None: the experiment's), images of a training
 # batch and of one of samples, training steps a turn.
@@ -40,7 +36,6 @@ CASES = {
   'edm-medium': ('cifar10_edm', 32, 16, 16, 1),
   'edm-cifar10': ('cifar10_edm', 128, 16, 16, 1),
 }
-TASKS = ('training', 'sampling')
 
 
 def make_settings(experiment, channels):
@@ -427,104 +422,37 @@ def torch_edm_network(network, info):
   return Network()
 
 
-def serve(pipe, rival, case, threads):
-  """Makes the tasks, says how many parameters; answers a task with its seconds."""
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-  os.environ['OMP_NUM_THREADS'] = str(threads)
-  os.environ['JAX_NUM_CPU_DEVICES'] = '1'
+def make(rival, case):
+  """Both tasks of a rival, and its number of parameters."""
   experiment, channels, train_batch, sample_batch, num_steps = CASES[case]
   args = (*make_settings(experiment, channels), train_batch, sample_batch)
   if rival.startswith('torch'):
-    import torch
-
-    torch.set_num_threads(threads)
     tasks, num_params = torch_tasks(*args, rival == 'torch-last')
   else:
     tasks, num_params = jax_tasks(*args)
-  first = {}
-  for name, task in tasks.items():
-    calls = []
-    for _ in range(2):  # compiles, then warms up
-      start = time.perf_counter()
-      task()
-      calls.append(time.perf_counter() - start)
-    first[name] = calls[0] - calls[1]
-  pipe.send((num_params, first))
-  while name := pipe.recv():
-    start = time.perf_counter(), time.process_time()
-    for _ in range(num_steps if name == 'training' else 1):
-      tasks[name]()
-    pipe.send((time.perf_counter() - start[0], time.process_time() - start[1]))
-
-
-def measure(rivals, case, threads, rounds):
-  """(seconds of each task and rival in each round (wall, processor), parameters,
-  seconds that the first call of each took longer)."""
-  context = multiprocessing.get_context('spawn')
-  pipes, processes, num_params, first = {}, [], set(), {}
-  for rival in rivals:
-    pipes[rival], theirs = context.Pipe()
-    processes.append(
-      context.Process(target=serve, args=(theirs, rival, case, threads), daemon=True)
-    )
-    processes[-1].start()
-    count, longer = pipes[rival].recv()
-    num_params.add(count)
-    first |= {(task, rival): x for task, x in longer.items()}
-  assert len(num_params) == 1, f'networks of different sizes: {num_params}'
-  seconds = {(task, rival): [] for task in TASKS for rival in rivals}
-  for index in range(rounds):
-    for task in TASKS:
-      for rival in rivals if index % 2 == 0 else reversed(rivals):
-        pipes[rival].send(task)
-        seconds[task, rival].append(pipes[rival].recv())
-  for pipe in pipes.values():
-    pipe.send('')
-  for process in processes:
-    process.join()
-  return seconds, num_params.pop(), first
-
-
-def spread(values, form):
-  """Median (least … greatest)."""
-  return (
-    f'{statistics.median(values):{form}} ({min(values):{form}} … {max(values):{form}})'
-  )
+  times = {'training': num_steps, 'sampling': 1}
+  return {k: rivals.Task(task, times[k]) for k, task in tasks.items()}, num_params
 
 
 def main():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--threads', type=int, default=2)
-  parser.add_argument('--cases', nargs='+', choices=CASES, default=['digits', 'medium'])
+  parser = rivals.parser(__doc__, CASES, ['digits', 'medium'], rounds=7, threads=2)
   args = parser.parse_args()
-  rivals = ['ours', 'torch', 'torch-last']
-  if importlib.util.find_spec('torch') is None:
-    print('PyTorch is not installed (pip install torch): without its rivals')
-    rivals = rivals[:1]
+  names = rivals.installed(['ours', 'torch', 'torch-last'])
   print(f'{args.threads} threads, {args.rounds} rounds')
   for case in args.cases:
     _, _, train_batch, sample_batch, num_steps = CASES[case]
-    seconds, num_params, first = measure(rivals, case, args.threads, args.rounds)
+    images = {'training': train_batch * num_steps, 'sampling': sample_batch}
+    found, num_params = rivals.measure(make, names, case, args.threads, args.rounds)
     print(f'{case}, {num_params:,} parameters')
-    for task in TASKS:
-      images = sample_batch if task == 'sampling' else train_batch * num_steps
-      for rival in rivals:
-        rates = [images / s[0] for s in seconds[task, rival]]
-        line = f'  {task:<9} {rival:<10} {spread(rates, ".1f")} images/s'
-        line += f', first call {first[task, rival]:.1f} s more'
-        if rival != 'ours':
-          for index, kind in enumerate(('', ' in processor time')):
-            ratios = [
-              theirs[index] / ours[index]
-              for theirs, ours in zip(
-                seconds[task, rival], seconds[task, 'ours'], strict=True
-              )
-            ]
-            line += f'   {spread(ratios, ".2f")} x{kind}'
-        print(line, flush=True)
+    for task, by_rival in found.items():
+      for rival, times in by_rival.items():
+        rates = rivals.spread([images[task] / wall for wall, _ in times.turns], '.1f')
+        first = times.first[0] - times.warm[0]
+        line = (
+          f'  {task:<9} {rival:<10} {rates} images/s, first call {first:.1f} s more'
+        )
+        compared = rivals.ratios(times, by_rival['ours']) if rival != 'ours' else []
+        print('   '.join([line, *compared]), flush=True)
 
 
 if __name__ == '__main__':

@@ -15,13 +15,9 @@ equal. Compilation is measured apart. PyTorch draws from one stream in place of 
 image. Figures are medians with their range; ratios are of the turns of one round.
 """
 
-import argparse
 import copy
-import multiprocessing
-import os
-import time
 
-from benchmarks.diffusion import spread
+from benchmarks import rivals
 
 # Data set, channels (None: the experiment's), intervals of R1 in a turn.
 CASES = {'digits': ('digits', None, 4), 'small': ('cifar10', 64, 1)}
@@ -280,72 +276,33 @@ def torch_networks(settings, info):
   return Generator(), Discriminator()
 
 
-def serve(pipe, rival, case, threads):
-  """Makes a task, says its parameters and compile time; answers with seconds."""
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-  os.environ['OMP_NUM_THREADS'] = str(threads)
-  os.environ['JAX_NUM_CPU_DEVICES'] = '1'
+def make(rival, case):
+  """The iteration of a rival, and its number of parameters."""
   dataset, channels, intervals = CASES[case]
   settings, info = make_settings(dataset, channels)
-  if rival == 'torch':
-    import torch
-
-    torch.set_num_threads(threads)
-    task, num_params = torch_task(settings, info)
-  else:
-    task, num_params = jax_task(settings, info)
+  train, num_params = {'ours': jax_task, 'torch': torch_task}[rival](settings, info)
   steps = settings.training.r1_interval_steps
-  start = time.perf_counter()
-  task()
-  first = time.perf_counter() - start
-  for _ in range(steps - 1):
-    task()
-  pipe.send((num_params, first))
-  while pipe.recv():
-    start = time.perf_counter(), time.process_time()
-    for _ in range(intervals * steps):
-      task()
-    wall, processor = time.perf_counter() - start[0], time.process_time() - start[1]
-    pipe.send([x / (intervals * steps) for x in (wall, processor)])
+  return {'training': rivals.Task(train, intervals * steps, steps - 1)}, num_params
 
 
 def main():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--threads', type=int, default=1)
-  parser.add_argument('--cases', nargs='+', choices=CASES, default=['digits'])
+  parser = rivals.parser(__doc__, CASES, ['digits'], rounds=5, threads=1)
   args = parser.parse_args()
   print(f'{args.threads} threads, {args.rounds} rounds')
-  context = multiprocessing.get_context('spawn')
   for case in args.cases:
-    pipes, processes, found = {}, [], {}
-    for rival in ('ours', 'torch'):
-      pipes[rival], theirs = context.Pipe()
-      given = theirs, rival, case, args.threads
-      processes.append(context.Process(target=serve, args=given, daemon=True))
-      processes[-1].start()
-      found[rival] = pipes[rival].recv()
-    counts = {count for count, _ in found.values()}
-    assert len(counts) == 1, f'networks of different sizes: {found}'
-    seconds = {rival: [] for rival in pipes}
-    for index in range(args.rounds):
-      for rival in list(pipes)[:: 1 if index % 2 == 0 else -1]:
-        pipes[rival].send(True)
-        seconds[rival].append(pipes[rival].recv())
-    for pipe, process in zip(pipes.values(), processes, strict=True):
-      pipe.send(None)
-      process.join()
-    print(f'{case}, {counts.pop():,} parameters')
-    for rival, times in seconds.items():
-      line = f'  {rival:<6} {spread([1 / x[0] for x in times], ".1f")} iterations/s'
-      line += f', {spread([1e3 * x[1] for x in times], ".1f")} ms of processor time'
-      print(f'{line}; the first took {found[rival][1]:.1f} s')
-    for index, kind in enumerate(('', ' in processor time')):
-      pairs = zip(seconds['torch'], seconds['ours'], strict=True)
-      ratios = [theirs[index] / ours[index] for theirs, ours in pairs]
-      print(f'  ours over torch {spread(ratios, ".2f")} x{kind}', flush=True)
+    dataset, channels, intervals = CASES[case]
+    settings, _ = make_settings(dataset, channels)
+    steps = intervals * settings.training.r1_interval_steps
+    names = ['ours', 'torch']
+    found, num_params = rivals.measure(make, names, case, args.threads, args.rounds)
+    print(f'{case}, {num_params:,} parameters')
+    for rival, times in found['training'].items():
+      rates = rivals.spread([steps / wall for wall, _ in times.turns], '.1f')
+      used = rivals.spread([1e3 * cpu / steps for _, cpu in times.turns], '.1f')
+      line = f'  {rival:<6} {rates} iterations/s, {used} ms of processor time'
+      print(f'{line}; the first took {times.first[0]:.1f} s')
+    for ratio in rivals.ratios(found['training']['torch'], found['training']['ours']):
+      print(f'  ours over torch {ratio}', flush=True)
 
 
 if __name__ == '__main__':

@@ -18,12 +18,7 @@ asks only for the gradient of the images. Figures are medians with their range;
 ratios are of the turns of one round, rival's time over ours.
 """
 
-import argparse
-import importlib.util
-import multiprocessing
-import os
-import statistics
-import time
+from benchmarks import rivals
 
 EPSILON, NUM_STEPS, BETA = 8 / 255, 10, 6.0
 CASES = ('wrn-16-4:64', 'wrn-28-4:32')
@@ -73,7 +68,7 @@ def jax_step(name, batch_size, plain=False):
   return step
 
 
-def torch_step(name, batch_size, threads, channels_last=False):
+def torch_step(name, batch_size, channels_last=False):
   """The same in PyTorch."""
   import copy
 
@@ -84,7 +79,6 @@ def torch_step(name, batch_size, threads, channels_last=False):
   from jaxrobust.config import dataset_info
 
   info = dataset_info.INFO['cifar10']
-  torch.set_num_threads(threads)
   torch.manual_seed(0)
   depth, width = map(int, name.split('-')[1:])
 
@@ -200,84 +194,31 @@ def torch_step(name, batch_size, threads, channels_last=False):
   return step
 
 
-def serve(pipe, rival, name, batch_size, threads):
-  """Makes a step and answers with its seconds, each time it is asked."""
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-  os.environ['OMP_NUM_THREADS'] = str(threads)
-  os.environ['JAX_NUM_CPU_DEVICES'] = '1'
+def make(rival, case):
+  """The step of a rival; there is no size to compare."""
+  name, batch_size = case.split(':')
   if rival.startswith('torch'):
-    step = torch_step(name, batch_size, threads, rival == 'torch-last')
+    step = torch_step(name, int(batch_size), rival == 'torch-last')
   else:
-    step = jax_step(name, batch_size, rival == 'plain')
-  for _ in range(2):  # compiles, then warms up
-    step()
-  pipe.send('ready')
-  while pipe.recv():
-    start = time.perf_counter(), time.process_time()
-    step()
-    pipe.send((time.perf_counter() - start[0], time.process_time() - start[1]))
-
-
-def measure(rivals, name, batch_size, threads, rounds):
-  """Seconds of each rival's step in each round, (wall, processor)."""
-  context = multiprocessing.get_context('spawn')
-  pipes, processes = {}, []
-  for rival in rivals:
-    pipes[rival], theirs = context.Pipe()
-    processes.append(
-      context.Process(
-        target=serve, args=(theirs, rival, name, batch_size, threads), daemon=True
-      )
-    )
-    processes[-1].start()
-    pipes[rival].recv()
-  seconds = {rival: [] for rival in rivals}
-  for index in range(rounds):
-    for rival in rivals if index % 2 == 0 else reversed(rivals):
-      pipes[rival].send(True)
-      seconds[rival].append(pipes[rival].recv())
-  for pipe in pipes.values():
-    pipe.send(False)
-  for process in processes:
-    process.join()
-  return seconds
-
-
-def spread(values, form):
-  """Median (least … greatest)."""
-  return (
-    f'{statistics.median(values):{form}} ({min(values):{form}} … {max(values):{form}})'
-  )
+    step = jax_step(name, int(batch_size), rival == 'plain')
+  return {'step': rivals.Task(step)}, None
 
 
 def main():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--threads', type=int, default=2)
-  parser.add_argument('--cases', nargs='+', default=CASES, help='MODEL:BATCH')
+  parser = rivals.parser(__doc__, None, CASES, rounds=7, threads=2)
   parser.add_argument('--rivals', nargs='+', default=['plain', 'torch', 'torch-last'])
   args = parser.parse_args()
-  rivals = ['ours', *args.rivals]
-  if importlib.util.find_spec('torch') is None:
-    print('PyTorch is not installed (pip install torch): without its rivals')
-    rivals = [r for r in rivals if not r.startswith('torch')]
+  names = rivals.installed(['ours', *args.rivals])
   print(f'{args.threads} threads, {args.rounds} rounds')
   for case in args.cases:
-    name, batch_size = case.split(':')
-    seconds = measure(rivals, name, int(batch_size), args.threads, args.rounds)
-    print(f'{name}, batch {batch_size}')
-    for rival in rivals:
-      line = f'  {rival:<10} {spread([s[0] for s in seconds[rival]], ".2f")} s a step'
+    found, _ = rivals.measure(make, names, case, args.threads, args.rounds)
+    print('{}, batch {}'.format(*case.split(':')))
+    for rival, times in found['step'].items():
+      seconds = rivals.spread([wall for wall, _ in times.turns], '.2f')
+      line = [f'  {rival:<10} {seconds} s a step']
       if rival != 'ours':
-        for index, kind in enumerate(('', ' in processor time')):
-          ratios = [
-            theirs[index] / ours[index]
-            for theirs, ours in zip(seconds[rival], seconds['ours'], strict=True)
-          ]
-          line += f'   {spread(ratios, ".2f")} x{kind}'
-      print(line, flush=True)
+        line += rivals.ratios(times, found['step']['ours'])
+      print('   '.join(line), flush=True)
 
 
 if __name__ == '__main__':

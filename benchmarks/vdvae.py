@@ -19,15 +19,10 @@ AdamW. Figures are medians with their range; ratios are of the turns of one roun
 over rival's. The first call of each task, which compiles, is told apart.
 """
 
-import argparse
 import copy
-import importlib.util
 import math
-import multiprocessing
-import os
-import time
 
-from benchmarks.diffusion import spread
+from benchmarks import rivals
 
 # Network of `make_settings`, images of a training batch and of one of samples, training
 # steps a turn.
@@ -36,7 +31,6 @@ CASES = {
   'medium': ('medium', 16, 32, 2),
   'cifar10': ('cifar10', 16, 16, 1),
 }
-TASKS = ('training', 'sampling')
 
 
 def make_settings(name):
@@ -301,95 +295,35 @@ def torch_draw(outputs, channels, mixtures):
   return ((pixels + 1) * 127.5).round().to(torch.uint8)
 
 
-def serve(pipe, rival, case, threads):
-  """Says the number of parameters and first seconds; answers a task with its own."""
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-  os.environ['OMP_NUM_THREADS'] = str(threads)
-  os.environ['JAX_NUM_CPU_DEVICES'] = '1'
+def make(rival, case):
+  """Both tasks of a rival, and its number of parameters."""
   name, train_batch, sample_batch, num_steps = CASES[case]
   args = (*make_settings(name), train_batch, sample_batch)
   if rival.startswith('torch'):
-    import torch
-
-    torch.set_num_threads(threads)
     tasks, num_params = torch_tasks(*args, rival == 'torch-last')
   else:
     tasks, num_params = jax_tasks(*args)
-
-  def seconds(task, times=1):
-    start = time.perf_counter(), time.process_time()
-    for _ in range(times):
-      tasks[task]()
-    return time.perf_counter() - start[0], time.process_time() - start[1]
-
-  first = {task: seconds(task) for task in TASKS}
-  for task in TASKS:
-    tasks[task]()  # warms up
-  pipe.send((num_params, first))
-  while task := pipe.recv():
-    pipe.send(seconds(task, num_steps if task == 'training' else 1))
-
-
-def measure(rivals, case, threads, rounds):
-  """(seconds of each task and rival in each round, of first calls, parameters)."""
-  context = multiprocessing.get_context('spawn')
-  pipes, processes, num_params, firsts = {}, [], set(), {}
-  for rival in rivals:
-    pipes[rival], theirs = context.Pipe()
-    processes.append(
-      context.Process(target=serve, args=(theirs, rival, case, threads), daemon=True)
-    )
-    processes[-1].start()
-    count, firsts[rival] = pipes[rival].recv()
-    num_params.add(count)
-  assert len(num_params) == 1, f'networks of different sizes: {num_params}'
-  seconds = {(task, rival): [] for task in TASKS for rival in rivals}
-  for index in range(rounds):
-    for task in TASKS:
-      for rival in rivals if index % 2 == 0 else reversed(rivals):
-        pipes[rival].send(task)
-        seconds[task, rival].append(pipes[rival].recv())
-  for pipe in pipes.values():
-    pipe.send('')
-  for process in processes:
-    process.join()
-  return seconds, firsts, num_params.pop()
+  times = {'training': num_steps, 'sampling': 1}
+  return {k: rivals.Task(task, times[k]) for k, task in tasks.items()}, num_params
 
 
 def main():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--threads', type=int, default=2)
-  parser.add_argument('--cases', nargs='+', choices=CASES, default=['digits', 'medium'])
+  parser = rivals.parser(__doc__, CASES, ['digits', 'medium'], rounds=7, threads=2)
   args = parser.parse_args()
-  rivals = ['ours', 'torch', 'torch-last']
-  if importlib.util.find_spec('torch') is None:
-    print('PyTorch is not installed (pip install torch): without its rivals')
-    rivals = rivals[:1]
+  names = rivals.installed(['ours', 'torch', 'torch-last'])
   print(f'{args.threads} threads, {args.rounds} rounds')
   for case in args.cases:
     _, train_batch, sample_batch, num_steps = CASES[case]
-    seconds, firsts, num_params = measure(rivals, case, args.threads, args.rounds)
+    images = {'training': train_batch * num_steps, 'sampling': sample_batch}
+    found, num_params = rivals.measure(make, names, case, args.threads, args.rounds)
     print(f'{case}, {num_params:,} parameters')
-    for task in TASKS:
-      images = sample_batch if task == 'sampling' else train_batch * num_steps
-      for rival in rivals:
-        rates = [images / s[0] for s in seconds[task, rival]]
-        first = '{:.1f} s ({:.1f} of processors)'.format(*firsts[rival][task])
-        line = f'  {task:<9} {rival:<10} {spread(rates, ".1f")} images/s'
-        line += f'   first call {first}'
-        if rival != 'ours':
-          for index, kind in enumerate(('', ' in processor time')):
-            ratios = [
-              theirs[index] / ours[index]
-              for theirs, ours in zip(
-                seconds[task, rival], seconds[task, 'ours'], strict=True
-              )
-            ]
-            line += f'   {spread(ratios, ".2f")} x{kind}'
-        print(line, flush=True)
+    for task, by_rival in found.items():
+      for rival, times in by_rival.items():
+        rates = rivals.spread([images[task] / wall for wall, _ in times.turns], '.1f')
+        first = '{:.1f} s ({:.1f} of processors)'.format(*times.first)
+        line = f'  {task:<9} {rival:<10} {rates} images/s   first call {first}'
+        compared = rivals.ratios(times, by_rival['ours']) if rival != 'ours' else []
+        print('   '.join([line, *compared]), flush=True)
 
 
 if __name__ == '__main__':
