@@ -226,6 +226,10 @@ def _schedule_lines(
 ) -> list[str]:
   """Where the cycles go, and what would bound them."""
   cycles = schedule.cycles
+  if not (cycles or operations):
+    return [
+      'schedule    none: this program multiplies nothing, and takes next to no time'
+    ]
   if not cycles:
     why = (
       'this compiler notes no cycles; give --utilization'

@@ -1,6 +1,5 @@
 """BigGAN: its networks by the reference's numbers, its losses by closed forms."""
 
-import json
 import math
 import types
 
@@ -14,15 +13,14 @@ from etils import epath
 from experiments import digits_biggan
 from jaxrobust import generate
 from jaxrobust.config import dataset_info, generator
-from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
-from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.generators import adversarial, biggan, checks, fid, released, trained
+from jaxrobust.errors import UserError
+from jaxrobust.generators import adversarial, biggan, checks, fid, released
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.biggan import BigGAN, layers, training
 from jaxrobust.planning import device_programs
 from jaxrobust.runs import checkpoints
-from tests.helpers import ring, torch_archives
+from tests.helpers import fits, ring, torch_archives
 from tests.helpers.mutations import mutations
 from tests.helpers.programs import ROOT
 
@@ -327,11 +325,6 @@ def test_orthogonal_penalty():
 # A fit.
 
 
-def lines_of(folder):
-  lines = [json.loads(x) for x in (folder / 'metrics.jsonl').read_text().splitlines()]
-  return [{k: v for k, v in x.items() if not k.startswith('time/')} for x in lines]
-
-
 @pytest.fixture(scope='module')
 def fitted(tmp_path_factory):
   """The workdir of an uninterrupted fit of 4 iterations."""
@@ -346,7 +339,7 @@ def restored(folder, **fields):
 
 
 def test_metrics_say_how_it_goes(fitted):
-  *lines, judged = lines_of(fitted)
+  *lines, judged = fits.lines_of(fitted)
   assert set(judged) == {'step', fid.METRIC} and judged['step'] == 4
   names = (
     *('generator_loss', 'discriminator_loss', 'real_loss', 'fake_loss'),
@@ -363,41 +356,37 @@ def test_metrics_say_how_it_goes(fitted):
 def test_a_fit_that_is_stopped_ends_the_same(fitted, tmp_path, monkeypatch):
   """State of spectral norms, statistics and the average's late start included."""
   for count in (1, 2):  # Iterations until it is stopped: after the first and third.
-    with monkeypatch.context() as patch, pytest.raises(PreemptedError):
-      answers = iter([False] * (count - 1) + [True])
-      patch.setattr(parallel.Preemption, 'reached', lambda self, a=answers: next(a))
-      generate.main(make_config(), tmp_path, stage='fit')
+    fits.stop(monkeypatch, make_config(), tmp_path, count)
   generate.main(make_config(), tmp_path, stage='fit')
-  assert lines_of(tmp_path) == lines_of(fitted)
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    restored(tmp_path).variables,
-    restored(fitted).variables,
-  )
+  fits.assert_same_fit(tmp_path, fitted)
 
 
-@pytest.mark.parametrize('devices', [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_devices_change_no_number(fitted, use_devices, devices):
-  """The figures of four devices, each with half of a group, by fewer."""
-  use_devices(devices)
+@pytest.mark.slow
+def test_a_fit_that_is_killed_ends_the_same(fitted, compiled, tmp_path):
+  """Killed after 3 iterations, it goes on from the second."""
+  fields = {**TINY, 'labeller': 'condition'}
+  fits.kill(tmp_path, compiled, 3, 'digits_biggan.py', fields)
+  assert [x.name for x in (tmp_path / 'checkpoints').iterdir()] == ['2']
+  generate.main(make_config(), tmp_path, stage='fit')
+  fits.assert_same_fit(tmp_path, fitted)
+
+
+def test_one_device_gives_the_numbers_of_four(fitted, use_devices):
+  """Of which each has half of a group, here there are two groups."""
+  use_devices(1)
   config = make_config()
-  settings = config.generator
-  recipe = BigGAN.recipe(settings, INFO)
-  state = parallel.replicate(recipes.init_state(recipe, config.seed))
-  step = recipes.make_step(recipe, config.seed, 0)
-  real = datasets.load('digits', 'train', train_images=100, validation_images=400)
-  batches = trained._batches(real, INFO, settings.training, config.seed, 0)
-  for batch, expected in zip(batches, lines_of(fitted)[:-1], strict=True):
-    state, metrics = step(state, parallel.shard(batch))
-    for name, values in parallel.unreplicate(metrics).items():
+  recipe = BigGAN.recipe(config.generator, INFO)
+  found = fits.iterations(recipe, config.seed, fits.batches_of(config, INFO))
+  for expected in fits.lines_of(fitted)[:-1]:
+    state, metrics = next(found)
+    for name, value in metrics.items():
       # Means over 16 images, in another order.
-      assert np.mean(values) == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
+      assert value == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
   # Not the logs alone: what is averaged, with the state of norms and statistics. A step
   # of Adam is at most the rate, 1e-4, and by rounding's sign where a gradient is nil.
-  found = parallel.unreplicate(state).averaged
   of_four = checkpoints.read_step(epath.Path(fitted), 4)['averaged']
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
-  jax.tree.map(close, found, of_four)
+  jax.tree.map(close, state.averaged, of_four)
 
 
 def test_the_average_starts_late():
@@ -642,10 +631,13 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
 # A mixture in the plane.
 
 
-def ring_functions():
-  """MLPs with two hidden layers: numbers and a class to a point, both to a logit."""
-  mode = lambda moves: layers.Mode(
-    layers.INITIALIZERS['orthogonal'], epsilon=1e-8, moves=moves
+def ring_functions(group=0):
+  """MLPs with two hidden layers: numbers and a class to a point, both to a logit.
+
+  Points may be normalised in groups, by BatchNorm.
+  """
+  mode = lambda moves, **more: layers.Mode(
+    layers.INITIALIZERS['orthogonal'], epsilon=1e-8, moves=moves, **more
   )
   activate = lambda x: jax.nn.leaky_relu(x, 0.2)
 
@@ -654,7 +646,8 @@ def ring_functions():
     x = jnp.concatenate([latents, one_hot], -1)
     for size in (64, 64):
       x = activate(hk.Linear(size)(x))
-    return hk.Linear(2)(x).reshape(-1, 1, 1, 2)
+    x = hk.Linear(2)(x).reshape(-1, 1, 1, 2)
+    return layers.BatchNorm(mode(True, momentum=0.1, group=group))(x) if group else x
 
   def logits(images, classes, moves):
     x = images.reshape(-1, 2)
@@ -685,6 +678,27 @@ def ring_functions():
     latent_size=8,
     num_classes=ring.NUM_MODES,
   )
+
+
+def test_devices_change_no_number(use_devices):
+  """One, two and four of them, by what an iteration with four updates of D leaves.
+
+  The networks are small, and BatchNorm's groups are of 4 of the 8 images of an update.
+  """
+  fields = generator.get_config('biggan').generator.training
+  fields.update(batch_size=32, discriminator_steps=4, standing_batches=0)
+  recipe = fits.with_descent(training.make_recipe(ring_functions(group=4), fields))
+  batch = ring.batches(np.random.RandomState(0), (32,))
+  found = {}
+  for count in (1, 2, 4):
+    use_devices(count)
+    [found[count]] = fits.iterations(recipe, 0, [batch])
+  state, metrics = found.pop(1)
+  for others, figures in found.values():
+    # Float32 sums of 32 images in another order.
+    assert figures == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, others, state)
 
 
 def test_a_ring_of_eight_gaussians_is_learned_by_class():

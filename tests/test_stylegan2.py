@@ -1,6 +1,5 @@
 """StyleGAN2: its networks by the reference's numbers, its losses by closed forms."""
 
-import json
 import math
 import types
 
@@ -15,13 +14,13 @@ from jaxrobust import generate
 from jaxrobust.config import dataset_info, generator
 from jaxrobust.data import datasets, pipeline
 from jaxrobust.distributed import parallel
-from jaxrobust.errors import PreemptedError, UserError
-from jaxrobust.generators import checks, fid, trained
+from jaxrobust.errors import UserError
+from jaxrobust.generators import checks, fid
 from jaxrobust.generators import recipe as recipes
 from jaxrobust.generators.stylegan2 import StyleGAN2, layers, networks, training
 from jaxrobust.models import feature_networks
 from jaxrobust.planning import device_programs
-from tests.helpers import nvidia_files, ring
+from tests.helpers import fits, nvidia_files, ring
 from tests.helpers.programs import ROOT
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
@@ -47,7 +46,7 @@ TINY = {
   'generator.training.fid.interval_steps': 3,
   'generator.training.fid.samples': 40,
   'generator.training.log_interval_steps': 1,
-  'generator.training.checkpoint_interval_steps': 4,
+  'generator.training.checkpoint_interval_steps': 2,
   'samples.count': 20,
   'samples.batch_size': 4,
 }
@@ -419,11 +418,6 @@ def test_the_controller_follows_signs():
 # A fit.
 
 
-def lines_of(folder):
-  lines = [json.loads(x) for x in (folder / 'metrics.jsonl').read_text().splitlines()]
-  return [{k: v for k, v in x.items() if not k.startswith('time/')} for x in lines]
-
-
 @pytest.fixture(scope='module')
 def fitted(tmp_path_factory):
   """The workdir of an uninterrupted fit of 6 iterations."""
@@ -438,7 +432,7 @@ def restored(folder, **fields):
 
 
 def test_metrics_say_how_it_goes(fitted):
-  lines = [x for x in lines_of(fitted) if fid.METRIC not in x]
+  lines = [x for x in fits.lines_of(fitted) if fid.METRIC not in x]
   always = {'step'} | {
     f'train/{name}'
     for name in (
@@ -465,7 +459,9 @@ def test_metrics_say_how_it_goes(fitted):
 
 def test_the_distance_of_samples_is_measured_while_it_trains(fitted):
   """Of the average, in pixels; the last one is that of the file."""
-  measured = {x['step']: x[fid.METRIC] for x in lines_of(fitted) if fid.METRIC in x}
+  measured = {
+    x['step']: x[fid.METRIC] for x in fits.lines_of(fitted) if fid.METRIC in x
+  }
   assert list(measured) == [3, 6]
   images, _ = restored(fitted).sample(jax.random.key(0), np.arange(40), 4)
   real = datasets.load('digits', 'train', train_images=100, validation_images=400)
@@ -475,36 +471,36 @@ def test_the_distance_of_samples_is_measured_while_it_trains(fitted):
 
 
 def test_stopped_between_lazy_updates_it_ends_the_same(fitted, tmp_path, monkeypatch):
-  for count in (2, 3):  # Iterations until it is stopped: after the second and fifth.
-    with monkeypatch.context() as patch, pytest.raises(PreemptedError):
-      answers = iter([False] * (count - 1) + [True])
-      patch.setattr(parallel.Preemption, 'reached', lambda self, a=answers: next(a))
-      generate.main(make_config(), tmp_path, stage='fit')
+  for count in (3, 2):  # Iterations until it is stopped: after the third and fifth.
+    fits.stop(monkeypatch, make_config(), tmp_path, count)
   generate.main(make_config(), tmp_path, stage='fit')
-  assert lines_of(tmp_path) == lines_of(fitted)
-  for a, b in zip(
-    *(jax.tree.leaves(restored(x).variables) for x in (tmp_path, fitted)), strict=True
-  ):
-    np.testing.assert_array_equal(a, b)
+  fits.assert_same_fit(tmp_path, fitted)
 
 
-@pytest.mark.parametrize('devices', [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_devices_change_no_number(fitted, use_devices, devices):
-  """The figures of four devices, each with half of a group, by fewer."""
-  use_devices(devices)
+@pytest.mark.slow
+def test_killed_between_lazy_updates_it_ends_the_same(fitted, compiled, tmp_path):
+  """Killed after 3 iterations, it goes on from the second.
+
+  There R1's and the controller's intervals, of 3 and 4 iterations, are under way.
+  """
+  fields = {**TINY, 'labeller': 'condition'}
+  fits.kill(tmp_path, compiled, 3, 'digits_stylegan2.py', fields)
+  assert [x.name for x in (tmp_path / 'checkpoints').iterdir()] == ['2']
+  generate.main(make_config(), tmp_path, stage='fit')
+  fits.assert_same_fit(tmp_path, fitted)
+
+
+def test_one_device_gives_the_numbers_of_four(fitted, use_devices):
+  """Of which each has half of a group, here there are two groups."""
+  use_devices(1)
   config = make_config()
-  settings = config.generator
-  recipe = StyleGAN2.recipe(settings, INFO)
-  state = parallel.replicate(recipes.init_state(recipe, config.seed))
-  step = recipes.make_step(recipe, config.seed, 0)
-  real = datasets.load('digits', 'train', train_images=100, validation_images=400)
-  batches = trained._batches(real, INFO, settings.training, config.seed, 0)
-  lines = [x for x in lines_of(fitted) if fid.METRIC not in x]
-  for batch, expected in zip(batches, lines, strict=True):
-    state, metrics = step(state, parallel.shard(batch))
-    for name, values in parallel.unreplicate(metrics).items():
+  recipe = StyleGAN2.recipe(config.generator, INFO)
+  found = fits.iterations(recipe, config.seed, fits.batches_of(config, INFO))
+  lines = [x for x in fits.lines_of(fitted) if fid.METRIC not in x]
+  for (_, metrics), expected in zip(found, lines, strict=True):
+    for name, value in metrics.items():
       # Means over 16 images, in another order.
-      assert np.mean(values) == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
+      assert value == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
 
 
 def test_sample_i_depends_on_seed_and_i_only(fitted):
@@ -623,6 +619,38 @@ def ring_functions():
     style_size=8,
     num_styles=2,
   )
+
+
+def test_devices_change_no_number(use_devices):
+  """One, two and four of them, by what an iteration with both penalties leaves.
+
+  The networks are small, groups of deviations are of 8 of the 32 images, and R1 moves
+  D after its other loss.
+  """
+  fields = make_training(
+    **{'batch_size': 32, 'r1_gamma': 0.1},
+    **{'path_length_weight': 2.0, 'style_mixing': 0.5},
+  )
+  functions = ring_functions()
+
+  def logit_fn(params, images, classes):
+    deviation = networks._with_deviation(images, 8)[..., -1:]
+    return functions.logit_fn(params, images * (1 + deviation), classes)
+
+  recipe = training.make_recipe(functions._replace(logit_fn=logit_fn), fields)
+  recipe = fits.with_descent(recipe)
+  batch = ring.batches(np.random.RandomState(0), (32,))
+  found = {}
+  for count in (1, 2, 4):
+    use_devices(count)
+    [found[count]] = fits.iterations(recipe, 0, [batch])
+  state, metrics = found.pop(1)
+  assert {'train/r1', 'train/path_length'} < set(metrics)
+  for others, figures in found.values():
+    # Float32 sums of 32 images in another order.
+    assert figures == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, others, state)
 
 
 @pytest.mark.slow
