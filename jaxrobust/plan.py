@@ -199,8 +199,9 @@ def lines_of(
   """
   lines = [
     f'memory      {compiler.fits(result, chip.usable)}',
-    f'operations  {operations / program.images:.3e} FLOPs an image, all passes included; '
-    f'{operations * num_devices:.3e} a batch of {program.images * num_devices}',
+    f'operations  {operations / program.images:.3e} FLOPs an image, all passes '
+    f'included; {operations * num_devices:.3e} a batch of '
+    f'{program.images * num_devices}',
   ]
   if 'refused' in result:
     return lines
@@ -231,12 +232,7 @@ def _schedule_lines(
       'schedule    none: this program multiplies nothing, and takes next to no time'
     ]
   if not cycles:
-    why = (
-      'this compiler notes no cycles; give --utilization'
-      if operations
-      else 'it multiplies nothing'
-    )
-    return [f'schedule    none: {why}']
+    return ['schedule    none: this compiler notes no cycles; give --utilization']
   shares = {
     kind: sum(x.cycles for x in schedule.work if x.kind == kind) / cycles
     for kind in schedules.KINDS
