@@ -7,6 +7,7 @@ Blocks of equal shape stand in the tree as one block with a leading axis, and ru
 loop: XLA compiles each shape once, not each of the 162 blocks of the published network.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -189,8 +190,8 @@ def decode(
       if encoded is None:
         latent = latent_fn(number, mean, log_std)
       else:
-        both = jnp.concatenate([x, encoded[stage.size]], -1)
-        posterior = jnp.split(_block(own['posterior'], both), 2, -1)
+        found = _block(own['posterior'], x, encoded[stage.size])
+        posterior = jnp.split(found, 2, -1)
         latent = latent_fn(number, *posterior)
         rate = jnp.sum(divergence(*posterior, mean, log_std), (1, 2, 3))
       x = x + prior[..., 2 * network.latent :] + _conv(own['latent'], latent)
@@ -214,11 +215,21 @@ def divergence(
   return other_log_std - log_std - 0.5 + squares * jnp.exp(-2 * other_log_std) / 2
 
 
-def _block(params, x):
-  """What a bottleneck block makes of a map."""
+def _block(params, *maps):
+  """What a bottleneck block makes of maps, their channels side by side."""
   for name in ('c1', 'c2', 'c3', 'c4'):
-    x = _conv(params[name], jax.nn.gelu(x, approximate=False))
-  return x
+    maps = (_activated(params[name], *maps),)
+  return maps[0]
+
+
+# A loop copies all that it keeps for its gradient: here the maps alone, and the rest is
+# computed again. The gradient of the digits' network took 75 ms of CPU, and 42 so; with
+# erf in place of jax.nn.gelu's erfc, which has more digits far below 0, it takes 30.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _activated(params, *maps):
+  """Convolution of the maps after GELU."""
+  gelu = lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
+  return _conv(params, jnp.concatenate([gelu(x) for x in maps], -1))
 
 
 def _conv(params, x):
