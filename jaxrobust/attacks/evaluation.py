@@ -302,6 +302,28 @@ class Evaluator:
           )
     return self._outcome(run, classes, keep)
 
+  def lower(
+    self, variables: Any, images: np.ndarray, labels: np.ndarray
+  ) -> list[jax.stages.Lowered]:
+    """What a call with such arguments runs, to be compiled before it.
+
+    Args:
+      variables, images, labels: as of a call.
+
+    Returns:
+      Programs; once their `compile` was called, a call compiles none of them. Those of
+      a thorough evaluation are not all known before it.
+    """
+    images, labels = checks.inputs(images, labels)
+    record = Record(len(images), None, {})
+    run = _Run(variables, images, labels.astype(np.int32), record, 0, False)
+    batch = run.batch(np.arange(1), self._size(len(images)))
+    number = parallel.replicate(np.int32(0))
+    return [
+      mapped.lower(variables, *batch, number)
+      for mapped in (self._survey, *self._attempts)
+    ]
+
   def _outcome(self, run: '_Run', classes: int, keep: int) -> Outcome:
     """What the record says."""
     record = run.record

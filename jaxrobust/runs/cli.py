@@ -237,7 +237,13 @@ def _keep_compiled(workdir: str):
     return
   place = workdirs.cache_folder('compiled')
   if '://' in workdir:
-    place = f'{workdir.rstrip("/").rpartition("/")[0]}/compiled'
+    folder = workdir.rstrip('/')
+    beside = folder.rpartition('/')[0]
+    place = (
+      f'{beside if "://" in beside else folder}/compiled'  # It may be a whole bucket.
+    )
+    # XLA itself, which tunes GPUs' kernels, would write below a local folder `gs:`.
+    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
   jax.config.update('jax_compilation_cache_dir', str(place))
 
 

@@ -249,9 +249,17 @@ class Run:
       },
       note_fn=_note,
       evaluate_fn=None if self._data.validation is None else self._evaluate,
+      lower_fn=None if self._data.validation is None else self._lower,
     )
     with waiting.waiting('writing the final checkpoint'):
       return self._export()
+
+  def _lower(self, state: update.TrainState) -> list[jax.stages.Lowered]:
+    """The programs of an evaluation, which serve the averaged parameters, too."""
+    variables = state.params, state.net_state
+    return self._evaluator.lower(
+      variables, *cast(datasets.Split, self._data.validation)
+    )
 
   def _evaluate(self, state: update.TrainState) -> tuple[dict[str, float], float]:
     """Accuracies on the validation images, and the one that chooses a checkpoint."""

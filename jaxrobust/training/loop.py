@@ -5,6 +5,7 @@ classifiers and generators train by the same loop, so that both resume exactly.
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -90,6 +91,7 @@ class Loop:
     schedules: dict[str, Callable[[int], Any]],
     note_fn: Callable[[dict[str, float]], str],
     evaluate_fn: Callable | None = None,
+    lower_fn: Callable[[Any], list[jax.stages.Lowered]] | None = None,
     picture_fn: Callable | None = None,
     name: str = 'train',
   ) -> None:
@@ -108,6 +110,8 @@ class Loop:
       note_fn: `figures -> text` for the progress line.
       evaluate_fn: `state -> (figures, score)`, higher is better, None where it chooses
         no checkpoint; None for no evaluations.
+      lower_fn: `state -> programs` that evaluations run, to be compiled while the step
+        is; None where they are compiled when they are first run.
       picture_fn: `state -> picture` of what is learned so far, which the process that
         writes asks for at each checkpoint; None for none.
       name: of the run in progress lines.
@@ -122,7 +126,9 @@ class Loop:
     pending = None
     try:
       for step, batch in enumerate(batches, start=self.start + 1):
-        aloud = _compiling() if step == self.start + 1 else contextlib.nullcontext()
+        aloud = contextlib.nullcontext()
+        if step == self.start + 1:
+          aloud = _compiling(lower_fn(self.state) if lower_fn else [])
         with aloud:
           self.state, current = step_fn(self.state, parallel.shard(batch))
         # Metrics of step t - 1 are fetched while step t runs.
@@ -183,10 +189,31 @@ class Loop:
     self.checkpoints.save(step, state, score)
 
 
-def _compiling():
-  """Says so while the first call of a step compiles it."""
+@contextlib.contextmanager
+def _compiling(evaluation: list[jax.stages.Lowered]):
+  """Says so while the first call of a step compiles it, and compiles others beside it.
+
+  These were lowered, so that processes trace in one order whatever their threads do.
+  """
   hint = _HINT_FOR_TPUS if 'TPU' in parallel.kind_of_device() else ''
-  return waiting.waiting('compiling the training step', hint=hint, first=2.0)
+  what = f'compiling the training step{" and the evaluation" * bool(evaluation)}'
+  failed = []
+
+  def compile_evaluation():
+    try:
+      for program in evaluation:
+        program.compile()
+    except Exception as e:
+      failed.append(e)
+
+  # A step that fails does not wait for it.
+  thread = threading.Thread(target=compile_evaluation, daemon=True)
+  with waiting.waiting(what, hint=hint, first=2.0):
+    thread.start()
+    yield
+    thread.join()
+  if failed:
+    raise failed[0]
 
 
 class _Window:
