@@ -102,7 +102,7 @@ def share(items: list) -> list:
 
 def pmap(
   fn: Callable, donate_argnums: int | tuple[int, ...] = (), local: bool = False
-) -> Callable:
+) -> jax.stages.Wrapped:
   """Maps `fn` over all devices; inside, the collectives below may be used.
 
   Args:
