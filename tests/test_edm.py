@@ -23,6 +23,7 @@ from jaxrobust.runs import cli
 from jaxrobust.samples import sample_sets
 from jaxrobust.training import optimizer
 from tests.helpers import nvidia_files
+from tests.helpers.programs import FAST, ends
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 INFO = dataset_info.INFO['digits']
@@ -157,11 +158,15 @@ def test_devices_change_no_number(finished, use_devices):
 
 
 @pytest.mark.slow
-def test_processes_change_no_bit_of_the_samples(finished, call, tmp_path):
-  args = [f'--workdir={tmp_path}', *flags(), f'--config.fitted={finished}']
-  code, _, err = call('generate', *args, devices=2)
-  assert code == 0, err
-  assert sha256(tmp_path / 'samples') == sha256(finished / 'samples')
+def test_two_processes_do_all_that_one_does(pod, tmp_path):
+  """Fit and samples, bit for bit, by two devices in one and in two."""
+  for count in (1, 2):
+    args = [f'--workdir={tmp_path}/{count}', *flags()]
+    codes, texts = ends(pod(count, 'generate', *args, devices=2 // count, **FAST))
+    assert codes == [0] * count, texts
+  one, two = (tmp_path / count for count in '12')
+  assert_same_fit(one, two)
+  assert sha256(one / 'samples') == sha256(two / 'samples')
 
 
 def test_our_sampler_and_no_classes(finished, tmp_path):

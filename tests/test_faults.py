@@ -19,6 +19,7 @@ from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
 from jaxrobust.runs import checkpoints, process_group, workdir
 from tests.helpers.programs import (
+  FAST,
   ROOT,
   TINY,
   assert_same_file,
@@ -34,12 +35,6 @@ SHORT = [
   '--config.loss.name=standard',
   '--config.checkpoint.interval_epochs=0.25',
 ]
-# To optimise the programs takes longer than so few steps; and until the heartbeat's
-# time is over, the survivor of a killed process keeps a processor busy.
-FAST = {
-  'XLA_FLAGS': '--xla_backend_optimization_level=0',
-  'JAXROBUST_HEARTBEAT': '20',
-}
 
 
 def lines(workdir):

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 
 import jax
 import numpy as np
@@ -20,8 +19,8 @@ from jaxrobust.errors import PreemptedError, UserError
 from jaxrobust.generators import checks, trained, vdvae
 from jaxrobust.planning import device_programs
 from jaxrobust.runs import checkpoints
-from jaxrobust.samples import sample_sets
 from tests.helpers import labellers, tiny_gan
+from tests.helpers.programs import FAST, ends
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 INFO = dataset_info.INFO['digits']
@@ -242,31 +241,25 @@ def test_a_set_of_a_generator_without_classes_needs_a_labeller():
 
 
 @pytest.mark.slow
-def test_two_processes_fit_and_evaluate_alike(finished, labeller, start, tmp_path):
-  """One device each, in the place of four of one process: other sums of four."""
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    port = s.getsockname()[1]
+def test_two_processes_do_all_that_one_does(labeller, pod, tmp_path):
+  """Fit, evaluation and samples, bit for bit, by two devices in one and in two."""
   args = [
-    f'--workdir={tmp_path}',
     '--config=experiments/digits_vdvae.py',
     f'--config.labeller={labeller}',
     *(f'--config.{name}={value}' for name, value in TINY.items()),
-    f'--coordinator=localhost:{port}',
-    '--num_processes=2',
   ]
-  processes = [
-    start('generate', *args, f'--process_id={i}', devices=1) for i in range(2)
-  ]
-  for process in processes:
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-  for found, expected in zip(lines_of(tmp_path), lines_of(finished), strict=True):
-    for name in ('validation/bits_per_dim', 'test/bits_per_dim', 'train/loss'):
-      # Sums in another order, which six updates of rate 0.1 carry on.
-      assert (name in found) == (name in expected)
-      if name in expected:
-        assert found[name] == pytest.approx(expected[name], rel=1e-3)
-  assert (
-    sample_sets.SampleSet.open(tmp_path / 'samples').gather(np.arange(20)).std() > 5
+  for count in (1, 2):
+    workdir = f'--workdir={tmp_path}/{count}'
+    codes, texts = ends(
+      pod(count, 'generate', workdir, *args, devices=2 // count, **FAST)
+    )
+    assert codes == [0] * count, texts
+  one, two = (tmp_path / count for count in '12')
+  jax.tree.map(
+    np.testing.assert_array_equal, restore(one).variables, restore(two).variables
   )
+  assert sha256(one / 'samples') == sha256(two / 'samples')
+  bits = lambda folder: [
+    x['bits_per_dim'] for x in json.loads((folder / 'results.json').read_text())
+  ]
+  assert len(bits(one)) == 2 and bits(one) == bits(two)
