@@ -29,7 +29,7 @@ from jaxrobust.models import labeller as labelling
 from jaxrobust.models import parameter_files
 from jaxrobust.runs import checkpoints
 from jaxrobust.samples import sample_sets, selection
-from tests.helpers import labellers
+from tests.helpers import fits, labellers
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 INFO = dataset_info.INFO['digits']
@@ -63,12 +63,6 @@ def make_config(**fields):
   config = digits_ddpm.get_config().unlock()
   config.update_from_flattened_dict({**TINY, **fields})
   return config.lock()
-
-
-def sha256(folder):
-  return {
-    p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob('*.npy')
-  }
 
 
 @pytest.fixture(scope='module')
@@ -129,7 +123,7 @@ def test_interrupted_anywhere_it_ends_the_same(
   run()
   # The batch that was being drawn is finished, and none is drawn twice.
   assert calls == [0, 8, 16]
-  assert sha256(tmp_path / 'samples') == sha256(finished / 'samples')
+  assert fits.sha256(tmp_path / 'samples') == fits.sha256(finished / 'samples')
   found, expected = (np.load(x / 'generator.npz') for x in (tmp_path, finished))
   for name in expected.files:
     np.testing.assert_array_equal(found[name], expected[name])
@@ -192,7 +186,7 @@ def test_devices_change_no_bit_of_the_samples(finished, labeller, call, tmp_path
   """Two against the four of this process; below, two processes of one each."""
   code, _, err = call('generate', *arguments(finished, labeller, tmp_path), devices=2)
   assert code == 0, err
-  assert sha256(tmp_path / 'samples') == sha256(finished / 'samples')
+  assert fits.sha256(tmp_path / 'samples') == fits.sha256(finished / 'samples')
 
 
 KILLED = """
@@ -231,7 +225,7 @@ def test_killed_then_continued_by_two_processes(
   for process in processes:
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-  assert sha256(tmp_path / 'samples') == sha256(finished / 'samples')
+  assert fits.sha256(tmp_path / 'samples') == fits.sha256(finished / 'samples')
   assert not (tmp_path / 'drawn').exists()
 
 
@@ -253,7 +247,7 @@ def test_stages_alone_and_the_surest_samples(finished, labeller, tmp_path):
   run('select')
   pool = sample_sets.SampleSet.open(finished / 'samples')
   selection.subset(pool, tmp_path / 'set', top_fraction=0.5, shard_size=16)
-  assert sha256(tmp_path / 'run/samples') == sha256(tmp_path / 'set')
+  assert fits.sha256(tmp_path / 'run/samples') == fits.sha256(tmp_path / 'set')
   found = sample_sets.SampleSet.open(tmp_path / 'run/samples')
   assert found.confidence().min() > 0.1
   per_class = pool.metadata['counts']['per_class']

@@ -22,7 +22,7 @@ from jaxrobust.planning import device_programs
 from jaxrobust.runs import cli
 from jaxrobust.samples import sample_sets
 from jaxrobust.training import optimizer
-from tests.helpers import nvidia_files
+from tests.helpers import fits, nvidia_files
 from tests.helpers.programs import FAST, ends
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
@@ -64,19 +64,6 @@ def flags(**fields):
   values = {**TINY, **fields}
   config = ['--config=experiments/digits_edm.py']
   return [*config, *(f'--config.{name}={value}' for name, value in values.items())]
-
-
-def sha256(folder):
-  return {
-    p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob('*.npy')
-  }
-
-
-def assert_same_fit(a, b):
-  with np.load(a / 'generator.npz') as found, np.load(b / 'generator.npz') as expected:
-    assert found.files == expected.files
-    for name in expected.files:
-      np.testing.assert_array_equal(found[name], expected[name])
 
 
 @pytest.fixture(scope='module')
@@ -137,8 +124,8 @@ def test_a_fit_that_is_stopped_ends_the_same(finished, tmp_path, monkeypatch):
     run()
   assert not (tmp_path / 'generator.npz').exists()
   run()
-  assert_same_fit(tmp_path, finished)
-  assert sha256(tmp_path / 'samples') == sha256(finished / 'samples')
+  fits.assert_same_fit(tmp_path, finished)
+  assert fits.sha256(tmp_path / 'samples') == fits.sha256(finished / 'samples')
 
 
 def test_devices_change_no_number(finished, use_devices):
@@ -165,8 +152,8 @@ def test_two_processes_do_all_that_one_does(pod, tmp_path):
     codes, texts = ends(pod(count, 'generate', *args, devices=2 // count, **FAST))
     assert codes == [0] * count, texts
   one, two = (tmp_path / count for count in '12')
-  assert_same_fit(one, two)
-  assert sha256(one / 'samples') == sha256(two / 'samples')
+  fits.assert_same_fit(one, two)
+  assert fits.sha256(one / 'samples') == fits.sha256(two / 'samples')
 
 
 def test_our_sampler_and_no_classes(finished, tmp_path):
@@ -174,7 +161,7 @@ def test_our_sampler_and_no_classes(finished, tmp_path):
   fields = {'generator.sampling.sampler': 'dpm-solver++', 'fitted': str(finished)}
   config = make_config(**fields, **{'generator.sampling.churn': 0.0})
   generate.main(config, tmp_path)
-  assert sha256(tmp_path / 'samples') != sha256(finished / 'samples')
+  assert fits.sha256(tmp_path / 'samples') != fits.sha256(finished / 'samples')
   settings = make_config(
     **{'generator.network.conditional': False, 'generator.sampling.guidance': 0.0}
   ).generator
@@ -275,7 +262,7 @@ def test_released_weights_are_sampled(run, finished, tmp_path):
       assert found[name].tobytes() == array.tobytes(), name
   generate.main(make_config(fitted=str(folder)), tmp_path / 'samples')
   generate.main(make_config(), folder)
-  assert sha256(tmp_path / 'samples/samples') == sha256(folder / 'samples')
+  assert fits.sha256(tmp_path / 'samples/samples') == fits.sha256(folder / 'samples')
   code, _, err = run(source, folder / 'generator.npz')
   assert code == 1 and 'exists' in err
 

@@ -1,7 +1,6 @@
 """What all generators share: files, pictures, and one from outside the package."""
 
 import contextlib
-import json
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from jaxrobust.generators import recipe as recipes
 from jaxrobust.planning import device_programs
 from jaxrobust.runs import checkpoints
 from jaxrobust.samples import sample_sets
-from tests.helpers import labellers, tiny_gan
+from tests.helpers import fits, labellers, tiny_gan
 from tests.helpers.mutations import mutations
 from tests.helpers.programs import ROOT
 
@@ -45,22 +44,8 @@ def fitted(tmp_path_factory):
   return folder
 
 
-def lines_of(folder):
-  """Metrics without the time that they took."""
-  lines = [json.loads(x) for x in (folder / 'metrics.jsonl').read_text().splitlines()]
-  return [{k: v for k, v in x.items() if not k.startswith('time/')} for x in lines]
-
-
-def assert_same_fit(a, b):
-  with np.load(a / 'generator.npz') as found, np.load(b / 'generator.npz') as expected:
-    assert found.files == expected.files
-    for name in expected.files:
-      np.testing.assert_array_equal(found[name], expected[name])
-  assert lines_of(a) == lines_of(b)
-
-
 def test_its_own_metrics_and_learning_rates_are_written(fitted):
-  lines = lines_of(fitted)
+  lines = fits.lines_of(fitted)
   assert [x['step'] for x in lines] == [1, 2, 3, 4, 5, 6]
   always = {'step', 'train/discriminator_loss', 'train/discriminator_loss_skipped'}
   always |= {'train/generator_loss', 'train/real_sign'}
@@ -131,7 +116,7 @@ def test_a_fit_that_is_stopped_ends_the_same(fitted, tmp_path, monkeypatch, stop
     patch.setattr(parallel.Preemption, 'reached', lambda self: next(answers))
     fit(tmp_path)
   fit(tmp_path)
-  assert_same_fit(tmp_path, fitted)
+  fits.assert_same_fit(tmp_path, fitted)
 
 
 @pytest.mark.parametrize('count', [1, 2])
@@ -143,7 +128,7 @@ def test_devices_change_no_number(fitted, use_devices, count):
   state = parallel.replicate(recipes.init_state(recipe, config.seed))
   step = recipes.make_step(recipe, config.seed, 0)
   batches = trained_batches(config)
-  for batch, expected in zip(batches, lines_of(fitted), strict=True):
+  for batch, expected in zip(batches, fits.lines_of(fitted), strict=True):
     state, metrics = step(state, parallel.shard(batch))
     for name, values in parallel.unreplicate(metrics).items():
       # Means over 16 images, in another order.
@@ -165,7 +150,7 @@ def judged(tmp_path_factory):
 
 
 def errors_of(folder):
-  lines = lines_of(folder)
+  lines = fits.lines_of(folder)
   return {
     x['step']: x['validation/brightness_error']
     for x in lines
@@ -188,13 +173,13 @@ def test_the_best_of_the_evaluations_is_taken(judged, fitted):
   )
   for a, b in zip(*map(jax.tree.leaves, (found.variables, expected)), strict=True):
     np.testing.assert_array_equal(a, b)
-  assert [x for x in lines_of(folder) if 'train/penalty' in x] == [
-    x for x in lines_of(fitted) if 'train/penalty' in x
+  assert [x for x in fits.lines_of(folder) if 'train/penalty' in x] == [
+    x for x in fits.lines_of(fitted) if 'train/penalty' in x
   ]
   # The images of the split's name, and the samples of that step.
   test = datasets.load('digits', 'test').images.mean()
   images, _ = found.sample(jax.random.key(0), np.arange(8), 2)
-  line = next(x for x in lines_of(folder) if x['step'] == best and len(x) == 3)
+  line = next(x for x in fits.lines_of(folder) if x['step'] == best and len(x) == 3)
   assert line['test/brightness_error'] == pytest.approx(abs(images.mean() - test))
 
 
@@ -205,7 +190,7 @@ def test_stopped_before_an_evaluation_it_ends_the_same(judged, tmp_path, monkeyp
     patch.setattr(parallel.Preemption, 'reached', lambda self: next(answers))
     generate.main(config, tmp_path, stage='fit')
   generate.main(config, tmp_path, stage='fit')
-  assert_same_fit(tmp_path, folder)
+  fits.assert_same_fit(tmp_path, folder)
 
 
 def test_early_stopping_needs_validation_images():
@@ -222,8 +207,10 @@ def test_early_stopping_needs_validation_images():
 
 def test_updates_are_skipped_where_the_generator_says_so(fitted, tmp_path):
   fit(tmp_path, **{'generator.training.skip': 0.0})
-  assert all(x['train/discriminator_loss_skipped'] == 1 for x in lines_of(tmp_path))
-  assert not any(x['train/discriminator_loss_skipped'] for x in lines_of(fitted))
+  assert all(
+    x['train/discriminator_loss_skipped'] == 1 for x in fits.lines_of(tmp_path)
+  )
+  assert not any(x['train/discriminator_loss_skipped'] for x in fits.lines_of(fitted))
 
 
 def test_it_learns(tmp_path):

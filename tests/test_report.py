@@ -387,6 +387,12 @@ def test_files_of_a_table(maker, tmp_path, capsys, monkeypatch):
   strip = figures.image_rows({'a': [(done, digits.get_config())]})[-1]
   assert strip.title == 'adversarial for\na\n(4 of 10 stand, pgd-40)'
   assert strip.marks == (None,) * 4 + (0, 1, 2, 3, 0, 1)  # What the fallen are seen as.
+  # An evaluation of a checkpoint may hold out more images than there are.
+  judged = digits.get_config().unlock()
+  judged.dataset.validation_images = 1024
+  judged.evaluation.checkpoint = str(done)
+  groups = {'b': [(tmp_path, judged)], 'a': [(done, digits.get_config())]}
+  assert figures.image_rows(groups)[0].title == 'real, training'
   report.main(None, str(tmp_path), table='curves', tables=str(file))
   made = {x.name for x in (tmp_path / 'report').iterdir()}
   assert made == {'curves.md', 'curves.csv', 'curves.tex'} | {

@@ -165,7 +165,7 @@ def test_options_may_be_given_to_each_attack():
   ('suite', 'words'),
   [
     ('autoatack', ["'autoatack'", 'autoattack-plus', 'multitargeted']),
-    ('apgd-ce,clean', ["no attack or suite 'clean'", 'square']),
+    ('apgd-ce,clean', ["'clean' is a whole suite", 'square']),
     ('apgd-ce,squares', ["'squares'", 'use one of the suites']),
     ('apgd-ce:step=5', ["no option 'step=5'", 'num_steps, restarts']),
     ('apgd-ce:ball=5', ["no option 'ball=5'"]),

@@ -1,6 +1,5 @@
 """Runs of the very deep VAE: its fit, its evaluation, its samples, its plan."""
 
-import hashlib
 import json
 import os
 import signal
@@ -19,7 +18,7 @@ from jaxrobust.errors import PreemptedError, UserError
 from jaxrobust.generators import checks, trained, vdvae
 from jaxrobust.planning import device_programs
 from jaxrobust.runs import checkpoints
-from tests.helpers import labellers, tiny_gan
+from tests.helpers import fits, labellers, tiny_gan
 from tests.helpers.programs import FAST, ends
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
@@ -55,16 +54,6 @@ def make_config(**fields):
   return config.lock()
 
 
-def sha256(folder):
-  return {
-    p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob('*.npy')
-  }
-
-
-def lines_of(folder):
-  return [json.loads(x) for x in (folder / 'metrics.jsonl').read_text().splitlines()]
-
-
 @pytest.fixture(scope='module')
 def labeller(tmp_path_factory):
   """The workdir of a classifier that nobody trained."""
@@ -86,7 +75,7 @@ def restore(folder, **fields):
 
 
 def test_the_program_writes_what_it_says(finished):
-  lines = lines_of(finished)
+  lines = fits.lines_of(finished)
   trained_on = [x for x in lines if 'train/loss' in x]
   assert [x['step'] for x in trained_on] == [1, 2, 3, 4, 5, 6]
   rates = [0, 0.05, *[0.1] * 4]
@@ -103,7 +92,7 @@ def test_the_program_writes_what_it_says(finished):
 
 
 def test_the_best_by_validation_is_what_samples_come_from(finished):
-  lines = [x for x in lines_of(finished) if 'validation/bits_per_dim' in x]
+  lines = [x for x in fits.lines_of(finished) if 'validation/bits_per_dim' in x]
   assert [x['step'] for x in lines] == [2, 4, 6]
   assert all(x['test/bits_per_dim'] > 0 for x in lines)
   best = min(lines, key=lambda x: x['validation/bits_per_dim'])
@@ -179,11 +168,8 @@ def test_interrupted_anywhere_it_ends_the_same(
     run()
   run()
   assert calls == [0, 8, 16]
-  assert sha256(tmp_path / 'samples') == sha256(finished / 'samples')
-  untimed = lambda folder: [
-    {k: v for k, v in x.items() if not k.startswith('time/')} for x in lines_of(folder)
-  ]
-  assert untimed(tmp_path) == untimed(finished)
+  assert fits.sha256(tmp_path / 'samples') == fits.sha256(finished / 'samples')
+  assert fits.lines_of(tmp_path) == fits.lines_of(finished)
   jax.tree.map(
     np.testing.assert_array_equal,
     restore(tmp_path).variables,
@@ -220,7 +206,7 @@ def test_one_device_computes_the_same_loss(finished):
   loss, _ = jax.jit(lambda params: phase.loss_fn(params, {}, batch, rngs))(
     saved['params']
   )
-  [line] = [x for x in lines_of(finished) if x['step'] == 5]
+  [line] = [x for x in fits.lines_of(finished) if x['step'] == 5]
   # Float32 rounding of a mean of 8 sums.
   assert float(loss) == pytest.approx(line['train/loss'], rel=1e-5)
 
@@ -258,7 +244,7 @@ def test_two_processes_do_all_that_one_does(labeller, pod, tmp_path):
   jax.tree.map(
     np.testing.assert_array_equal, restore(one).variables, restore(two).variables
   )
-  assert sha256(one / 'samples') == sha256(two / 'samples')
+  assert fits.sha256(one / 'samples') == fits.sha256(two / 'samples')
   bits = lambda folder: [
     x['bits_per_dim'] for x in json.loads((folder / 'results.json').read_text())
   ]

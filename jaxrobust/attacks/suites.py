@@ -199,6 +199,11 @@ def _attack(suite: str, item: str, ball: norms.Ball) -> Attack:
   """An attack from its name and options."""
   name, *options = item.split(':')
   attacks = registries.ATTACKS
+  if name in SUITES and name not in attacks:
+    raise UserError(
+      f'suite {suite!r}: {name!r} is a whole suite, which is given alone; what commas '
+      f'join are attacks: {", ".join(attacks.names())}'
+    )
   if name not in attacks:
     near = registries.did_you_mean(name, [*SUITES, *attacks.names()])
     raise UnknownNameError(

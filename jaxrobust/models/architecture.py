@@ -65,7 +65,8 @@ def infer(params: Mapping, source: str) -> Architecture:
     raise UserError(
       f'{source} has {names} … for names, and neither '
       f'network here has: they start with {" or ".join(first)}; if there is a .pt of '
-      'it, take that, whose names are known'
+      'it, take that, whose names are known; a network of your own stays in its '
+      'workdir, which stands for it wherever a checkpoint is asked for'
     )
   family = first[stem]
   shape = lambda module: _shape(params, module, source)

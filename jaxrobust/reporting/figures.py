@@ -387,7 +387,9 @@ def image_rows(groups: dict) -> list[Strip]:
       sample_set = sample_sets.SampleSet.open(source)
       generated = sample_set.gather(np.arange(min(_SHOWN, len(sample_set)))) / 255
       rows.append(Strip(f'generated\n{epath.Path(source).parent.name}', generated))
-  dataset = next((c.dataset for _, c in first.values()), None)
+  # What evaluates another run's checkpoint has no training images of its own.
+  trained = (c for _, c in first.values() if not c.evaluation.checkpoint)
+  dataset = next((c.dataset for c in trained), None)
   named = dataset is not None and dataset.name in dataset_info.INFO
   if named and dataset_info.of(dataset).is_bundled:
     real = datasets.of(dataset, 'train').images[:_SHOWN]
