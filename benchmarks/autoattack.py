@@ -72,7 +72,7 @@ def train(name, steps):
   return state.ema_params, state.ema_net_state
 
 
-def ours(path, images, labels, norm, batch_size):
+def ours(path, images, labels, norm, epsilon, batch_size):
   """(robust count, seconds, seconds of them compiling)."""
   import jax
 
@@ -101,14 +101,14 @@ def ours(path, images, labels, norm, batch_size):
     images,
     labels,
     norm=norm,
-    epsilon=EPSILON[norm],
+    epsilon=epsilon,
     batch_size=batch_size,
   )
   seconds = time.perf_counter() - start
   return int(outcome.robust.sum()), seconds, sum(compiling)
 
 
-def published(path, images, labels, norm, batch_size):
+def published(path, images, labels, norm, epsilon, batch_size, device='cpu'):
   """The same by the published implementation."""
   import torch
   from autoattack import AutoAttack
@@ -125,15 +125,17 @@ def published(path, images, labels, norm, batch_size):
   )
   state = pytorch.to_state_dict(params, net_state)
   network.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
-  network.eval()
+  network.eval().to(device)
   inputs = torch.tensor(images / 255, dtype=torch.float32).permute(0, 3, 1, 2)
-  inputs, targets = inputs.contiguous(), torch.tensor(labels, dtype=torch.long)
-  torch.set_num_threads(fastest_threads(torch, network, inputs[:batch_size]))
+  inputs = inputs.contiguous().to(device)
+  targets = torch.tensor(labels, dtype=torch.long, device=device)
+  if device == 'cpu':
+    torch.set_num_threads(fastest_threads(torch, network, inputs[:batch_size]))
   judge = AutoAttack(
     network,
     norm=norm.replace('l', 'L'),
-    eps=EPSILON[norm],
-    device='cpu',
+    eps=epsilon,
+    device=device,
     seed=0,
     verbose=False,
   )
@@ -199,7 +201,9 @@ def main():
     for turn in range(args.rounds):
       for rival in sorted(found, reverse=turn % 2 == 1):
         mine, theirs = context.Pipe()
-        task = (theirs, rival, path, images, labels, args.norm, args.batch_size)
+        epsilon = EPSILON[args.norm]
+        task = (theirs, rival, path, images, labels, args.norm, epsilon)
+        task += (args.batch_size,)
         process = context.Process(target=serve, args=task)
         process.start()
         found[rival].append(mine.recv())

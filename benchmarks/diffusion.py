@@ -38,9 +38,9 @@ CASES = {
 }
 
 
-def make_settings(experiment, channels):
-  """(`config.generator`, the data set's info)."""
-  from jaxrobust.config import dataset_info, experiments
+def make_config(experiment, channels):
+  """The experiment's, as it is compared."""
+  from jaxrobust.config import experiments
 
   config = experiments.load(experiment).unlock()
   settings = config.generator
@@ -49,19 +49,20 @@ def make_settings(experiment, channels):
   if settings.name == 'edm':
     settings.training.update(augmentation=0.0, flip=False)
     settings.sampling.update(sampler='heun', num_steps=18)
-  return settings, dataset_info.of(config.dataset)
+  return config
 
 
-def jax_tasks(settings, info, train_batch, sample_batch):
+def jax_tasks(config, train_batch, sample_batch):
   """Functions that make one step and draw one batch, and the number of parameters."""
   import jax
   import numpy as np
 
-  from jaxrobust.config import registries
+  from jaxrobust.config import dataset_info, registries
   from jaxrobust.data import pipeline
   from jaxrobust.distributed import parallel
   from jaxrobust.generators import recipe as recipes
 
+  settings, info = config.generator, dataset_info.of(config.dataset)
   kind = registries.GENERATORS.get(settings.name)
   recipe = kind.recipe(settings, info)
   fresh = jax.jit(lambda: recipes.init_state(recipe, 0))()
@@ -88,11 +89,17 @@ def jax_tasks(settings, info, train_batch, sample_batch):
   return {'training': train, 'sampling': sample}, num_params
 
 
-def torch_tasks(settings, info, train_batch, sample_batch, channels_last):
+def torch_tasks(
+  config, train_batch, sample_batch, channels_last, device='cpu', compiled=False
+):
   """The same in PyTorch."""
   import torch
 
+  from jaxrobust.config import dataset_info
+
+  settings, info = config.generator, dataset_info.of(config.dataset)
   torch.manual_seed(0)
+  torch.set_default_device(device)
   training, is_edm = settings.training, settings.name == 'edm'
   layout = torch.channels_last if channels_last else torch.contiguous_format
   to_layout = lambda x: x.contiguous(memory_format=layout)
@@ -105,9 +112,13 @@ def torch_tasks(settings, info, train_batch, sample_batch, channels_last):
   images = torch.randint(0, 256, (train_batch, channels, height, width))
   images = to_layout(images.to(torch.uint8))
   loss_fn, draw = (torch_edm if is_edm else torch_ddpm)(settings)
+  torch.set_default_device(None)  # It costs something at every call.
+  fitted, drawing = network, average
+  if compiled:
+    fitted, drawing = torch.compile(network), torch.compile(average)
 
   def train():
-    loss = loss_fn(network, images.float() / 127.5 - 1)
+    loss = loss_fn(fitted, images.float() / 127.5 - 1)
     adam.zero_grad()
     loss.backward()
     if not is_edm:
@@ -119,8 +130,9 @@ def torch_tasks(settings, info, train_batch, sample_batch, channels_last):
 
   @torch.inference_mode()
   def sample():
-    x = draw(average, to_layout(torch.randn(sample_batch, channels, height, width)))
-    return ((x.clamp_(-1, 1) + 1) * 127.5).round_().to(torch.uint8)
+    noise = torch.randn(sample_batch, channels, height, width, device=device)
+    x = draw(drawing, to_layout(noise))
+    return ((x.clamp_(-1, 1) + 1) * 127.5).round_().to(torch.uint8).cpu()
 
   count = sum(p.numel() for p in params)
   return {'training': train, 'sampling': sample}, count
@@ -143,7 +155,7 @@ def torch_ddpm(settings):
   )
 
   def loss_fn(network, clean):
-    times = torch.randint(0, len(process.betas), (len(clean),))
+    times = torch.randint(0, len(process.betas), (len(clean),), device=clean.device)
     noise = torch.randn_like(clean)
     noisy = signals[times] * clean + spreads[times] * noise
     return functional.mse_loss(network(noisy, times.float()), noise)
@@ -152,7 +164,7 @@ def torch_ddpm(settings):
     before = torch.zeros_like(x)
     for i in range(len(table.times)):
       row = table._make(float(column[i]) for column in table)
-      noise = network(x, torch.full((len(x),), row.times))
+      noise = network(x, torch.full((len(x),), row.times, device=x.device))
       clean = ((x - row.sigmas * noise) / row.signals).clamp_(-1, 1)
       x = row.keep * x + row.now * clean + row.before * before
       before = clean
@@ -176,20 +188,20 @@ def torch_edm(settings):
   )
 
   def denoise(network, x, sigma):
-    classes = torch.zeros(len(x), dtype=torch.long)
+    classes = torch.zeros(len(x), dtype=torch.long, device=x.device)
     total = sigma**2 + data**2
     out = network(x * total.rsqrt(), sigma.flatten().log() / 4, classes)
     return data**2 / total * x + sigma * data * total.rsqrt() * out
 
   def loss_fn(network, clean):
-    normal = torch.randn(len(clean), 1, 1, 1)
+    normal = torch.randn(len(clean), 1, 1, 1, device=clean.device)
     sigma = (training.log_sigma_mean + training.log_sigma_deviation * normal).exp()
     weight = (sigma**2 + data**2) / (sigma * data) ** 2
     noisy = clean + sigma * torch.randn_like(clean)
     return (weight * (denoise(network, noisy, sigma) - clean) ** 2).mean()
 
   def draw(network, x):
-    level = lambda x, sigma: torch.full((len(x), 1, 1, 1), float(sigma))
+    level = lambda x, s: torch.full((len(x), 1, 1, 1), float(s), device=x.device)
     slope = lambda x, sigma: (x - denoise(network, x, level(x, sigma))) / float(sigma)
     x = x * float(levels[0])
     for sigma, following in zip(levels[:-1], levels[1:], strict=True):
@@ -406,7 +418,7 @@ def torch_edm_network(network, info):
       if self.classes is not None:
         known = functional.one_hot(classes, num_classes).float()
         x = x + self.classes(known * num_classes**0.5)
-      embedding = self.embed(x + self.labels(torch.zeros(len(x), 9)))
+      embedding = self.embed(x + self.labels(x.new_zeros(len(x), 9)))
       x = self.first(images)
       skips = [x]
       for block in self.down:
@@ -425,7 +437,7 @@ def torch_edm_network(network, info):
 def make(rival, case):
   """Both tasks of a rival, and its number of parameters."""
   experiment, channels, train_batch, sample_batch, num_steps = CASES[case]
-  args = (*make_settings(experiment, channels), train_batch, sample_batch)
+  args = make_config(experiment, channels), train_batch, sample_batch
   if rival.startswith('torch'):
     tasks, num_params = torch_tasks(*args, rival == 'torch-last')
   else:

@@ -71,13 +71,13 @@ def dense_set(path, num_images):
   return sample_sets.write(path, batches, metadata={}, num_classes=10)
 
 
-def ours(real, sample_set, steps):
+def ours(real, sample_set, steps, batch_size=BATCH):
   """Our batches."""
   return pipeline.train_batches(
     real,
     sample_set,
     [pipeline.Share(REAL_FRACTION)],
-    batch_size=BATCH,
+    batch_size=batch_size,
     steps=steps,
     seed=0,
     real_repeats=REPEATS,

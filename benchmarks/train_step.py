@@ -24,14 +24,27 @@ EPSILON, NUM_STEPS, BETA = 8 / 255, 10, 6.0
 CASES = ('wrn-16-4:64', 'wrn-28-4:32')
 
 
-def jax_step(name, batch_size, plain=False):
-  """A function that makes one step, waits for it and returns the loss."""
+def make_config(name, batch_size, dtype='float32'):
+  """Of the paper's recipe for CIFAR-10, BatchNorm over the whole batch."""
+  from jaxrobust.config import experiments
+
+  config = experiments.load(f'cifar10_linf:{name}').unlock()
+  config.data.batch_size = config.model.batch_norm_group = batch_size
+  config.model.compute_dtype = dtype
+  return config
+
+
+def jax_step(config, plain=False, batches=None):
+  """A function that makes one step, waits for it and returns the loss.
+
+  On the next of `batches` of uint8 images, or always on the same one.
+  """
   import jax
   import numpy as np
 
   from jaxrobust import config as configs
   from jaxrobust import models
-  from jaxrobust.config import dataset_info, experiments
+  from jaxrobust.config import dataset_info
   from jaxrobust.distributed import parallel
   from jaxrobust.models import convolution
   from jaxrobust.training import optimizer, update
@@ -44,8 +57,7 @@ def jax_step(name, batch_size, plain=False):
       'SAME',
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
-  config = experiments.load(f'cifar10_linf:{name}').unlock()
-  config.data.batch_size = config.model.batch_norm_group = batch_size
+  batch_size = config.data.batch_size
   model = models.from_config(config.model, dataset_info.INFO['cifar10'])
   sgd = optimizer.make(config.optimizer, configs.resolve(config))
   state = parallel.replicate(jax.jit(lambda: update.init_state(config, model, sgd))())
@@ -62,14 +74,17 @@ def jax_step(name, batch_size, plain=False):
 
   def step():
     nonlocal state
-    state, metrics = step_fn(state, batch)
+    now = parallel.shard(next(batches)) if batches else batch
+    state, metrics = step_fn(state, now)
     return float(jax.block_until_ready(metrics)['train/loss'][0])
 
   return step
 
 
-def torch_step(name, batch_size, channels_last=False):
-  """The same in PyTorch."""
+def torch_step(
+  name, batch_size, channels_last=False, device='cpu', dtype='float32', compiled=False
+):
+  """The same in PyTorch; bfloat16 is that of its automatic mixed precision."""
   import copy
 
   import torch
@@ -80,6 +95,7 @@ def torch_step(name, batch_size, channels_last=False):
 
   info = dataset_info.INFO['cifar10']
   torch.manual_seed(0)
+  torch.set_default_device(device)
   depth, width = map(int, name.split('-')[1:])
 
   class Norm(nn.BatchNorm2d):
@@ -149,17 +165,26 @@ def torch_step(name, batch_size, channels_last=False):
     nesterov=True,
   )
   average = copy.deepcopy(network)
+  torch.set_default_device(None)  # It costs something at every call.
+  forward = torch.compile(network) if compiled else network
   divergence = lambda log_q, log_p: functional.kl_div(
     log_q, log_p, log_target=True, reduction='sum'
   )
 
+  def log_probabilities(x):
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16'):
+      logits = forward(x)
+    return functional.log_softmax(logits.float(), 1)
+
   def attack(log_p):
+    # Only the images' gradient is wanted, and only it is computed.
+    network.requires_grad_(False)
     x = images + torch.empty_like(images).uniform_(-EPSILON, EPSILON)
     x = x.clamp_(0, 1)
     first, second = torch.zeros_like(x), torch.zeros_like(x)
     for i in range(NUM_STEPS):
       x.requires_grad_(True)
-      loss = divergence(functional.log_softmax(network(x), 1), log_p)
+      loss = divergence(log_probabilities(x), log_p)
       (gradient,) = torch.autograd.grad(loss, x)
       with torch.no_grad():
         first.mul_(0.9).add_(gradient, alpha=0.1)
@@ -169,15 +194,15 @@ def torch_step(name, batch_size, channels_last=False):
         )
         x = x.detach() + (0.1 if i < 5 else 0.01) * update
         x = torch.min(torch.max(x, images - EPSILON), images + EPSILON).clamp_(0, 1)
+    network.requires_grad_(True)
     return x
 
   def step():
-    log_p = functional.log_softmax(network(images), 1)
-    # Only the images' gradient is wanted, and only it is computed.
+    log_p = log_probabilities(images)
     adversarial = attack(log_p.detach())
     for norm in norms:
       norm.moves = True
-    log_q = functional.log_softmax(network(adversarial), 1)
+    log_q = log_probabilities(adversarial)
     for norm in norms:
       norm.moves = False
     loss = functional.nll_loss(log_p, labels) + (
@@ -200,7 +225,7 @@ def make(rival, case):
   if rival.startswith('torch'):
     step = torch_step(name, int(batch_size), rival == 'torch-last')
   else:
-    step = jax_step(name, int(batch_size), rival == 'plain')
+    step = jax_step(make_config(name, int(batch_size)), rival == 'plain')
   return {'step': rivals.Task(step)}, None
 
 
