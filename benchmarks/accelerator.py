@@ -112,7 +112,8 @@ def rehearsal(case: Case) -> Case:
   model = 'wrn-10-1'
   if case.kind == 'diffusion':
     model = case.model.replace('cifar10', 'digits')
-  return case._replace(rivals=names, model=model, batch=16, samples=16, device='cpu')
+  size = 64 if case.kind in ('step', 'input') else 16  # It holds whole shares.
+  return case._replace(rivals=names, model=model, batch=size, samples=16, device='cpu')
 
 
 class Facts(NamedTuple):
@@ -463,6 +464,7 @@ def main() -> None:
     ('CUDA_VISIBLE_DEVICES', '0'),
     ('XLA_PYTHON_CLIENT_PREALLOCATE', 'false'),
     ('TF_CPP_MIN_LOG_LEVEL', '3'),
+    ('TF_ENABLE_ONEDNN_OPTS', '0'),  # It says so at any level.
     *([('JAX_NUM_CPU_DEVICES', '1')] if args.cpu else []),
   ):
     os.environ.setdefault(name, value)
