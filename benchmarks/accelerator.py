@@ -465,7 +465,7 @@ def main() -> None:
     ('XLA_PYTHON_CLIENT_PREALLOCATE', 'false'),
     ('TF_CPP_MIN_LOG_LEVEL', '3'),
     ('TF_ENABLE_ONEDNN_OPTS', '0'),  # It says so at any level.
-    *([('JAX_NUM_CPU_DEVICES', '1')] if args.cpu else []),
+    *((('JAX_NUM_CPU_DEVICES', '1'), ('OMP_NUM_THREADS', '1')) if args.cpu else ()),
   ):
     os.environ.setdefault(name, value)
   if args.cpu:

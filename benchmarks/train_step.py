@@ -101,7 +101,9 @@ def torch_step(
   class Norm(nn.BatchNorm2d):
     """Batch statistics; the running ones move only when they should."""
 
-    moves = False
+    def __init__(self, channels):
+      super().__init__(channels)
+      self.moves = False  # Of the instance, or it would be compiled twice.
 
     def forward(self, x):
       running = (self.running_mean, self.running_var) if self.moves else (None, None)
