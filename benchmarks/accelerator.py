@@ -97,8 +97,8 @@ CASES = {
   'step-float32': Case('step', _STEP[:2], 'wrn-28-10', 512),
   'autoattack': Case('autoattack', ('ours', 'published'), 'wrn-28-10', 64),
   'input': Case('input', ('ours',), '', 1024, 'uint8', 60),
-  'edm': Case('diffusion', _STEP, 'cifar10_edm', 128, seconds=120, samples=128),
-  'ddpm': Case('diffusion', _STEP, 'cifar10_ddpm', 128, seconds=120, samples=256),
+  'edm': Case('diffusion', _STEP, 'cifar10_edm', 128, seconds=240, samples=128),
+  'ddpm': Case('diffusion', _STEP, 'cifar10_ddpm', 128, seconds=240, samples=256),
   'step-1024-bfloat16': Case('step', _STEP, 'wrn-28-10', 1024, 'bfloat16'),
   'step-1024-float32': Case('step', _STEP[:2], 'wrn-28-10', 1024),
   'step-70-16-bfloat16': Case('step', _STEP[:2], 'wrn-70-16', 512, 'bfloat16', 200),
@@ -113,7 +113,9 @@ def rehearsal(case: Case) -> Case:
   if case.kind == 'diffusion':
     model = case.model.replace('cifar10', 'digits')
   size = 64 if case.kind in ('step', 'input') else 16  # It holds whole shares.
-  return case._replace(rivals=names, model=model, batch=size, samples=16, device='cpu')
+  return case._replace(
+    rivals=names, model=model, batch=size, samples=16, device='cpu', seconds=600
+  )
 
 
 class Facts(NamedTuple):
