@@ -63,6 +63,7 @@ from jaxrobust.config import classifier, dataset_info
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
+from jaxrobust.models import card as cards
 from jaxrobust.models import parameter_files, zoo
 from jaxrobust.runs import (
   checkpoints,
@@ -94,8 +95,8 @@ def default_config(workdir: str, suite: str, checkpoint: str) -> config_dict.Con
     given = f'--checkpoint={checkpoint}'
     zoo.refuse_absent(checkpoint, given)
     raise UserError(
-      f'{given}: nothing says what its network is; give --config, '
-      'the name of a released checkpoint, or a file with a model card'
+      f'{given}: nothing says what its network is{cards.of_others(checkpoint)}; give '
+      '--config, the name of a released checkpoint, or a file with a model card'
     )
   config, card = classifier.get_config(), found.card
   config.dataset.name = card.dataset
@@ -219,11 +220,14 @@ def _find(config, workdir) -> tuple[str, epath.Path]:
   known = {'dataset': found.card.dataset}
   for field, value in found.card.model.items():
     said[f'model.{field}'], known[f'model.{field}'] = config.model[field], value
+  source, remedy = 'the config', 'correct the config, or leave out --config'
+  if checkpoint and workdirs.has_run(workdir):  # Its config is the workdir's.
+    source, remedy = f'the run in {workdir}', 'give another --workdir'
   for field, value in known.items():
     if said[field] != value:
       raise UserError(
-        f'the config says {field} {said[field]}, and {checkpoint or workdir} is known '
-        f'to have {value}: correct the config, or leave out --config'
+        f'{source} says {field} {said[field]}, and {checkpoint or workdir} is known to '
+        f'have {value}: {remedy}'
       )
   return found.card.name, found.path
 

@@ -265,6 +265,23 @@ def test_what_a_checkpoint_is_comes_from_itself(
   assert not (tmp_path / 'x').exists()
 
 
+@pytest.mark.slow
+def test_remedies_of_a_workdir_that_holds_something_else(judged, trained, capsys):
+  """One with evaluations alone has no checkpoint of its own to judge elsewhere."""
+  was = results(judged)
+  given = [f'--workdir={judged}', f'--checkpoint={trained}', f'--suite={SUITE}', *TINY]
+  assert run(*given, '--config.evaluation.num_images=90') == 1
+  line = capsys.readouterr().err
+  assert 'threat.epsilon: 0.05 → 0.2' in line
+  assert line.endswith(f'--workdir=OTHER --checkpoint={trained}\n')
+  other = '--checkpoint=cifar10_l2_wrn28-10_ddpm_v2'
+  assert run(f'--workdir={trained}', other) == 1
+  line = capsys.readouterr().err
+  assert f'the run in {trained} says dataset digits' in line
+  assert line.endswith('give another --workdir\n') and '--config' not in line
+  assert results(judged) == was
+
+
 def test_a_released_checkpoint_needs_no_config(tmp_path):
   config = evaluate.default_config('', '', 'mnist_linf_wrn28-10_without')
   assert config.dataset.name == 'mnist' and config.threat.epsilon == 0.3

@@ -83,6 +83,12 @@ def test_refuses_in_one_line(name, arguments, words):
   assert '\n' not in line and all(word in line for word in words), line
 
 
+def test_a_flag_that_is_like_none_gets_no_suggestion():
+  """Its dashes are no likeness: --list and --register share six letters with them."""
+  with pytest.raises(UserError, match='--list is not a flag of .*--config.FIELD$'):
+    parse('train', '--workdir=x', '--list=false')
+
+
 def test_overrides_are_kept_apart_in_every_spelling():
   given = parse(
     *('train', '--workdir', 'x', '--config=a.py:b', '--config.a.b=1', '--config.c'),

@@ -123,6 +123,21 @@ def test_few_images_hold_out_a_tenth_unless_it_is_set(folder):
   assert dataset_info.held_out(100, 120) == 100
 
 
+def test_counts_of_another_data_set_are_told_together(folder):
+  """As of an experiment for digits, which holds out 400 images and trains on 100."""
+  path, _ = folder
+  counts = {'dataset.validation_images': 400, 'dataset.train_images': 100}
+  with pytest.raises(UserError) as e:
+    datasets.record(own(path, **counts))
+  assert '12 training images, and the config holds out 400 and trains on 100' in str(
+    e.value
+  )
+  remedy = '--config.dataset.validation_images=1 --config.dataset.train_images=None'
+  assert str(e.value).endswith(remedy)
+  remedied = {'dataset.validation_images': 1, 'dataset.train_images': None}
+  assert datasets.record(own(path, **remedied)).dataset.train_size == 12
+
+
 def test_known_data_sets_are_recorded_as_they_are():
   config = classifier.get_config('digits')
   assert datasets.record(config) is config

@@ -95,6 +95,7 @@ def test_a_device_without_memory_is_told_in_one_line():
   full = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory\nallocating 9')
   line = str(parallel.memory_error(full))
   assert 'Out of memory allocating 9' in line and '--suggest' in line
+  assert 'a smaller config.data.batch_size' in line
   assert parallel.memory_error(jax.errors.JaxRuntimeError('INTERNAL: x')) is None
   assert parallel.memory_error(ValueError('RESOURCE_EXHAUSTED: memory')) is None
 

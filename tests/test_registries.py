@@ -165,6 +165,31 @@ def test_a_name_that_the_file_of_a_run_registers_is_told_with_that_file(
     )
 
 
+def test_a_file_that_registers_something_else_is_not_asked_for_again(own_loss, capsys):
+  _, file, run = own_loss
+  given = [f'--register={file}', f'--workdir={run}-2', '--config=digits']
+  assert cli._run(train.PROGRAM, [*given, '--config.loss.name=yours']) == cli.ERROR
+  [line] = capsys.readouterr().err.splitlines()
+  assert line.endswith(f'; {file} registers nothing of that name')
+  given[0] = f'--register={file}x'
+  assert cli._run(train.PROGRAM, given) == cli.ERROR
+  [line] = capsys.readouterr().err.splitlines()
+  assert f'{file}x: no such file' in line and 'digits' not in line
+
+
+def test_an_epsilon_of_another_norm_is_pointed_out(own_loss, capsys, monkeypatch):
+  said = []
+  monkeypatch.setattr(
+    cli.logging, 'warning', lambda text, *args: said.append(text % args)
+  )
+  program = cli.Program('train', lambda config, workdir: None)
+  given = ['--config=digits', '--config.threat.norm=l2']
+  for more in ([], ['--config.threat.epsilon=1']):
+    cli._config(program, cli.flags.parse(program, ['--workdir=x', *given, *more]))
+  [line] = said
+  assert 'epsilon stays 0.2, which was meant for linf' in line
+
+
 def test_files_are_run_for_what_they_register_alone(own_loss):
   """With another config; who judges a run does not change what it was made with."""
   _, file, run = own_loss

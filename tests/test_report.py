@@ -129,6 +129,19 @@ def test_runs_that_differ_in_much_are_told_apart_by_their_folders(tmp_path):
   ]
 
 
+def test_names_show_numbers_as_people_write_them(tmp_path):
+  for name, levels in (('a', 8), ('b', 16)):
+    add_run(tmp_path, name, [0.6], **{'threat.epsilon': levels / 255})
+  add_run(tmp_path, 'c', [0.6], **{'training.num_steps': 77})
+  found = runs_table.lines(runs_table.find(epath.Path(tmp_path)))
+  names = sorted(runs_table.names_of(found))
+  assert [name.partition(' (')[2] for name in names] == [
+    'threat.epsilon=0.2, training.num_steps=77)',
+    'threat.epsilon=16/255, training.num_steps=1,000)',
+    'threat.epsilon=8/255, training.num_steps=1,000)',
+  ]
+
+
 def test_names_leave_out_what_has_no_effect(tmp_path):
   for name, share in (('a', 0.33), ('b', 0.5)):
     add_run(tmp_path, name, [0.6], **{'data.real_fraction': share})

@@ -438,6 +438,9 @@ def test_several_epsilons_make_a_curve(tmp_path):
   }
   batches.clear()
   assert list(found) == [0.01, 0.1] and found[0.01].clean_accuracy == 1
+  assert found[0.1 + 1e-9] is found[0.1]  # As of 25.5 / 255.
+  with pytest.raises(KeyError, match='epsilon 0.2 was not measured, but 0.01, 0.1'):
+    found[0.2]
   alone = judge(linear, IMAGES, LABELS, epsilon=0.01, suite='apgd-ce:num_steps=3')
   np.testing.assert_array_equal(found[0.01].robust, alone.robust)
   assert found[0.01].robust_accuracy > found[0.1].robust_accuracy
@@ -503,14 +506,14 @@ def test_progress_is_seen_off_a_terminal(capsys, monkeypatch):
     logging.set_verbosity(verbosity)
   err = capsys.readouterr().err
   assert 'clean: 24 of 24 images' in err and ' a second' in err
-  assert '0:00 left' in err and 'robust 100.00%' in err
+  assert '0:00 left' in err and 'clean 100.00%' in err
 
 
 def test_progress_in_a_notebook_is_a_bar(capsys, monkeypatch):
   monkeypatch.setitem(sys.modules, 'ipykernel', types.ModuleType('ipykernel'))
   evaluate_robustness(linear, IMAGES, LABELS, 'linf', 0.1, 'clean', batch_size=8)
   err = capsys.readouterr().err
-  assert 'clean: 100%' in err and '24/24' in err and 'robust 100.00%' in err
+  assert 'clean: 100%' in err and '24/24' in err and 'clean 100.00%' in err
 
 
 def test_the_example_holds():

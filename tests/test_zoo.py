@@ -1,5 +1,6 @@
 """Released checkpoints by name, model cards, and what a path is known to be."""
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -10,8 +11,9 @@ from etils import epath
 
 from experiments import digits
 from jaxrobust import config as configs
+from jaxrobust import evaluate
 from jaxrobust.errors import UserError
-from jaxrobust.models import architecture, parameter_files, zoo
+from jaxrobust.models import architecture, classifier, parameter_files, zoo
 from jaxrobust.models import card as cards
 from tests.helpers import mutations
 from tests.helpers.random_variables import random_variables
@@ -104,10 +106,23 @@ def test_an_absent_path_is_told_with_the_names_beside_it(tmp_path):
   for name in ('digits', 'half'):
     (tmp_path / name).mkdir()
   zoo.refuse_absent(str(tmp_path / 'half'), 'x')
+  with pytest.raises(UserError, match="x: 'abc' is no step of .*half: give its number"):
+    zoo.refuse_absent(str(tmp_path / 'half@abc'), 'x')
   with pytest.raises(UserError, match='x: it does not exist; did you mean .*/half?'):
     zoo.refuse_absent(str(tmp_path / 'halve'), 'x')
   with pytest.raises(UserError, match='not exist; give a file .* lists them.*, or y'):
     zoo.refuse_absent(str(tmp_path / 'absent' / 'z'), 'x', ', or y')
+
+
+def test_a_card_of_other_formats_is_named(tmp_path, workdir):
+  card = dataclasses.replace(cards.from_workdir(workdir), formats=('.npy',))
+  (tmp_path / 'x.json').write_text(card.to_json())
+  (tmp_path / 'x.pt').write_bytes(b'')
+  said = r'nothing says what its network is \(.*x.json is the card of .npy alone\)'
+  with pytest.raises(UserError, match=said):
+    classifier.load(tmp_path / 'x.pt')
+  with pytest.raises(UserError, match=said):
+    evaluate.default_config(str(tmp_path / 'y'), '', str(tmp_path / 'x.pt'))
 
 
 def test_nothing_known_is_none(tmp_path):

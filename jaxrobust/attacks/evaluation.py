@@ -460,9 +460,11 @@ class _Run:
         keep=self.keep,
         write=parallel.is_writer(),
       )
-      robust = np.mean(record.fallen == STANDING)
+      # Before the attacks an image counts once it was seen.
+      seen = record.fallen if number else record.fallen[: part[-1] + 1]
+      note = f'{"robust" if number else "clean"} {np.mean(seen == STANDING):.2%}'
       # An image that fell needs none of its further attempts.
-      advance(len(part) + int(fell.sum()) * (left - 1), f'robust {robust:.2%}')
+      advance(len(part) + int(fell.sum()) * (left - 1), note)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ parameters, as long as the function lives: define it once.
 
 import html
 import json
+import math
 import os
 import re
 import weakref
@@ -48,7 +49,7 @@ from jaxrobust.attacks.evaluation import Evaluator, Outcome
 from jaxrobust.attacks.record import Record
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
-from jaxrobust.runs import metrics
+from jaxrobust.runs import metrics, waiting
 from jaxrobust.runs import workdir as workdirs
 
 # Of each function, what was compiled for it: by its program, attacks and numbers.
@@ -57,6 +58,13 @@ _COMPILED: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
 
 class Curve(dict[float, Outcome]):
   """Outcomes by epsilon, in the order in which these were given."""
+
+  def __missing__(self, epsilon: float) -> Outcome:
+    for known in self:
+      if math.isclose(known, epsilon, rel_tol=1e-6):
+        return self[known]
+    measured = ', '.join(f'{known:.4g}' for known in self)
+    raise KeyError(f'epsilon {epsilon} was not measured, but {measured}')
 
   def to_dict(self) -> dict[float, dict]:
     """The figures of each, as JSON values."""
@@ -274,7 +282,8 @@ def run(
   size = -(-min(batch_size, len(images)) // parallel.num_local_devices())
   index = np.arange(len(images), dtype=np.int32)
   replicated = parallel.replicate((variables, np.float32(ball.epsilon)))
-  return parallel.map_in_batches(attack_fn, replicated, (*rows, index), size)
+  with waiting.waiting(f'{attack} on {len(images)} images, with its compilation'):
+    return parallel.map_in_batches(attack_fn, replicated, (*rows, index), size)
 
 
 def _labelled(progress, prefix: str):

@@ -19,6 +19,7 @@ Importing this module imports neither tensorflow nor scikit-learn.
 import importlib
 import os
 import pathlib
+import re
 import tempfile
 import types
 import zlib
@@ -157,6 +158,15 @@ def record(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   where = dataset.name, dataset.data_dir, dataset.path
   train, test = (_open(where[0], split, *where[1:]) for split in ('train', 'test'))
   held_out = dataset_info.held_out(dataset.validation_images, train.size)
+  if not 0 <= held_out <= train.size - (dataset.train_images or 1):
+    # Both, as an experiment for another data set may set both.
+    used = dataset.train_images or 'the rest'
+    raise UserError(
+      f'{dataset.path or dataset.name} has {train.size} training images, and the '
+      f'config holds out {held_out} and trains on {used}: '
+      f'a tenth is --config.dataset.validation_images={train.size // 10} '
+      '--config.dataset.train_images=None'
+    )
   images, _ = _cut(train, dataset.name, 'train', dataset.train_images, held_out)
   if held_out != dataset.validation_images:
     found['dataset.validation_images'] = held_out
@@ -304,8 +314,8 @@ def _check_archives(name: str, builder, archives: str, unpacked: str) -> None:
       _use_unpacked(builder, unpacked)
       return
   raise UserError(
-    f"archives={archives} lacks {', '.join(missing)}: put {name}'s official archives "
-    f'there ({", ".join(files)}), or leave archives out to download them'
+    f"--archives={archives} lacks {', '.join(missing)}: put {name}'s official archives "
+    f'there ({", ".join(files)}), or leave --archives out to download them'
   )
 
 
@@ -476,8 +486,10 @@ def _builder(name: str, data_dir: str):
   try:
     return tfds.builder(official_name, data_dir=data_dir or None)
   except (tfds.core.DatasetNotFoundError, ValueError, TypeError) as error:
+    known = tfds.list_builders(with_community_datasets=False)
+    near = registries.did_you_mean(re.split('[/:]', str(official_name))[0], known)
     raise UserError(
-      f'tensorflow-datasets cannot open {official_name!r}: {_first_line(error)}'
+      f'tensorflow-datasets cannot open {official_name!r}: {_first_line(error)}{near}'
     ) from error
 
 

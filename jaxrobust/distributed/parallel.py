@@ -329,10 +329,10 @@ def memory_error(e: Exception) -> UserError | None:
   ):
     return None
   return UserError(
-    f'the memory of a device is too small ({text[:200]}): use more devices, '
-    'config.model.remat, or a higher config.training.accumulation, of which '
-    'jaxrobust plan --suggest says what fits; generators and evaluations: a '
-    'smaller batch_size'
+    f'the memory of a device is too small ({text[:200]}): train on more devices, with '
+    'config.model.remat or a higher config.training.accumulation (jaxrobust plan '
+    '--suggest says what fits), or else with a smaller config.data.batch_size; '
+    'generate and evaluate with a smaller batch_size'
   )
 
 

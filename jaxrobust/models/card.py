@@ -238,6 +238,14 @@ def beside(checkpoint: str | epath.Path) -> Card | None:
   return dataclasses.replace(card, formats=())
 
 
+def of_others(checkpoint: str | epath.Path) -> str:
+  """' (… is of other formats)' if the card beside a file is not of it, else ''."""
+  path, ending = path_of(checkpoint), epath.Path(checkpoint).suffix
+  if not ending or not path.exists() or not (formats := read(path).formats):
+    return ''
+  return f' ({path} is the card of {", ".join(formats)} alone)'
+
+
 def _own_images(values) -> dict:
   """Classes and shape of a card's images, where its data set is not a known one."""
   if _text(values, 'dataset') in dataset_info.INFO:

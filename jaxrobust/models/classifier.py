@@ -1,5 +1,6 @@
 """A trained network with its parameters, as one function of images."""
 
+import contextlib
 import functools
 import html
 import os
@@ -18,6 +19,7 @@ from jaxrobust.errors import UserError
 from jaxrobust.models import card as cards
 from jaxrobust.models import parameter_files, pytorch, zoo
 from jaxrobust.models.card import Card
+from jaxrobust.runs import waiting
 
 # Of logits of a PyTorch module and of the same network here: sums of float32 in another
 # order, relative to the largest logit.
@@ -65,15 +67,23 @@ class Classifier:
     Raises:
       UserError: for images of another shape or type.
     """
-    return self._logits((self.params, self.net_state), self._pixels(images))
+    return self._of(self._logits, images)
 
   def features(self, images: Any) -> jax.Array:
     """What the last layer sees, float [B, F]; arguments as of a call."""
-    return self._features((self.params, self.net_state), self._pixels(images))
+    return self._of(self._features, images)
 
   def predict(self, images: Any) -> jax.Array:
     """The class of each image, int [B]; arguments as of a call."""
     return self(images).argmax(axis=-1)
+
+  def _of(self, program, images) -> jax.Array:
+    pixels = self._pixels(images)
+    waited = contextlib.nullcontext()
+    if not isinstance(pixels, jax.core.Tracer):
+      waited = waiting.waiting(f'compiling {self.card.name} for {len(pixels)} images')
+    with waited:
+      return program((self.params, self.net_state), pixels)
 
   def _pixels(self, images) -> jax.Array:
     """Images as the network takes them: float in [0, 1]."""
@@ -143,8 +153,9 @@ def load(
   else:
     zoo.refuse_absent(path, path)
     raise UserError(
-      f'{path}: nothing says what its network is; give config=, an experiment such as '
-      f'cifar10_linf:wrn-28-10; or {zoo.where_to_get(epath.Path(path))}'
+      f'{path}: nothing says what its network is{cards.of_others(path)}; give config=, '
+      'an experiment such as cifar10_linf:wrn-28-10; or '
+      f'{zoo.where_to_get(epath.Path(path))}'
     )
   return Classifier(card, *parameter_files.load(file, card.build()))
 

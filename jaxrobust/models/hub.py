@@ -22,7 +22,7 @@ from jaxrobust.models.card import Card, has_attack
 
 PREFIX = 'hf:'
 FILE = 'model.safetensors'
-_INSTALL = "install it (from a clone: pip install -e '.[hub]')"
+_INSTALL = "install it (from a clone: pip install '.[hub]')"
 # Names of errors of requests, httpx, the system and huggingface_hub, none of which need
 # be installed.
 _NO_CONNECTION = {

@@ -47,7 +47,7 @@ _NESTED = ('model_ema', 'ema', 'model_state_dict', 'state_dict', 'model', 'net')
 # Buffers of wrappers that normalise; here they belong to the config.
 _NORMALISATION = {'mean': 'mean', 'mu': 'mean', 'std': 'std', 'sigma': 'std'}
 _MAX_NAME, _MAX_COUNT = 200, 2**31
-_INSTALL = "install PyTorch 2.6 or newer (from a clone: pip install -e '.[torch]')"
+_INSTALL = "install PyTorch 2.6 or newer (from a clone: pip install '.[torch]')"
 
 
 def to_state_dict(params: Any, net_state: Any) -> dict[str, np.ndarray]:

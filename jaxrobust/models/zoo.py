@@ -216,6 +216,9 @@ def refuse_absent(name_or_path: str, given: str, otherwise: str = '') -> None:
   path, _ = split_step(epath.Path(name_or_path).expanduser())
   if path.exists():
     return
+  workdir, at, step = str(path).rpartition('@')
+  if at and epath.Path(workdir).is_dir():
+    raise UserError(f'{given}: {step!r} is no step of {workdir}: give its number')
   beside = path.parent.iterdir() if path.parent.is_dir() else ()
   near = difflib.get_close_matches(path.name, [x.name for x in beside], 3)
   remedy = f'{where_to_get(path)}{otherwise}'

@@ -135,7 +135,7 @@ def devices(topology: str) -> list:
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(
       "libtpu is not installed, which has the TPU's compiler: "
-      "from a clone, pip install -e '.[plan]'"
+      "from a clone, pip install '.[plan]'"
     )
   # Without these libtpu looks for a TPU, and waits for it.
   for name, value in (

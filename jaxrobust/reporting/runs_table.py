@@ -98,7 +98,9 @@ def names_of(found: list[Line]) -> list[str]:
       for x in sorted(flat[0].keys() - ignored)
       if len({str(f.get(x)) for f in flat}) > 1
     ]
-    said = [', '.join(f'{x}={f[x]}' for x in differing if x in f) for f in flat]
+    said = [
+      ', '.join(f'{x}={_shown(x, f[x])}' for x in differing if x in f) for f in flat
+    ]
     is_known = len(set(said)) == len(set(map(str, flat)))
     for line, differs in zip(group, said, strict=True):
       if not is_known or len(differing) > _MAX_FIELDS:
@@ -132,6 +134,16 @@ def markdown(runs: list[tuple[epath.Path, config_dict.ConfigDict]]) -> str:
     share = f'{data.real_fraction:.0%} real' if data.samples else 'real'
     text.append(f'| {" | ".join([name, share, str(len(line.entries)), *cells])} |')
   return '\n'.join(text) + '\n'
+
+
+def _shown(path: str, value: object) -> str:
+  """A field's value in a name."""
+  if path == 'threat.epsilon' and isinstance(value, float):
+    return _radius(value)
+  if isinstance(value, float) and len(str(value)) > 6:
+    return f'{value:.4g}'
+  # What one that is None comes to, of `configs.unset`.
+  return str(value).removeprefix('None (').partition(' by the other')[0]
 
 
 def _radius(epsilon: float) -> str:

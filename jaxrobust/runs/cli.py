@@ -165,6 +165,8 @@ def _hint(e: UserError, given: flags.Given) -> str:
     own = path.endswith('.py') and not path.startswith(str(experiments.folder()))
     if flag in ('--register', '--config') and own:
       files.append(f'--register={path}')
+  if given.register:
+    return f'; {", ".join(given.register)} registers nothing of that name'
   if given.config or not files:
     return '; one of your own needs --register=FILE.py, which registers it'
   return (
@@ -190,6 +192,11 @@ def _config(program: Program, given: flags.Given):
   """
   config = None
   for file in given.register:
+    if not os.path.isfile(file):
+      raise UserError(
+        f'--register={file}: no such file; give the file of Python that registers '
+        'what is your own'
+      )
     experiments.load_file(file)
   if given.config:
     config = experiments.load(given.config)
@@ -200,7 +207,17 @@ def _config(program: Program, given: flags.Given):
 
     config = workdirs.read_config(given.workdir)
   if config is not None:
+    before = config.get('threat', {}).get('norm')
     overrides.apply(config, given.overrides)
+    is_kept = before and 'threat.epsilon' not in given.overrides
+    if is_kept and before != config.threat.norm and not program.passes_on:
+      logging.warning(
+        'config.threat.epsilon stays %.4g, which was meant for %s: give '
+        '--config.threat.epsilon with --config.threat.norm=%s',
+        config.threat.epsilon,
+        before,
+        config.threat.norm,
+      )
     ignored = configs.ignored(config)
     for path, text in given.overrides.items():
       if path in ignored and not program.passes_on:  # A sweep's points may use it.

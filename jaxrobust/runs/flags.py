@@ -240,7 +240,9 @@ def _nearest(given: str, names: list[str], program: Program) -> str:
     hint = fields.nearest(known, path).replace('mean config.', 'mean --config.')
     if hint.endswith((f'--config.{path}?', f'.{path}?')):
       return hint
-  near = registries.did_you_mean(head, names[:-1] if dot else names)
+  known = [name.lstrip('-') for name in (names[:-1] if dot else names)]
+  near = registries.did_you_mean(head.lstrip('-'), known)  # The dashes are no likeness.
+  near = near.replace('did you mean ', 'did you mean --')
   return near.replace('--config?', f'--config{dot}{rest}?')
 
 

@@ -99,12 +99,15 @@ def claim(
   folder = epath.Path(workdir)
   path = folder / _CONFIG
   if path.exists():
-    found = configs.differences(read_config(folder), config)
+    known = read_config(folder)
+    found = configs.differences(known, config)
     if changed := [x for x in found if x.partition(':')[0] not in free]:
+      # A workdir that only evaluations were made in has no checkpoint of its own.
+      judged = known.get('evaluation', {}).get('checkpoint') or folder
       raise UserError(
         f'{folder} holds a run with another config (its value → yours, '
         f'{"; ".join(changed)}): leave out what differs, or use another --workdir; to '
-        f'evaluate its checkpoint so: --workdir=OTHER --checkpoint={folder}'
+        f'evaluate its checkpoint so: --workdir=OTHER --checkpoint={judged}'
       )
     if found and parallel.is_writer():
       write(path, configs.to_json(config))
