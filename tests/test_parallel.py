@@ -57,6 +57,19 @@ def test_large_memory_is_kept_on_cpu():
   assert count() - before < 3_000
 
 
+@pytest.mark.parametrize(
+  'given, expected',
+  [
+    ('', '--xla_tpu_scoped_vmem_limit_kib=65536'),
+    ('--xla_a=1', '--xla_a=1 --xla_tpu_scoped_vmem_limit_kib=65536'),
+    (2 * ('--xla_tpu_scoped_vmem_limit_kib=16384',)),
+  ],
+)
+def test_the_tpu_compiler_keeps_what_the_user_asks(given, expected):
+  assert parallel._with_scoped_memory(given) == expected
+  assert parallel._with_scoped_memory(expected) == expected
+
+
 def test_mean_over_devices_leaves_integers_alone():
   out = parallel.pmap(parallel.mean_over_devices)(
     {'x': jnp.arange(4.0), 'n': jnp.full(4, 7)}

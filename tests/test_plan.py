@@ -306,6 +306,9 @@ def test_results_are_kept_by_content(tmp_path, monkeypatch):
     compile_for('d', 'v3:2x2', 'INTERNAL: a fault')
   files = list((tmp_path / 'plan').iterdir())
   assert len(files) == 4 and all(json.loads(f.read_text()) for f in files)
+  monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_tpu_scoped_vmem_limit_kib=16384')
+  compile_for('a', 'v3:2x2')
+  assert Lowered.compilations == 6
 
 
 @pytest.mark.parametrize(
@@ -398,10 +401,43 @@ def test_a_batch_must_divide_over_the_slice():
     device_programs.of(small(), 'train', 5)
 
 
-@pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None,
   reason="the TPU's compiler is not installed: pip install libtpu",
 )
+
+
+@needs_libtpu
+@pytest.mark.parametrize('given, mebibytes', [('', (16, 64)), ('16384', (0, 16))])
+def test_a_convolution_gets_memory_of_the_core(given, mebibytes):
+  """Of 64 MiB it takes what large tiles need; a limit of the user's holds."""
+  program = """
+import jax, jax.numpy as jnp, re
+from jaxrobust.distributed import parallel
+from jaxrobust.planning import hardware
+shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+convolve = lambda x, k: jax.lax.conv_general_dilated(
+  x, k, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')) + x
+text = parallel.lower_for(
+  hardware.devices('v5e:1x1'), convolve,
+  (shape(128, 32, 32, 160), shape(3, 3, 160, 160))).compile().as_text()
+used = re.findall(r'"used_scoped_memory_configs":\\[[^\\]]*"size":"(\\d+)"', text)
+print(max(int(n) for n in used))
+"""
+  arguments = f'--xla_tpu_scoped_vmem_limit_kib={given}' if given else ''
+  done = subprocess.run(
+    [sys.executable, '-c', program],
+    env={**os.environ, 'LIBTPU_INIT_ARGS': arguments},
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr
+  least, most = (n * 2**20 for n in mebibytes)
+  assert least < int(done.stdout) <= most
+
+
+@needs_libtpu
 def test_compiles_for_a_tpu(tmp_path):
   """A small network for four chips of v4, then the same from the cache."""
   command = [

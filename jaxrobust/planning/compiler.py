@@ -36,9 +36,10 @@ def compile_for(devices: list, topology: str, program: device_programs.Program) 
   """
   lowered = parallel.lower_for(devices, program.fn, program.arguments, program.donated)
   versions = [importlib.metadata.version(name) for name in ('jax', 'libtpu')]
+  options = os.environ['LIBTPU_INIT_ARGS']  # which `parallel` sets
   key = hashlib.sha256(
     '\n'.join(
-      [_FORMAT, topology, *versions, str(program.rounds), lowered.as_text()]
+      [_FORMAT, topology, *versions, options, str(program.rounds), lowered.as_text()]
     ).encode()
   ).hexdigest()
   path = workdirs.cache_folder('plan') / f'{key}.json'
