@@ -378,7 +378,7 @@ def test_the_total_of_a_table(capsys, monkeypatch):
 
 def test_libtpu_is_optional_and_its_absence_told(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(UserError, match=r"pip install -e '.\[plan\]'"):
+  with pytest.raises(UserError, match=r"pip install '.\[plan\]'"):
     hardware.devices('v3:2x2')
 
 
