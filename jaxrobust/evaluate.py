@@ -59,7 +59,7 @@ from jaxrobust import models
 from jaxrobust.attacks import norms, suites
 from jaxrobust.attacks.evaluation import Evaluator, Outcome
 from jaxrobust.attacks.record import Record
-from jaxrobust.config import classifier, dataset_info
+from jaxrobust.config import classifier, dataset_info, fields
 from jaxrobust.data import datasets
 from jaxrobust.distributed import parallel
 from jaxrobust.errors import UserError
@@ -102,8 +102,19 @@ def default_config(workdir: str, suite: str, checkpoint: str) -> config_dict.Con
   config.dataset.name = card.dataset
   run = zoo.split_step(found.path)[0]
   run = run.parent if run.name == workdirs.CHECKPOINT else run
-  if card.dataset not in dataset_info.INFO and workdirs.has_run(run):
-    config.dataset.update(workdirs.read_config(run).dataset)  # Images of one's own.
+  if workdirs.has_run(run):  # What it is called by, and the images of one's own.
+    trained = workdirs.read_config(run)
+    if card.dataset not in dataset_info.INFO:
+      config.dataset.update(trained.dataset)
+    known = fields.flatten(config)  # An earlier version may have had others.
+    config = fields.replace(
+      config,
+      {
+        path: value
+        for path, value in fields.flatten(trained).items()
+        if path in known and path.split('.')[0] in ('data', 'loss', 'seed', 'variant')
+      },
+    ).unlock()
   config.threat.norm, config.threat.epsilon = card.norm, card.epsilon
   config.model.update(card.model)
   return config

@@ -57,6 +57,29 @@ def test_its_own_metrics_and_learning_rates_are_written(fitted):
   assert lines[0]['train/learning_rate_discriminator'] == 1e-3
 
 
+@pytest.mark.parametrize(
+  ('shape', 'value', 'said'),
+  [
+    ((64,), 0.0, 'Flat draws [3, 64], where images are [3, 8, 8, 1]'),
+    ((8, 8, 1), np.nan, 'Flat drew 3 images that are 0 everywhere, as of'),
+  ],
+)
+def test_draws_that_are_no_images_are_pointed_out(shape, value, said, caplog):
+  class Flat(generator.Generator):
+    conditional = classmethod(lambda cls, settings: False)
+    make_draw = classmethod(
+      lambda cls, settings, info: (
+        lambda v, rngs, classes: jnp.full((len(rngs), *shape), value)
+      )
+    )
+
+  flat = Flat({}, config_dict.ConfigDict({'name': 'flat'}), INFO)
+  refused = contextlib.suppress(UserError)
+  with pytest.raises(UserError) if len(shape) == 1 else refused as e:
+    flat.sample(jax.random.key(0), np.arange(3), 3)
+  assert said in (caplog.text if len(shape) == 3 else str(e.value))
+
+
 def test_pictures_show_what_is_learned(fitted):
   """At each checkpoint: the first samples of the seed, as the set will have them."""
   pictures = sorted((fitted / 'figures').iterdir())

@@ -138,6 +138,14 @@ def test_counts_of_another_data_set_are_told_together(folder):
   assert datasets.record(own(path, **remedied)).dataset.train_size == 12
 
 
+def test_a_class_without_test_images_is_pointed_out(folder, caplog):
+  path, _ = folder
+  (path / 'test' / 'bear').rename(path / 'bear')
+  found = datasets.load('folder', 'test', path=str(path))
+  assert set(found.labels) == {0, 2}
+  assert f'{path} has no test images of bear' in caplog.text
+
+
 def test_known_data_sets_are_recorded_as_they_are():
   config = classifier.get_config('digits')
   assert datasets.record(config) is config

@@ -414,6 +414,17 @@ def test_a_second_call_compiles_nothing_and_sees_other_weights():
   assert dropped() is None
 
 
+@pytest.mark.parametrize(
+  ('epsilon', 'words'),
+  [('8/255', "epsilon = '8/255' is text"), ((), 'epsilon is empty')],
+)
+def test_what_is_no_epsilon_is_told(epsilon, words):
+  with pytest.raises(UserError, match=words):
+    evaluate_robustness(linear, IMAGES, LABELS, 'linf', epsilon)
+  with pytest.raises(UserError, match='epsilon = '):
+    attacks.run('pgd', linear, IMAGES, LABELS, 'linf', epsilon or (0.1, 0.2))
+
+
 def test_several_epsilons_make_a_curve(tmp_path):
   batches = []
 

@@ -121,6 +121,7 @@ def test_a_count_takes_the_same_share_of_each_class(tmp_path):
     ({'count': 3, 'seed': -1}, 'seed = -1: give a number from 0'),
     ({'count': 3, 'top_fraction': 0.5}, 'one of'),
     ({'top_fraction': 0}, 'above 0'),
+    ({'count': 11}, '--count=11: .* has 10 samples; choose 1 to 10'),
     ({'top_fraction': 1.5}, 'up to 1'),
     ({'count': 11}, 'up to 1'),
     # 3, 3 and 2 of classes with 6, 2 and 2.

@@ -125,6 +125,22 @@ def test_a_card_of_other_formats_is_named(tmp_path, workdir):
     evaluate.default_config(str(tmp_path / 'y'), '', str(tmp_path / 'x.pt'))
 
 
+def test_a_run_that_is_judged_elsewhere_keeps_its_name(tmp_path, workdir):
+  """Else tables would say of what was trained on samples that it saw real images."""
+  trained = configs.from_json((workdir / 'config.json').read_text()).unlock()
+  trained.data.samples, trained.seed = str(tmp_path / 'pca' / 'samples'), 3
+  trained.loss.name, trained.evaluation.suite = 'of-my-own', 'aa+mt'
+  (workdir / 'config.json').write_text(configs.to_json(trained))
+  found = evaluate.default_config(str(tmp_path / 'y'), '', str(workdir))
+  configs.check(found)  # Who judges it need not know its loss.
+  found.threat.norm = 'l2'
+  assert found.data == trained.data and found.loss == trained.loss and found.seed == 3
+  assert configs.experiment_name(found) == (
+    configs.experiment_name(trained).replace('linf', 'l2')
+  )
+  assert found.evaluation.suite == 'pgd' and found.training != trained.training
+
+
 def test_nothing_known_is_none(tmp_path):
   assert zoo.find(str(tmp_path / 'none.npy')) is None
   assert zoo.find(str(tmp_path)) is None

@@ -157,7 +157,9 @@ def evaluate_robustness(
   """
   images, labels = checks.inputs(images, labels)
   if np.ndim(epsilon):
-    for each in (several := cast(Sequence[float], epsilon)):
+    if not len(several := cast(Sequence[float], epsilon)):
+      raise UserError('epsilon is empty: give one number or several')
+    for each in several:
       norms.get(norm, each)
     found = Curve()
     for each in map(float, several):
@@ -250,6 +252,8 @@ def run(
     UserError: for arguments that cannot be meant.
   """
   images, labels = checks.inputs(images, labels)
+  if np.ndim(epsilon):
+    raise UserError(f'epsilon = {epsilon}: give one, or use evaluate_robustness')
   ball = norms.get(norm, epsilon)
   chosen = suites.get(attack, ball)
   if len(chosen) != 1:

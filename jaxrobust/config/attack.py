@@ -96,9 +96,11 @@ def check_epsilon(
       l2 of 100 or more (the published ones are 0.25 to 5), an l1 of 10,000 or more (12
       to 255, on images of up to 224x224), and for what is not above 0.
   """
-  if isinstance(epsilon, str) or not 0 < epsilon < _LIMITS[norm]:
+  if isinstance(epsilon, str):
+    raise UserError(f'{given} = {epsilon!r} is text: give a number, such as 8 / 255')
+  if not 0 < epsilon < _LIMITS[norm]:
     meant = ''
-    if not isinstance(epsilon, str) and _LIMITS[norm] <= epsilon < math.inf:
+    if _LIMITS[norm] <= epsilon < math.inf:
       levels = epsilon if epsilon / 255 < _LIMITS[norm] else 8
       meant = f'; did you mean {levels:g}/255?'
     raise UserError(

@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 import PIL.Image
+from absl import logging
 
 from jaxrobust.errors import UserError
 from jaxrobust.files import arrays
@@ -58,6 +59,8 @@ def open_folder(path: str, split: str) -> tuple[int, int, Reader]:
   folders = _folders(root / split)
   if unknown := set(folders) - set(classes):
     raise UserError(f'{root} has test images of {min(unknown)!r}, but none to train on')
+  if split == 'test' and (unjudged := set(classes) - set(folders)):
+    logging.warning('%s has no test images of %s', root, ', '.join(sorted(unjudged)))
   files = [
     (file, classes.index(folder))
     for folder in folders

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+from absl import logging
 from etils import epath
 from ml_collections import config_dict
 
@@ -215,6 +216,11 @@ class Generator:
       variables, data = variables
       rngs = parallel.key_per_slot(jax.random.wrap_key_data(data), indices)
       images = draw(variables, rngs, cls._classes(settings, info, indices))
+      if images.shape != (shape := (len(indices), *info.image_shape)):
+        raise UserError(
+          f'{cls.__name__} draws {list(images.shape)}, where images are '
+          f'{list(shape)}: correct its make_draw'
+        )
       return jnp.round(jnp.clip(images, 0, 255)).astype(jnp.uint8)
 
     return sample
@@ -245,6 +251,13 @@ class Generator:
     indices = np.int32(indices)
     variables = (self._replicated, parallel.replicate(jax.random.key_data(rng)))
     images = parallel.map_in_batches(self._mapped, variables, indices, batch_size)
+    if len(images) > 1 and images.min() == images.max():
+      logging.warning(
+        '%s drew %d images that are %d everywhere, as of draws that are nan',
+        type(self).__name__,
+        len(images),
+        images.flat[0],
+      )
     return images, np.int32(self._classes(self.settings, self.info, indices))
 
   def picture(self, seed: int) -> PIL.Image.Image:

@@ -96,6 +96,11 @@ class Classifier:
         f'images have the shape [{", ".join(found)}]: {self.card.name} takes '
         f'[B, {", ".join(map(str, shape))}]'
       )
+    is_float = isinstance(images, np.ndarray) and images.dtype.kind == 'f'
+    if is_float and images.max(initial=0) > 2:  # No attack goes so far beyond 1.
+      raise UserError(
+        f'images are float up to {images.max():.4g}: give uint8, or divide them by 255'
+      )
     images = jnp.asarray(images)
     if images.dtype == jnp.uint8:
       return images.astype(jnp.float32) / 255

@@ -123,6 +123,11 @@ def subset(
     raise UserError('give one of --top_fraction and --count')
   if not 0 <= seed < 2**32:
     raise UserError(f'seed = {seed}: give a number from 0 to {2**32 - 1}')
+  if count is not None and not 0 < count <= len(source):
+    raise UserError(
+      f'--count={count}: {source.path} has {len(source)} samples; choose 1 to '
+      f'{len(source)}'
+    )
   fraction = count / len(source) if top_fraction is None else top_fraction
   if not 0 < fraction <= 1:
     raise UserError(
@@ -132,8 +137,9 @@ def subset(
   confidence = source.confidence()
   if top_fraction is not None and confidence is None:
     raise UserError(
-      f'{source.path} has no confidences to rank its samples by, which sets of '
-      '`jaxrobust generate` have: use --count=N for a random choice'
+      f'{source.path} has no confidences to rank its samples by, which only sets have '
+      'that a labeller of `jaxrobust generate` labelled: use --count=N for a random '
+      'choice'
     )
   total = math.floor(len(source) * fraction + 0.5) if count is None else count
   per_class = source.metadata['counts']['per_class']

@@ -89,9 +89,9 @@ def train(
   if parallel.is_writer() and (train is not None or validation is not None):
     workdirs.write_checksums(folder, data.checksums())
   logging.info(
-    '%s: %d steps of %d images, %s, on %s; learning rate %g',
+    '%s: %s of %d images, %s, on %s; learning rate %g',
     configs.experiment_name(config),
-    derived.num_steps,
+    metrics.counted(derived.num_steps, 'step'),
     config.data.batch_size,
     f', from step {derived.later_from_step} on '.join(
       f'{real} real and {generated} generated' for real, generated in mixes
@@ -103,7 +103,7 @@ def train(
   if (distinct := mixes[0][0] // repeats) > found:
     logging.warning(
       'a batch takes %d different real images, and there are %d training images, so '
-      'that each is in it about %.0f times: lower config.data.batch_size',
+      'that each is in it %.2g times: lower config.data.batch_size',
       distinct,
       found,
       repeats * distinct / found,
