@@ -27,16 +27,16 @@ def run(*args, **variables):
 
 @pytest.mark.slow
 def test_the_rehearsal_prints_a_table_with_a_row_for_each_rival(compiled):
-  cases = ['step-float32', 'input']
-  done = run('--cpu', '--cases', *cases, JAX_COMPILATION_CACHE_DIR=compiled)
+  done = run('--cpu', '--cases', 'step-float32', JAX_COMPILATION_CACHE_DIR=compiled)
   assert done.returncode == 0, done.stderr
   rows = [re.split(r'\s{2,}', line) for line in done.stdout.splitlines()]
-  found = {tuple(row[:3]): row[3:] for row in rows if row[0] in cases}
+  found = {tuple(row[:3]): row[3:] for row in rows if row[0] == 'step-float32'}
   assert re.match(r'[\d,.]+ \(', found['step-float32', 'train', 'ours'][0])
-  assert re.match(r'[\d,.]+ \(', found['input', 'read', 'ours'][0])
-  (torch,) = [key for key in found if key[2] == 'torch']
+  (torch,) = [
+    x for x in done.stdout.splitlines() if re.match('step-float32.* torch ', x)
+  ]
   # Without PyTorch the row says so; with it there is a ratio.
-  assert re.search(r'torch is not installed|\d\.\d\d \(.* x', ' '.join(found[torch]))
+  assert re.search(r'torch is not installed|\d\.\d\d \(.* x', torch)
   assert 'rehearsal' in done.stdout and 'jax' in done.stdout
 
 

@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = 'experiments/digits.py:wrn-10-2'
 needs_torch = pytest.mark.skipif(
   importlib.util.find_spec('torch') is None,
-  reason="PyTorch is not installed (pip install -e '.[torch]')",
+  reason="PyTorch is not installed (pip install '.[torch]')",
 )
 
 

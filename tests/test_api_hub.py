@@ -202,6 +202,6 @@ def test_without_the_package(source, call, monkeypatch):
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)  # As if it were absent.
   code, _, err = call(f'--from={source}', '--to=hf:me/x', CONFIG)
   assert code == 1
-  assert "pip install -e '.[hub]'" in err
+  assert "pip install '.[hub]'" in err
   with pytest.raises(UserError, match='hf:me/x needs the package huggingface_hub'):
     jaxrobust.load('hf:me/x')

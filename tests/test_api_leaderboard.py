@@ -18,7 +18,7 @@ from tests.helpers.random_variables import random_variables
 
 needs_torch = pytest.mark.skipif(
   importlib.util.find_spec('torch') is None,
-  reason="PyTorch is not installed (pip install -e '.[torch]')",
+  reason="PyTorch is not installed (pip install '.[torch]')",
 )
 PROTOCOL = {
   'suite': 'autoattack',

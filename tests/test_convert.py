@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = '--config=experiments/digits.py:wrn-10-1'
 needs_torch = pytest.mark.skipif(
   importlib.util.find_spec('torch') is None,
-  reason="PyTorch is not installed (pip install -e '.[torch]')",
+  reason="PyTorch is not installed (pip install '.[torch]')",
 )
 
 

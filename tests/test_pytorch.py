@@ -1,6 +1,6 @@
 """Haiku and PyTorch compute the same; `.pt` files in, out, and refused.
 
-Needs PyTorch: `.ci/run` installs its CPU build, `pip install -e '.[torch]'` any.
+Needs PyTorch: `.ci/run` installs its CPU build, `pip install '.[torch]'` any.
 """
 
 import io
@@ -20,7 +20,7 @@ from tests.helpers import mutations
 from tests.helpers.random_variables import assert_same, random_variables
 
 torch = pytest.importorskip(
-  'torch', reason="PyTorch is not installed (pip install -e '.[torch]')"
+  'torch', reason="PyTorch is not installed (pip install '.[torch]')"
 )
 from tests.helpers import torch_networks  # noqa: E402
 

@@ -85,7 +85,7 @@ def test_an_ending_that_no_format_has(tmp_path):
 def test_without_pytorch_its_files_are_not_written(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'torch', None)
   path = epath.Path(tmp_path / 'x.pt')
-  with pytest.raises(UserError, match=r"pip install -e '.\[torch\]'.*safetensors"):
+  with pytest.raises(UserError, match=r"pip install '.\[torch\]'.*safetensors"):
     parameter_files.export(path, *random_variables('wrn-10-1', 10, 3), {})
   assert not path.exists()
 
