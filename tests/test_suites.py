@@ -262,6 +262,8 @@ def test_a_suite_is_checked_before_its_ball_is_known():
   with pytest.raises(UserError, match='did you mean autoattack') as e:
     suites.parse('autoatack')
   assert 'multitargeted' in str(e.value) and '\n' not in str(e.value)
+  with pytest.raises(UserError, match='did you mean pgd:num_steps=20'):
+    suites.parse('pgd-20')  # PGD-40 would be another protocol.
 
 
 MINE = """

@@ -141,6 +141,14 @@ def test_a_run_that_is_judged_elsewhere_keeps_its_name(tmp_path, workdir):
   assert found.evaluation.suite == 'pgd' and found.training != trained.training
 
 
+def test_a_network_of_ones_own_says_what_to_run_first(workdir):
+  config = json.loads((workdir / 'config.json').read_text())
+  config['model']['name'] = 'mine'
+  (workdir / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(UserError, match='run: .*mine.*; run the file that registers one'):
+    classifier.load(str(workdir))
+
+
 def test_nothing_known_is_none(tmp_path):
   assert zoo.find(str(tmp_path / 'none.npy')) is None
   assert zoo.find(str(tmp_path)) is None

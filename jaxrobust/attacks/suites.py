@@ -34,6 +34,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -206,6 +207,8 @@ def _attack(suite: str, item: str, ball: norms.Ball) -> Attack:
     )
   if name not in attacks:
     near = registries.did_you_mean(name, [*SUITES, *attacks.names()])
+    if steps := re.fullmatch(r'pgd-?(\d+)', name):  # Another number is another attack.
+      near = f'; did you mean pgd:num_steps={steps[1]}?'
     raise UnknownNameError(
       f'suite {suite!r}: there is no attack or suite {name!r}; use one of the suites '
       f'{", ".join(SUITES)}, or attacks, separated by commas: '

@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 from jaxrobust import models
 from jaxrobust.config import experiments
-from jaxrobust.errors import UserError
+from jaxrobust.errors import UnknownNameError, UserError
 from jaxrobust.models import card as cards
 from jaxrobust.models import parameter_files, pytorch, zoo
 from jaxrobust.models.card import Card
@@ -149,6 +149,13 @@ def load(
       network is.
   """
   path = os.path.expanduser(path)
+  try:
+    return _load(path, config)
+  except UnknownNameError as e:
+    raise UserError(f'{path}: {e}; run the file that registers one of your own') from e
+
+
+def _load(path: str, config: str | config_dict.ConfigDict) -> Classifier:
   found = zoo.find(path)
   if config:
     file = found.path if found else epath.Path(path)
