@@ -42,7 +42,7 @@ _MAPPED = ['program', 'jit(_fun)']
 
 @pytest.fixture(scope='module')
 def twice(tmp_path_factory):
-  """What two processes noted that trained the same in workdirs of their own."""
+  """What two processes noted that trained the same with seeds of their own."""
   folder, notes = tmp_path_factory.mktemp('twice'), []
   environment = {
     **os.environ,
@@ -51,12 +51,12 @@ def twice(tmp_path_factory):
     'JAXROBUST_CACHE': str(folder / 'cache'),
   }
   environment.pop('JAX_COMPILATION_CACHE_DIR', None)
-  for name in ('first', 'second'):
+  for seed, name in enumerate(('first', 'second')):
     notes.append(folder / f'{name}.jsonl')
     subprocess.run(
       [
         *(sys.executable, '-c', _LISTENING, notes[-1], f'--workdir={folder / name}'),
-        *(*TINY, '--config.training.num_steps=4'),
+        *(*TINY, '--config.training.num_steps=4', f'--config.seed={seed}'),
         '--config.evaluation.interval_epochs=0.5',
       ],
       cwd=ROOT,
@@ -77,7 +77,7 @@ def test_a_step_and_its_evaluation_are_compiled_before_the_first_step_once(twice
 
 
 @pytest.mark.slow
-def test_a_second_process_compiles_nothing(twice):
+def test_another_seed_compiles_nothing(twice):
   first, second = twice
   programs = [x for x in second if x[0] == 'program']
   assert ['hit'] not in first

@@ -177,7 +177,8 @@ class Evaluator:
     if batch_size < 1:
       raise UserError(f'batch_size = {batch_size}: use 1 or more')
     self._batch_size, self._thorough = batch_size, thorough
-    self._rng = jax.random.key(seed)
+    # An argument of the programs, so that one serves all seeds.
+    self._root = np.asarray(jax.random.key_data(jax.random.key(seed)))
     self._attacks = tuple(named_attacks)
     self._randomized = any(a.randomized for _, a in self._attacks)
     self._logits_fn, self._attacks_at = logits_fn, attacks_at
@@ -194,17 +195,17 @@ class Evaluator:
       return lambda x, rng=rng: self._logits_fn(variables, x, rng)
     return lambda x: self._logits_fn(variables, x)
 
-  def _survey_shard(self, variables, images, labels, index, call):
+  def _survey_shard(self, variables, images, labels, index, root, call):
     """One device's images → (right, finite, predictions, logits) in a call."""
-    images, keys = _pixels(images), parallel.key_per_slot(self._rng, index)
+    images, keys = _pixels(images), _keys(root, index)
     logits = self._network(variables, jax.random.fold_in(keys[0], call))(images)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     predictions = jnp.argmax(logits, axis=-1)
     return finite & (predictions == labels), finite, predictions, logits
 
-  def _check_shard(self, variables, images, labels, index):
+  def _check_shard(self, variables, images, labels, index, root):
     """One device's images → whether gradients vanish: cross-entropy's, margin's."""
-    images, keys = _pixels(images), parallel.key_per_slot(self._rng, index)
+    images, keys = _pixels(images), _keys(root, index)
     network = self._network(variables, keys[0])
 
     def vanishes(objective):
@@ -214,14 +215,13 @@ class Evaluator:
     return vanishes(objectives.cross_entropy), vanishes(objectives.margin)
 
   def _attempt_shard(
-    self, name, attack, variables, images, labels, index, attempt, *epsilon
+    self, name, attack, variables, images, labels, index, root, attempt, *epsilon
   ):
     """One device's images → (changed images, fooled, finite, predictions, distance)."""
     if epsilon and self._attacks_at:
       attack = dict(self._attacks_at(*epsilon))[name]
     images = _pixels(images)
-    rng = jax.random.fold_in(self._rng, zlib.crc32(name.encode()))
-    keys = attacks.attempt_keys(parallel.key_per_slot(rng, index), attempt)
+    keys = attacks.attempt_keys(_keys(root, index, name), attempt)
     network = self._network(variables, jax.random.fold_in(keys[0], _INNER))
     found = attack.attempt(network, keys, images, labels, attempt)
     whole = jnp.all(jnp.isfinite(found), axis=(1, 2, 3), keepdims=True)
@@ -267,7 +267,7 @@ class Evaluator:
     record = record or Record(len(images), None, {})
     attempts = sum(attack.num_attempts(classes) for _, attack in self._attacks)
     record.check(attempts, images.shape[1:])
-    run = _Run(variables, images, labels, record, keep, self._thorough)
+    run = _Run(variables, images, labels, record, keep, self._thorough, self._root)
     if record.attempt == 0:
       run.size = self._size(len(images))
       if self._thorough:
@@ -316,7 +316,7 @@ class Evaluator:
     """
     images, labels = checks.inputs(images, labels)
     record = Record(len(images), None, {})
-    run = _Run(variables, images, labels.astype(np.int32), record, 0, False)
+    run = _Run(variables, images, labels.astype(np.int32), record, 0, False, self._root)
     batch = run.batch(np.arange(1), self._size(len(images)))
     number = parallel.replicate(np.int32(0))
     return [
@@ -401,8 +401,11 @@ class Evaluator:
 class _Run:
   """One pass over the images: batches in, record out."""
 
-  def __init__(self, variables, images, labels, record: Record, keep: int, fits: bool):
+  def __init__(
+    self, variables, images, labels, record: Record, keep: int, fits: bool, root
+  ):
     self.size, self.fits, self.devices = 0, fits, parallel.num_devices()
+    self.root = parallel.replicate(root)
     self.variables = variables
     self.images, self.labels, self.record, self.keep = images, labels, record, keep
 
@@ -412,10 +415,11 @@ class _Run:
     return np.flatnonzero((fallen == STANDING) | (fallen >= number))
 
   def batch(self, index: np.ndarray, size: int):
-    """A batch on the devices, filled up with copies of its first image."""
+    """A batch on the devices, filled up with its first image, and the root."""
     filled = np.concatenate([index, np.full(size - len(index), index[0])])
     mine = filled[slice(*parallel.process_slots(size))]
-    return parallel.shard((self.images[mine], self.labels[mine], mine.astype(np.int32)))
+    batch = self.images[mine], self.labels[mine], mine.astype(np.int32)
+    return *parallel.shard(batch), self.root
 
   def attempt(
     self, number: int, judge, advance, left: int = 1, epsilon=np.inf, what: str = ''
@@ -478,6 +482,14 @@ def _bar(progress, name: str, total: int, unit: str):
     yield bar.advance
   finally:
     bar.close()
+
+
+def _keys(root: jax.Array, index: jax.Array, name: str = '') -> jax.Array:
+  """A key for each image, from the data of a key and what it is for."""
+  rng = jax.random.wrap_key_data(root)
+  if name:
+    rng = jax.random.fold_in(rng, zlib.crc32(name.encode()))
+  return parallel.key_per_slot(rng, index)
 
 
 def _unit(images: np.ndarray) -> np.ndarray:

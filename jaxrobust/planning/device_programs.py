@@ -208,10 +208,11 @@ def judging(config: config_dict.ConfigDict, num_devices: int) -> list[Program]:
   pixels, labels, *_ = update.batch_like(info, images)
   variables = jax.eval_shape(model.init, jax.random.key(0))
   index = jax.ShapeDtypeStruct((), jnp.int32)
+  root = jax.ShapeDtypeStruct((2,), jnp.uint32)
   return [
     Program(
       functools.partial(evaluator._attempt_shard, name, attack),
-      (variables, pixels, labels, labels, index),
+      (variables, pixels, labels, labels, root, index),
       (),
       images,
       attack.num_attempts(info.num_classes) * -(-count // size),

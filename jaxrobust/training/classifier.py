@@ -197,7 +197,9 @@ class Run:
     self._num_classes, self._data = num_classes, data
     sgd = optimizer.make(config.optimizer, derived)
     step = update.make_step(config, model, sgd, num_classes)
-    self._step = parallel.pmap(step, donate_argnums=0)
+    mapped, root = parallel.pmap(step, donate_argnums=0), update.root_of(config)
+    roots = parallel.replicate(root)  # So that one program serves all seeds.
+    self._step = lambda state, batch: mapped(state, batch, roots)
     attacks = evaluation_attacks(config)
     self._robust = f'pgd{attacks[0][1].num_steps}' if attacks else 'clean'
     if data.validation is not None:
@@ -209,7 +211,7 @@ class Run:
         seed=config.seed,
       )
     with waiting.waiting('initialising the network'):
-      fresh = jax.jit(lambda: update.init_state(config, model, sgd))()
+      fresh = jax.jit(lambda root: update.init_state(config, model, sgd, root))(root)
       self._loop = loop.Loop(folder, fresh, keep=config.checkpoint.keep)
 
   def train(self) -> epath.Path:

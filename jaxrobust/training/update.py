@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import config_dict
 
@@ -48,9 +49,17 @@ def init_state(
   config: config_dict.ConfigDict,
   model: models.Model,
   optimizer: optax.GradientTransformation,
+  root: jax.Array | None = None,
 ) -> TrainState:
-  """The state before the first update; a function of `config.seed`."""
-  params, net_state = model.init(_stream(config.seed, 'init'))
+  """The state before the first update; a function of `config.seed`.
+
+  Args:
+    config: a classifier's config.
+    model: of `models.build`.
+    optimizer: of `optimizer.make`.
+    root: of `root_of(config)`, for a program that serves all seeds.
+  """
+  params, net_state = model.init(_stream(config.seed, 'init', root))
   return TrainState(
     params=params,
     net_state=net_state,
@@ -77,7 +86,7 @@ def make_step(
   model: models.Model,
   optimizer: optax.GradientTransformation,
   num_classes: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Builds the training step of the released recipe, or a variant of it.
 
   BatchNorm: the clean pass and every pass of the attack use the statistics of their
@@ -94,8 +103,9 @@ def make_step(
     num_classes: K.
 
   Returns:
-    `step(state, batch) -> (state, metrics)` for one device inside `parallel.pmap`;
-    metrics are means over the global batch, float32 [].
+    `step(state, batch, root=None) -> (state, metrics)` for one device inside
+    `parallel.pmap`; metrics are means over the global batch, float32 []. With
+    `root_of(config)` as an argument one program serves all seeds.
   """
   loss_fn = step_loss.make(config, model)
   value_and_grad = jax.value_and_grad(
@@ -103,8 +113,8 @@ def make_step(
   )
   parts = config.training.accumulation
 
-  def step(state: TrainState, batch: Batch):
-    inputs = _augmented(config, num_classes, state.step, batch)
+  def step(state: TrainState, batch: Batch, root: jax.Array | None = None):
+    inputs = _augmented(config, num_classes, state.step, batch, root)
     check_parts(len(inputs.images), parts, config.model.batch_norm_group)
     params = state.params
     if config.loss.awp_gamma:
@@ -216,9 +226,9 @@ def _perturbed(config, loss_fn, state, inputs):
   return weight_perturbation.perturb(state.params, grads, gamma), adv_images
 
 
-def _augmented(config, num_classes, step, batch: Batch) -> step_loss.Inputs:
+def _augmented(config, num_classes, step, batch: Batch, root=None) -> step_loss.Inputs:
   """What the step of a number trains on."""
-  rng = lambda name: jax.random.fold_in(_stream(config.seed, name), step)
+  rng = lambda name: jax.random.fold_in(_stream(config.seed, name, root), step)
   rngs = lambda name: parallel.key_per_slot(rng(name), batch.slots)
   options, mean = config.augment, config.model.mean
   images = batch.images
@@ -257,7 +267,13 @@ def _augmented(config, num_classes, step, batch: Batch) -> step_loss.Inputs:
   return step_loss.Inputs(images, targets, batch.is_generated, rngs('attack'))
 
 
-def _stream(seed: int, name: str) -> jax.Array:
-  """The root key of one use of randomness; new ones come last, or old runs change."""
+def root_of(config: config_dict.ConfigDict) -> np.ndarray:
+  """What all randomness of a run comes from, uint32 [2]: of `config.seed`."""
+  return np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+
+
+def _stream(seed: int, name: str, root: jax.Array | None = None) -> jax.Array:
+  """The key of one use of randomness; new ones come last, or old runs change."""
   streams = ('init', 'augment', 'cutmix', 'attack', 'policy', 'cutout', 'mixup')
-  return jax.random.fold_in(jax.random.key(seed), streams.index(name))
+  key = jax.random.key(seed) if root is None else jax.random.wrap_key_data(root)
+  return jax.random.fold_in(key, streams.index(name))
