@@ -123,7 +123,6 @@ def test_a_count_takes_the_same_share_of_each_class(tmp_path):
     ({'top_fraction': 0}, 'above 0'),
     ({'count': 11}, '--count=11: .* has 10 samples; choose 1 to 10'),
     ({'top_fraction': 1.5}, 'up to 1'),
-    ({'count': 11}, 'up to 1'),
     # 3, 3 and 2 of classes with 6, 2 and 2.
     ({'top_fraction': 0.8, 'balanced': True}, r'\[1\] for 3 of each: keep at most 6'),
   ],
