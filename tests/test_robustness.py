@@ -450,7 +450,9 @@ def test_several_epsilons_make_a_curve(tmp_path):
   batches.clear()
   assert list(found) == [0.01, 0.1] and found[0.01].clean_accuracy == 1
   assert found[0.1 + 1e-9] is found[0.1]  # As of 25.5 / 255.
-  with pytest.raises(KeyError, match='epsilon 0.2 was not measured, but 0.01, 0.1'):
+  with pytest.raises(
+    KeyError, match='epsilon 0.2 was not measured; those that were: 0.01, 0.1'
+  ):
     found[0.2]
   alone = judge(linear, IMAGES, LABELS, epsilon=0.01, suite='apgd-ce:num_steps=3')
   np.testing.assert_array_equal(found[0.01].robust, alone.robust)

@@ -118,7 +118,7 @@ def test_a_card_of_other_formats_is_named(tmp_path, workdir):
   card = dataclasses.replace(cards.from_workdir(workdir), formats=('.npy',))
   (tmp_path / 'x.json').write_text(card.to_json())
   (tmp_path / 'x.pt').write_bytes(b'')
-  said = r'nothing says what its network is \(.*x.json is the card of .npy alone\)'
+  said = r'nothing says what its network is \(.*x.json describes .npy files only\)'
   with pytest.raises(UserError, match=said):
     classifier.load(tmp_path / 'x.pt')
   with pytest.raises(UserError, match=said):

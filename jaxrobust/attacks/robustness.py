@@ -64,7 +64,7 @@ class Curve(dict[float, Outcome]):
       if math.isclose(known, epsilon, rel_tol=1e-6):
         return self[known]
     measured = ', '.join(f'{known:.4g}' for known in self)
-    raise KeyError(f'epsilon {epsilon} was not measured, but {measured}')
+    raise KeyError(f'epsilon {epsilon} was not measured; those that were: {measured}')
 
   def to_dict(self) -> dict[float, dict]:
     """The figures of each, as JSON values."""
@@ -286,7 +286,9 @@ def run(
   size = -(-min(batch_size, len(images)) // parallel.num_local_devices())
   index = np.arange(len(images), dtype=np.int32)
   replicated = parallel.replicate((variables, np.float32(ball.epsilon)))
-  with waiting.waiting(f'{attack} on {len(images)} images, with its compilation'):
+  with waiting.waiting(
+    f'running {attack} on {len(images)} images, compilation included'
+  ):
     return parallel.map_in_batches(attack_fn, replicated, (*rows, index), size)
 
 

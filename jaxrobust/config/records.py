@@ -88,16 +88,18 @@ def differences(
   unset_old, unset_new = unset(old), unset(new)
   old, new = (fields.flatten(json.loads(to_json(c))) for c in (old, new))
   absent = '(absent)'
+  value = lambda f, known, follows: (
+    f'None ({follows[f]} by the other fields)' if f in follows else known.get(f, absent)
+  )
   return [
-    f'{f}: {unset_old.get(f, old.get(f, absent))} → '
-    f'{unset_new.get(f, new.get(f, absent))}'
+    f'{f}: {value(f, old, unset_old)} → {value(f, new, unset_new)}'
     for f in sorted(old | new)
     if f not in ignore and old.get(f, absent) != new.get(f, absent)
   ]
 
 
 def unset(config: config_dict.ConfigDict) -> dict[str, str]:
-  """Fields of a classifier that are None, with what that comes to, in words."""
+  """Fields of a classifier that are None, with what that comes to, as text."""
   if fields_of(config) is not classifier.FIELDS:
     return {}
   try:
@@ -107,9 +109,7 @@ def unset(config: config_dict.ConfigDict) -> dict[str, str]:
   flat = fields.flatten(config)
   text = lambda x: f'{x:,}' if isinstance(x, int) else f'{x:g}'
   return {
-    path: f'None ({text(value)} by the other fields)'
-    for path, value in found.items()
-    if flat.get(path, '') is None
+    path: text(value) for path, value in found.items() if flat.get(path, '') is None
   }
 
 

@@ -164,8 +164,8 @@ def record(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
     raise UserError(
       f'{dataset.path or dataset.name} has {train.size} training images, and the '
       f'config holds out {held_out} and trains on {used}: '
-      f'a tenth is --config.dataset.validation_images={train.size // 10} '
-      '--config.dataset.train_images=None'
+      'to hold out a tenth, give --config.dataset.validation_images='
+      f'{train.size // 10} --config.dataset.train_images=None'
     )
   images, _ = _cut(train, dataset.name, 'train', dataset.train_images, held_out)
   if held_out != dataset.validation_images:

@@ -253,7 +253,7 @@ class Generator:
     images = parallel.map_in_batches(self._mapped, variables, indices, batch_size)
     if len(images) > 1 and images.min() == images.max():
       logging.warning(
-        '%s drew %d images that are %d everywhere, as of draws that are nan',
+        '%s drew %d images whose pixels are all %d, as they are where it draws nan',
         type(self).__name__,
         len(images),
         images.flat[0],

@@ -239,11 +239,11 @@ def beside(checkpoint: str | epath.Path) -> Card | None:
 
 
 def of_others(checkpoint: str | epath.Path) -> str:
-  """' (… is of other formats)' if the card beside a file is not of it, else ''."""
+  """' (… describes … files only)' if the card beside a file is not its own, else ''."""
   path, ending = path_of(checkpoint), epath.Path(checkpoint).suffix
   if not ending or not path.exists() or not (formats := read(path).formats):
     return ''
-  return f' ({path} is the card of {", ".join(formats)} alone)'
+  return f' ({path} describes {", ".join(formats)} files only)'
 
 
 def _own_images(values) -> dict:

@@ -54,6 +54,7 @@ class Classifier:
     self.params, self.net_state = jax.tree.map(jnp.asarray, (params, net_state))
     sizes = card.info.num_classes, tuple(card.info.image_shape)
     self._logits, self._features = _programs(tuple(card.model.items()), *sizes)
+    self._called = set()  # Programs and numbers of images.
 
   def __call__(self, images: Any) -> jax.Array:
     """The logits of images; a network is compiled once for each number of them.
@@ -78,10 +79,12 @@ class Classifier:
     return self(images).argmax(axis=-1)
 
   def _of(self, program, images) -> jax.Array:
+    """What a program gives for images; waits aloud where it has to be compiled."""
     pixels = self._pixels(images)
-    waited = contextlib.nullcontext()
-    if not isinstance(pixels, jax.core.Tracer):
+    waited, call = contextlib.nullcontext(), (program, len(pixels))
+    if call not in self._called and not isinstance(pixels, jax.core.Tracer):
       waited = waiting.waiting(f'compiling {self.card.name} for {len(pixels)} images')
+      self._called.add(call)
     with waited:
       return program((self.params, self.net_state), pixels)
 

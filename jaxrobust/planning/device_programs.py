@@ -143,7 +143,8 @@ def _training(config, info, images):
   sgd = optimizer.make(config.optimizer, derived)
   state = jax.eval_shape(lambda: update.init_state(config, model, sgd))
   step = update.make_step(config, model, sgd, info.num_classes)
-  arguments = state, update.batch_like(info, images)
+  root = jax.ShapeDtypeStruct((2,), jnp.uint32)
+  arguments = state, update.batch_like(info, images), root
   return Program(step, arguments, (0,), images, derived.num_steps)
 
 

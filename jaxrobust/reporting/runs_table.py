@@ -140,10 +140,8 @@ def _shown(path: str, value: object) -> str:
   """A field's value in a name."""
   if path == 'threat.epsilon' and isinstance(value, float):
     return _radius(value)
-  if isinstance(value, float) and len(str(value)) > 6:
-    return f'{value:.4g}'
-  # What one that is None comes to, of `configs.unset`.
-  return str(value).removeprefix('None (').partition(' by the other')[0]
+  is_long = isinstance(value, float) and len(str(value)) > 6
+  return f'{value:.4g}' if is_long else str(value)
 
 
 def _radius(epsilon: float) -> str:

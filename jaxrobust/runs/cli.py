@@ -194,8 +194,8 @@ def _config(program: Program, given: flags.Given):
   for file in given.register:
     if not os.path.isfile(file):
       raise UserError(
-        f'--register={file}: no such file; give the file of Python that registers '
-        'what is your own'
+        f'--register={file}: no such file; give the Python file that registers your '
+        'loss, attack, generator, model or data set'
       )
     experiments.load_file(file)
   if given.config:

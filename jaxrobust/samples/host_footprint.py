@@ -126,6 +126,7 @@ def lines(found: Footprint, hosts: int, steps_per_second: float) -> list[str]:
     raise UserError(f'steps_per_second = {steps_per_second:g}: give 0 or more')
   last = f'{found.of_shards - 1:05d}-of-{found.of_shards:05d}'
   reads = found.reads_per_step * steps_per_second
+  form = ',.0f' if found.steps_per_epoch >= 10 else '.3g'
   held = f'all {found.of_shards} shards (images-00000 … {last})'
   if found.of_shards == 1:
     held = f'the one shard (images-{last})'
@@ -144,7 +145,5 @@ def lines(found: Footprint, hosts: int, steps_per_second: float) -> list[str]:
     f'a step: {found.images_per_step:,.1f} generated images a host, '
     f'{found.reads_per_step:,.1f} reads of 4 KiB from disk; at {steps_per_second:g} '
     f'steps/s: {reads:,.0f} reads/s, {reads * _PAGE / 1e6:,.1f} MB/s',
-    f'every image is used once in {found.steps_per_epoch:,.3g} steps'
-    if found.steps_per_epoch < 10
-    else f'every image is used once in {found.steps_per_epoch:,.0f} steps',
+    f'every image is used once in {found.steps_per_epoch:{form}} steps',
   ]
