@@ -2,18 +2,21 @@
 
 XLA on CPU has a fast convolution for the ordinary layout (NHWC, HWIO, not dilated)
 and a naive one for the rest, which is what its own gradient rule asks for; inside the
-body of a loop, as in PGD, that costs the gradient of the images 3.5 to 5 times the
-forward pass. So on CPU, and there only, gradients are written as ordinary
-convolutions and matrix products. Milliseconds measured on one core of an x86 machine,
-float32, the image gradient inside a loop:
+body of a loop, as in PGD, that costs the gradient of the images 10 times the forward
+pass. So on CPU, and there only, gradients are written as ordinary convolutions and
+matrix products. Milliseconds measured on one core of an AMD EPYC with AVX-512,
+float32, all inside a loop:
 
   batch, map, channels      forward  image gradient  kernel gradient
                             XLA ours       XLA ours         XLA ours
-  32, 32x32, 64 → 64         30   24       173   20        153   41
-  32, 16x16, 128 → 128       32   16       160   18         71   34
-  64, 8x8, 256 → 256         63   30       309   37        108   64
-  32, 32x32, 64 → 128 by 2   17   17        55   17         42   42
-  32, 32x32, 64 → 128 1x1,2   2    2         3    3         17   17
+  32, 32x32, 64 → 64         13    9       121    9       3,163   30
+  32, 16x16, 128 → 128       12    6       124    7       2,612   17
+  64, 8x8, 256 → 256         27    8       261   15       7,127   27
+
+and of another x86 machine, the kernel's gradient outside a loop:
+
+  32, 32x32, 64 → 128 by 2   17   17        55   17          42   42
+  32, 32x32, 64 → 128 1x1,2   2    2         3    3          17   17
 
 What was tried and lost: patches and one product (forward 0.3 to 0.6 times XLA's
 speed); stride 2 as a stride-1 convolution of the cotangent with zeros between its
