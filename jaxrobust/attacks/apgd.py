@@ -66,6 +66,12 @@ class APGD(attack.Attack):
   def randomized(self) -> bool:
     return self.samples > 0
 
+  @property
+  def turns(self) -> int:
+    if isinstance(self.ball, norms.L1):  # In each of three phases.
+      return -(-self.num_steps // 3) + 1
+    return self.num_steps + 1
+
   def num_attempts(self, num_classes: int) -> int:
     if self.loss != 'targeted_dlr':
       return self.restarts
@@ -151,11 +157,24 @@ class _State(NamedTuple):
   size: jax.Array  # Of a step, in the ball's norm.
 
 
-def _begin(probe, start, rng, size) -> _State:
-  loss, gradient, fooled = probe(start, jax.random.fold_in(rng, 0))
-  sizes = jnp.full((len(start), 1, 1, 1), size, start.dtype)
+def _before(probe, start, rng, size) -> _State:
+  """The state before the first point, `start`, is probed.
+
+  That is the loop's turn 0, so that a program holds the network once.
+  """
+  count, nothing = len(start), jnp.zeros_like(start)
+  lowest = jnp.full(count, -jnp.inf, jax.eval_shape(probe, start, rng)[0].dtype)
   return _State(
-    start, start, gradient, loss, start, gradient, loss, fooled, start, sizes
+    x=start,
+    previous=start,
+    gradient=nothing,
+    loss=lowest,
+    best=start,
+    best_gradient=nothing,
+    best_loss=lowest,
+    fooled=jnp.zeros(count, bool),
+    adversarial=start,
+    size=jnp.full((count, 1, 1, 1), size, start.dtype),
   )
 
 
@@ -218,16 +237,18 @@ def _lp(config: APGD, probe, rngs, images) -> jax.Array:
   # Starts lie on the sphere: the noise is scaled to length epsilon.
   length = ball.distance(noise, jnp.zeros_like(noise))[:, None, None, None]
   start = jnp.clip(images + ball.epsilon * noise / (length + 1e-12), 0, 1)
-  intervals = jnp.asarray(checkpoints(config.num_steps))
+  # Turn 0 probes the start.
+  intervals = jnp.asarray(np.append(0, checkpoints(config.num_steps)))
 
-  def step(i, carry):
+  def turn(i, carry):
     state, rises, halved, last_best = carry
     inside = lambda x: ball.project(x, images)
     ahead = inside(state.x + state.size * ball.steepest(state.gradient))
-    momentum = jnp.where(i > 0, 0.75, 1.0)
+    momentum = jnp.where(i > 1, 0.75, 1.0)
     drift = (1 - momentum) * (state.x - state.previous)
     x = inside(state.x + momentum * (ahead - state.x) + drift)
-    moved = _move(state, probe, x, jax.random.fold_in(keys[0, 1], i + 1))
+    x = jnp.where(i == 0, start, x)
+    moved = _move(state, probe, x, jax.random.fold_in(keys[0, 1], i))
     # Deviation: the published code compares the first loss with zero here, the paper
     # with the loss of the start.
     rises += moved.loss > state.loss
@@ -235,25 +256,26 @@ def _lp(config: APGD, probe, rngs, images) -> jax.Array:
     stuck = (rises <= config.rho * interval) | (
       ~halved & (last_best >= moved.best_loss)
     )
-    halve = (interval > 0) & stuck
+    here = interval > 0
+    halve = here & stuck
     moved = moved._replace(
       x=_where(halve, moved.best, moved.x),
       gradient=_where(halve, moved.best_gradient, moved.gradient),
       size=_where(halve, moved.size / 2, moved.size),
     )
-    here = interval > 0
+    counts_from_here = here | (i == 0)
     return (
       moved,
-      jnp.where(here, 0, rises),
+      jnp.where(counts_from_here, 0, rises),
       jnp.where(here, stuck, halved),
-      jnp.where(here, moved.best_loss, last_best),
+      jnp.where(counts_from_here, moved.best_loss, last_best),
     )
 
-  state = _begin(probe, start, keys[0, 1], 2 * ball.epsilon)
+  state = _before(probe, start, keys[0, 1], 2 * ball.epsilon)
   flags = jnp.zeros(len(images), jnp.int32), jnp.ones(len(images), bool)
-  standing = lambda x: (x[0] < config.num_steps) & ~jnp.all(x[1][0].fooled)
+  standing = lambda x: (x[0] < config.num_steps + 1) & ~jnp.all(x[1][0].fooled)
   carry = (jnp.int32(0), (state, *flags, state.best_loss))
-  _, (state, *_) = jax.lax.while_loop(standing, lambda x: (x[0] + 1, step(*x)), carry)
+  _, (state, *_) = jax.lax.while_loop(standing, lambda x: (x[0] + 1, turn(*x)), carry)
   return _result(state)
 
 
@@ -262,16 +284,20 @@ def _l1(config: APGD, probe, rngs, images) -> jax.Array:
   ball = config.ball
   keys = jax.vmap(jax.random.split)(rngs)
   draw = lambda k: jax.random.normal(k, images.shape[1:], images.dtype)
-  x = images + jax.vmap(draw)(keys[:, 0])
+  noisy = images + jax.vmap(draw)(keys[:, 0])
   # 30 % of the steps, 30 %, and the rest ("Mind the box", section 4).
   first = -(-3 * config.num_steps // 10)
-  phases = ((3, first), (2, first), (1, config.num_steps - 2 * first))
-  for scale, num_steps in phases:
+  lengths = jnp.array([first, first, config.num_steps - 2 * first])
+
+  def phase(index, state):
+    scale = 3 - index
     larger = norms.L1(scale * ball.epsilon)
     rng = jax.random.fold_in(keys[0, 1], scale)
-    state = _l1_phase(probe, rng, images, larger.project(x, images), larger, num_steps)
-    x = state.best
-  return _result(state)
+    start = larger.project(jnp.where(index == 0, noisy, state.best), images)
+    return _l1_phase(probe, rng, images, start, larger, lengths[index])
+
+  state = _before(probe, noisy, keys[0, 1], ball.epsilon)
+  return _result(jax.lax.fori_loop(0, 3, phase, state))
 
 
 def _l1_phase(probe, rng, images, start, ball: norms.L1, num_steps) -> _State:
@@ -281,9 +307,9 @@ def _l1_phase(probe, rng, images, start, ball: norms.L1, num_steps) -> _State:
   # code counts those whose differences are not 0, which the rounding of its projection
   # leaves on values that came back: 548 of 3,072 where 121 have changed.
   changed = lambda x: jnp.sum(x != images, axis=(1, 2, 3))
-  interval = max(4 * num_steps // 100, 1)
+  interval = jnp.maximum(4 * num_steps // 100, 1)
 
-  def step(i, carry):
+  def turn(i, carry):
     state, share, sparsity = carry
     size = jnp.abs(state.gradient)
     # The count-th largest from the top, counted as published.
@@ -292,8 +318,9 @@ def _l1_phase(probe, rng, images, start, ball: norms.L1, num_steps) -> _State:
     sign = jnp.where(largest, jnp.sign(state.gradient), 0)
     total = jnp.sum(jnp.abs(sign), axis=(1, 2, 3), keepdims=True)
     x = ball.project(state.x + state.size * sign / (total + 1e-10), images)
-    moved = _move(state, probe, x, jax.random.fold_in(rng, i + 1))
-    here = (i + 1) % interval == 0
+    x = jnp.where(i == 0, start, x)
+    moved = _move(state, probe, x, jax.random.fold_in(rng, i))
+    here = (i > 0) & (i % interval == 0)
     now = changed(moved.best)
     # Deviation: at least one value counts as changed, where the published code
     # divides by zero.
@@ -312,10 +339,10 @@ def _l1_phase(probe, rng, images, start, ball: norms.L1, num_steps) -> _State:
       jnp.where(here, now, sparsity),
     )
 
-  state = _begin(probe, start, rng, epsilon)
   sparsity = changed(start)
+  state = _before(probe, start, rng, epsilon)
   carry = (state, sparsity / pixels / 1.5, sparsity)
-  return jax.lax.fori_loop(0, num_steps, step, carry)[0]
+  return jax.lax.fori_loop(0, num_steps + 1, turn, carry)[0]
 
 
 def _where(condition, x, y):

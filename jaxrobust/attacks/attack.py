@@ -25,6 +25,11 @@ class Attack:
     """Whether `logits_fn` takes a key beside the images."""
     return False
 
+  @property
+  def turns(self) -> int:
+    """How often an attempt's loop turns at most, if it may stop before; for plans."""
+    return 1
+
   def num_attempts(self, num_classes: int) -> int:
     """How many attempts there are for a network of so many classes."""
     raise NotImplementedError

@@ -32,7 +32,8 @@ from jaxrobust.runs import workdir as workdirs
 # Images may be further than epsilon by the rounding of float32: a share of it in sums,
 # and an absolute part where pixels of size 1 are subtracted.
 _SLACK = 1e-4, 1e-6
-# Keys of a purpose of their own: attacks derive theirs from the numbers of steps.
+# Keys of a purpose of their own: attacks derive theirs from the numbers of steps. An
+# attempt's number is taken from that of judging.
 _JUDGE, _INNER = 2**31 - 1, 2**31 - 2
 
 
@@ -197,7 +198,7 @@ class Evaluator:
 
   def _survey_shard(self, variables, images, labels, index, root, call):
     """One device's images → (right, finite, predictions, logits) in a call."""
-    images, keys = _pixels(images), _keys(root, index)
+    keys = _keys(root, index)
     logits = self._network(variables, jax.random.fold_in(keys[0], call))(images)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     predictions = jnp.argmax(logits, axis=-1)
@@ -205,34 +206,27 @@ class Evaluator:
 
   def _check_shard(self, variables, images, labels, index, root):
     """One device's images → whether gradients vanish: cross-entropy's, margin's."""
-    images, keys = _pixels(images), _keys(root, index)
-    network = self._network(variables, keys[0])
+    keys = _keys(root, index)
+    logits, pull = jax.vjp(self._network(variables, keys[0]), images)
 
     def vanishes(objective):
-      gradient = jax.grad(lambda x: jnp.sum(objective(network(x), labels)))(images)
-      return jnp.all(gradient == 0, axis=(1, 2, 3))
+      gradient = jax.grad(lambda logits: jnp.sum(objective(logits, labels)))(logits)
+      return jnp.all(pull(gradient)[0] == 0, axis=(1, 2, 3))
 
     return vanishes(objectives.cross_entropy), vanishes(objectives.margin)
 
   def _attempt_shard(
     self, name, attack, variables, images, labels, index, root, attempt, *epsilon
   ):
-    """One device's images → (changed images, fooled, finite, predictions, distance)."""
+    """One device's images → (changed images, finite, distance)."""
     if epsilon and self._attacks_at:
       attack = dict(self._attacks_at(*epsilon))[name]
-    images = _pixels(images)
     keys = attacks.attempt_keys(_keys(root, index, name), attempt)
     network = self._network(variables, jax.random.fold_in(keys[0], _INNER))
     found = attack.attempt(network, keys, images, labels, attempt)
-    whole = jnp.all(jnp.isfinite(found), axis=(1, 2, 3), keepdims=True)
-    found = jnp.where(whole, found, images)
-    logits = self._network(variables, jax.random.fold_in(keys[0], _JUDGE))(found)
-    predictions = jnp.argmax(logits, axis=-1)
-    # A network that answers with something else than numbers has failed.
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    fooled = ~finite | (predictions != labels)
-    finite &= whole[:, 0, 0, 0]
-    return found, fooled, finite, predictions, attack.ball.distance(found, images)
+    finite = jnp.all(jnp.isfinite(found), axis=(1, 2, 3), keepdims=True)
+    found = jnp.where(finite, found, images)
+    return found, finite[:, 0, 0, 0], attack.ball.distance(found, images)
 
   def __call__(
     self,
@@ -274,12 +268,14 @@ class Evaluator:
         with waiting.waiting('compiling the network, and looking for what misleads'):
           self._warn(run, program, classes)
       first = parallel.replicate(np.int32(0))
-      survey = lambda *batch: self._survey(variables, *batch, first)[:3]
+      survey = lambda *batch: parallel.gather(
+        self._survey(variables, *batch, first)[:3]
+      )
       with _bar(progress, 'clean', len(images), 'images') as advance:
         run.attempt(0, survey, advance)
     first = 1
     size = () if epsilon is None else (parallel.replicate(np.float32(epsilon)),)
-    for (name, attack), judge in zip(self._attacks, self._attempts, strict=True):
+    for (name, attack), find in zip(self._attacks, self._attempts, strict=True):
       numbers = range(first, first + attack.num_attempts(classes))
       first = numbers.stop
       ahead = [n for n in numbers if n >= record.attempt]
@@ -290,11 +286,20 @@ class Evaluator:
       with _bar(progress, name, total, 'attempts') as advance:
         for number in ahead:
           attempt = parallel.replicate(np.int32(number - numbers.start))
+          call = parallel.replicate(np.int32(_JUDGE - number))
+
+          def judge(*batch, find=find, attempt=attempt, call=call):
+            found, whole, distance = find(variables, *batch, attempt, *size)
+            # By the program of the survey, whatever the attack claims.
+            judged = self._survey(variables, found, *batch[1:], call)[:3]
+            found, whole, distance, right, finite, predictions = parallel.gather(
+              (found, whole, distance, *judged)
+            )
+            return found, ~right, finite & whole, predictions, distance
+
           run.attempt(
             number,
-            lambda *batch, judge=judge, attempt=attempt: judge(
-              variables, *batch, attempt, *size
-            ),
+            judge,
             advance,
             what=name if number == ahead[0] else '',
             left=numbers.stop - number,
@@ -418,7 +423,8 @@ class _Run:
     """A batch on the devices, filled up with its first image, and the root."""
     filled = np.concatenate([index, np.full(size - len(index), index[0])])
     mine = filled[slice(*parallel.process_slots(size))]
-    batch = self.images[mine], self.labels[mine], mine.astype(np.int32)
+    # In [0, 1], so that one program takes them and what attacks make of them.
+    batch = _unit(self.images[mine]), self.labels[mine], mine.astype(np.int32)
     return *parallel.shard(batch), self.root
 
   def attempt(
@@ -441,7 +447,7 @@ class _Run:
       if what and self.fits:
         aloud = waiting.waiting(f'{what}: compiling, and the first batch')
       with aloud:
-        found = parallel.gather(judge(*self.batch(part, size)))
+        found = judge(*self.batch(part, size))
       what, found = '', [x[: len(part)] for x in found]
       if number == 0:
         right, finite, predictions = found
@@ -497,10 +503,3 @@ def _unit(images: np.ndarray) -> np.ndarray:
   if images.dtype == np.uint8:
     return images.astype(np.float32) / 255
   return images.astype(np.float32)
-
-
-def _pixels(images: jax.Array) -> jax.Array:
-  """The same on a device."""
-  if images.dtype == jnp.uint8:
-    return jnp.asarray(images, jnp.float32) / 255
-  return jnp.asarray(images, jnp.float32)

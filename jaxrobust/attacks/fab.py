@@ -82,6 +82,10 @@ class FAB(attack.Attack):
   eta: float = 1.05
   beta: float = 0.9
 
+  @property
+  def turns(self) -> int:
+    return self.num_steps
+
   def num_attempts(self, num_classes: int) -> int:
     """How many attempts there are: restarts within targets.
 

@@ -58,7 +58,7 @@ _TINY = 1e-12
 class _State(NamedTuple):
   """The search so far."""
 
-  query: jax.Array  # after the start
+  turn: jax.Array  # 0 for the image, 1 for the start, then the windows
   images: jax.Array  # [B, H, W, C], the best
   margins: jax.Array  # [B], theirs
   queries: jax.Array  # int [B], made while the image stood
@@ -79,6 +79,10 @@ class Square(attack.Attack):
   num_queries: int = 5000
   p_init: float = 0.8
   restarts: int = 1
+
+  @property
+  def turns(self) -> int:
+    return self.num_queries + 2
 
   def num_attempts(self, num_classes: int) -> int:
     """The restarts."""
@@ -134,31 +138,40 @@ class Square(attack.Attack):
     start = jax.vmap(functools.partial(start, self.ball))
     move = jax.vmap(functools.partial(move, self.ball), in_axes=(0, 0, 0, None))
 
+    inside = lambda x: self.ball.project(x.astype(images.dtype), images)
+
     def proceed(state):
-      size = sizes[state.query]
-      moved = move(keys(state.query + 1), images, state.images, size)
-      found = self.ball.project(moved.astype(images.dtype), images)
+      # Of the image itself, of the start, and of a window a turn: one call of the
+      # network, which is then compiled once.
+      found = jax.lax.switch(
+        jnp.minimum(state.turn, 2),
+        (
+          lambda: images,
+          lambda: inside(start(keys(0), images)),
+          lambda: inside(
+            move(keys(state.turn - 1), images, state.images, sizes[state.turn - 2])
+          ),
+        ),
+      )
       margins = margin(found)
       stands = state.margins <= 0
-      better = stands & (margins > state.margins)
+      better = stands & ((state.turn < 2) | (margins > state.margins))
       return _State(
-        state.query + 1,
+        state.turn + 1,
         jnp.where(better[:, None, None, None], found, state.images),
         jnp.where(better, margins, state.margins),
-        state.queries + stands,
+        state.queries + (stands & (state.turn > 0)),
       )
 
     def goes_on(state):
-      return (state.query < self.num_queries) & jnp.any(state.margins <= 0)
+      return (state.turn < self.num_queries + 2) & jnp.any(state.margins <= 0)
 
-    before = margin(images)
-    stands = before <= 0
-    found = self.ball.project(start(keys(0), images).astype(images.dtype), images)
+    margin_type = jax.eval_shape(margin, images).dtype
     state = _State(
       jnp.array(0),
-      jnp.where(stands[:, None, None, None], found, images),
-      jnp.where(stands, margin(found), before),
-      stands.astype(jnp.int32),
+      images,
+      jnp.full(len(images), -jnp.inf, margin_type),
+      jnp.zeros(len(images), jnp.int32),
     )
     state = jax.lax.while_loop(goes_on, proceed, state)
     return jax.lax.stop_gradient(state.images), state.queries

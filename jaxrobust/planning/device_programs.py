@@ -207,6 +207,7 @@ def judging(config: config_dict.ConfigDict, num_devices: int) -> list[Program]:
   )
   images = -(-size // num_devices)
   pixels, labels, *_ = update.batch_like(info, images)
+  pixels = jax.ShapeDtypeStruct(pixels.shape, jnp.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0))
   index = jax.ShapeDtypeStruct((), jnp.int32)
   root = jax.ShapeDtypeStruct((2,), jnp.uint32)
@@ -217,7 +218,7 @@ def judging(config: config_dict.ConfigDict, num_devices: int) -> list[Program]:
       (),
       images,
       attack.num_attempts(info.num_classes) * -(-count // size),
-      getattr(attack, 'num_steps', 0) or getattr(attack, 'num_queries', 1),
+      attack.turns,
       name=name,
     )
     for name, attack in attacks
