@@ -183,10 +183,12 @@ def test_inference_is_float32_whatever_training_is():
 
 def test_the_published_step_has_nothing_of_all_this():
   default = lowered()[0].as_text()
-  assert 'bf16' not in default and 'optimization_barrier' not in default
+  assert 'bf16' not in default
+  # Winograd's convolution has some on CPU, and remat its own.
+  barriers = lambda text: text.count('stablehlo.optimization_barrier')
   loops = lambda text: text.count('stablehlo.while')
   assert loops(lowered(**IN_PARTS)[0].as_text()) > loops(default)
-  assert 'optimization_barrier' in lowered(**REMAT)[0].as_text()
+  assert barriers(lowered(**REMAT)[0].as_text()) > barriers(default)
   assert 'bf16' in lowered(**HALF)[0].as_text()
 
 

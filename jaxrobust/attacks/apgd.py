@@ -287,7 +287,7 @@ def _l1(config: APGD, probe, rngs, images) -> jax.Array:
   noisy = images + jax.vmap(draw)(keys[:, 0])
   # 30 % of the steps, 30 %, and the rest ("Mind the box", section 4).
   first = -(-3 * config.num_steps // 10)
-  lengths = jnp.array([first, first, config.num_steps - 2 * first])
+  lengths = jnp.array([first, first, max(config.num_steps - 2 * first, 0)])
 
   def phase(index, state):
     scale = 3 - index
