@@ -184,6 +184,13 @@ def test_inference_is_float32_whatever_training_is():
 def test_the_published_step_has_nothing_of_all_this():
   default = lowered()[0].as_text()
   assert 'bf16' not in default
+  params, net_state = variables()
+  traced = lambda **x: str(
+    jax.make_jaxpr(
+      lambda images: model_of(**x).apply(params, net_state, images, batch_stats=True)
+    )(jnp.zeros((BATCH, 8, 8, 1)))
+  )
+  assert 'remat2[' not in traced() and 'remat2[' in traced(**REMAT)
   # Winograd's convolution has some on CPU, and remat its own.
   barriers = lambda text: text.count('stablehlo.optimization_barrier')
   loops = lambda text: text.count('stablehlo.while')

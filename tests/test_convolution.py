@@ -27,9 +27,8 @@ def test_value_and_gradients_are_those_of_lax(float64, size, stride):
 
 
 def test_many_channels_are_convolved_by_winograd(float64):
-  assert winograd.suits(
-    (2, 8, 4, 64), (3, 3, 64, 72)
-  )  # Tiles of 4x4, and of 2x2 below.
+  # Of SHAPES, (8, 4) takes tiles of 4x4 outputs and (2, 2) those of 2x2.
+  assert winograd.suits((2, 8, 4, 64), (3, 3, 64, 72))
   compare_with_lax(3, 1, 64, 72)
 
 

@@ -55,6 +55,7 @@ def convolve(images: jax.Array, kernel: jax.Array) -> jax.Array:
     [B, H, W, O].
   """
   batch, height, width, channels = images.shape
+  # On a map of 4x4 a single tile leaves too few rows to the products.
   size = 4 if height % 4 == width % 4 == 0 and height * width > 16 else 2
   transform_tile, transform_kernel, gather_outputs = _TRANSFORMS[size]
 
