@@ -164,8 +164,10 @@ def main(
   }
   if (step := zoo.split_step(path)[1]) is not None:
     protocol['checkpoint_step'] = step
-  shown = datasets.Split(images, labels)
-  process_group.require_alike(protocol | {'images': shown.checksum()})
+  judged = {'images': datasets.Split(images, labels).checksum()}
+  if dataset_info.is_own(config.dataset):  # Other images may take their place.
+    protocol |= judged
+  process_group.require_alike(protocol | judged)
   folder = workdirs.claim(workdir, config)
   identity = json.dumps(protocol, sort_keys=True) + str(save_images)
   state = folder / 'evaluations' / hashlib.sha256(identity.encode()).hexdigest()[:12]

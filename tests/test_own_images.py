@@ -1,17 +1,22 @@
 """Images of one's own: folders of pictures, arrays, and any builder."""
 
 import io
+import json
 import os
 
+import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from jaxrobust import config as configs
+from jaxrobust import evaluate, models
 from jaxrobust.config import classifier, dataset_info, fields, generator, registries
 from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.models import card as cards
+from jaxrobust.models import parameter_files
 from tests.helpers import mutations
 
 CLASSES = ('apple', 'bear', 'cat')
@@ -321,3 +326,23 @@ def test_protocols_say_of_known_data_sets_what_they_always_did(folder):
   assert set(found) == {'name', 'data_dir', 'validation_images', 'train_images'}
   mine = dataset_info.identity(datasets.record(own(folder[0])).dataset)
   assert mine['path'] == str(folder[0]) and mine['num_classes'] == 3
+
+
+def test_a_result_is_of_the_images_that_were_judged(tmp_path):
+  """Other test images in the place of as many are judged, not taken for the first."""
+  path, file = tmp_path / 'mine.npz', tmp_path / 'network.npy'
+  given, workdir = arrays_of(), tmp_path / 'judged'
+  np.savez(path, **given)
+  config = datasets.record(
+    own(path, 'npz', **{'model.name': 'wrn-10-1', 'evaluation.suite': 'clean'})
+  )
+  model = models.from_config(config.model, dataset_info.of(config.dataset))
+  parameter_files.export_npy(epath.Path(file), *model.init(jax.random.key(0)))
+  judge = lambda: evaluate.main(config, str(workdir), checkpoint=str(file))
+  results = lambda: json.loads((workdir / 'results.json').read_text())
+  judge()
+  judge()
+  assert [x['clean_correct'] for x in results()] == [1]  # It says 0 of everything.
+  np.savez(path, **given | {'test_labels': np.zeros((3, 1), np.uint8)})
+  judge()
+  assert [x['clean_correct'] for x in results()] == [1, 3]
