@@ -60,8 +60,8 @@ def test_large_memory_is_kept_on_cpu():
 @pytest.mark.parametrize(
   'given, expected',
   [
-    ('', '--xla_tpu_scoped_vmem_limit_kib=65536'),
-    ('--xla_a=1', '--xla_a=1 --xla_tpu_scoped_vmem_limit_kib=65536'),
+    ('', '--xla_tpu_scoped_vmem_limit_kib=45056'),
+    ('--xla_a=1', '--xla_a=1 --xla_tpu_scoped_vmem_limit_kib=45056'),
     (2 * ('--xla_tpu_scoped_vmem_limit_kib=16384',)),
   ],
 )
