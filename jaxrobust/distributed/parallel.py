@@ -42,12 +42,10 @@ def _with_scoped_memory(arguments: str) -> str:
 
   That is a third of the fast memory of a core of v5e, of which an operation gets 16 MiB
   otherwise, too little for large tiles: convolutions then read their inputs and
-  kernels from the main memory several times. Above 44 MiB too little is left to keep
-  arrays in between operations. By the compiler's schedule for v5e, the gradient of the
-  images through three blocks of WRN-28-10 at 32x32 takes 9.43M cycles in float32 with
-  44 MiB, 9.90M with 32, 9.66M with 40, 9.70M with 48 and 10.34M with 64. Programs for
-  v2, v3 and v4 compile to the same cycles with any limit. A limit that the user sets
-  remains.
+  kernels from the main memory several times. A larger limit leaves less room for arrays
+  that stay there from one operation to the next. What this and other limits save, by
+  the compiler's schedule, is in docs/planning.md; programs for v2, v3 and v4 take the
+  same cycles. A limit that the user sets remains.
   """
   option = '--xla_tpu_scoped_vmem_limit_kib'
   return arguments if option in arguments else f'{arguments} {option}=45056'.strip()
