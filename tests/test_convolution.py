@@ -130,3 +130,39 @@ def test_module_is_compatible_with_haiku():
   np.testing.assert_allclose(
     ours.apply(params, None, images), theirs.apply(params, None, images), atol=1e-6
   )
+
+
+def in_a_loop(images, kernel):
+  """Three steps up a sum of the outputs, as an attack takes them."""
+
+  def step(_, x):
+    held, x = convolution.hold(kernel, x)
+    return x + jax.grad(lambda x: jnp.sum(jnp.sin(convolution.conv2d(x, held))))(x)
+
+  return lax.fori_loop(0, 3, step, images)
+
+
+@pytest.mark.parametrize('features, constraints', [(160, 2), (96, 2), (256, 0)])
+def test_a_tpu_gets_features_in_lanes_inside_loops(features, constraints):
+  """Both kernels of a loop's body, unless their features fill the lanes anyway."""
+  arguments = [
+    jax.ShapeDtypeStruct(shape, jnp.float32)
+    for shape in ((2, 4, 4, features), (3, 3, features, features))
+  ]
+  traced = jax.jit(in_a_loop).trace(*arguments)
+  count = lambda platform, what: (
+    traced.lower(lowering_platforms=(platform,)).as_text().count(what)
+  )
+  assert count('tpu', 'LayoutConstraint') == constraints
+  assert count('tpu', 'optimization_barrier') == constraints + 1
+  assert not count('cpu', 'LayoutConstraint')
+  assert not count('cuda', 'LayoutConstraint')
+  assert not count('cuda', 'optimization_barrier')
+
+
+@pytest.mark.parametrize('stride', (1, 2))
+def test_what_a_tpu_computes_is_the_same(float64, stride, monkeypatch):
+  """Layouts change no value: the TPU's rule, run on this machine."""
+  choose = lambda *args, tpu=None, default=None, **_: (tpu or default)(*args)
+  monkeypatch.setattr(lax, 'platform_dependent', choose)
+  compare_with_lax(3, stride, 3, 4)

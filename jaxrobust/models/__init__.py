@@ -11,6 +11,7 @@ from ml_collections import config_dict
 
 from jaxrobust.config import dataset_info, registries
 from jaxrobust.errors import UnknownNameError, UserError
+from jaxrobust.models import convolution
 from jaxrobust.models.preact_resnet import PreActResNet18
 from jaxrobust.models.wide_resnet import WideResNet
 
@@ -125,6 +126,7 @@ def build(
     return network.init(rng, jnp.zeros((1, *image_shape)), batch_stats=True)
 
   def apply(params, net_state, images, batch_stats):
+    params, images = convolution.hold(params, images)
     return network.apply(params, net_state, images, batch_stats)
 
   def features(params, net_state, images):
