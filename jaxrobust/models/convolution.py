@@ -114,10 +114,11 @@ conv2d.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def hold(params: Any, images: jax.Array) -> tuple[Any, jax.Array]:
-  """Parameters and images as they are, but on TPU one depends on the other.
+  """Parameters and images as they are, but on TPU kernels depend on the images.
 
   What depends on parameters alone leaves a loop, as that of PGD, before the compiler
-  chooses layouts, and the layout that `conv2d` asks for is lost then.
+  chooses layouts, and the layout that `conv2d` asks for is lost then. Kernels without
+  such a layout may leave it.
 
   Args:
     params: tree of arrays.
@@ -129,7 +130,7 @@ def hold(params: Any, images: jax.Array) -> tuple[Any, jax.Array]:
   return jax.lax.platform_dependent(
     params,
     images,
-    tpu=lambda *both: jax.lax.optimization_barrier(both),
+    tpu=_hold_on_tpu,
     default=lambda *both: both,
   )
 
@@ -137,9 +138,22 @@ def hold(params: Any, images: jax.Array) -> tuple[Any, jax.Array]:
 hold.defvjp(lambda *both: (hold(*both), None), lambda _, cotangents: cotangents)
 
 
+def _hold_on_tpu(params, images):
+  leaves, structure = jax.tree.flatten(params)
+  held = [i for i, leaf in enumerate(leaves) if _leaves_lanes_empty(leaf)]
+  kernels, images = jax.lax.optimization_barrier(([leaves[i] for i in held], images))
+  for i, kernel in zip(held, kernels, strict=True):
+    leaves[i] = kernel
+  return jax.tree.unflatten(structure, leaves), images
+
+
+def _leaves_lanes_empty(kernel):
+  return kernel.ndim == 4 and any(n % _LANES for n in kernel.shape[2:])
+
+
 def _in_lanes(kernel):
   """A kernel on TPU, with its last axis side by side in the lanes of a vector."""
-  if not any(channels % _LANES for channels in kernel.shape[2:]):
+  if not _leaves_lanes_empty(kernel):
     return kernel  # Makes no difference but the time to copy it.
   kernel = with_layout_constraint(kernel, Layout(tuple(range(kernel.ndim))))
   # Or the compiler drops the copy again, since its convolutions take any layout.
