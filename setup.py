@@ -19,7 +19,7 @@ setuptools.setup(
     'etils[epath]>=1.9',
     # Imported by tensorflow-datasets, which does not ask for it.
     'importlib_resources>=6',
-    'jax>=0.7,<0.13',
+    'jax>=0.7.2,<0.13',
     'matplotlib>=3.8',
     'ml_collections>=1.0',
     'numpy>=2.0',

@@ -27,8 +27,9 @@ Winograd (23 and 39 ms with 128 and 256 channels, but 74 with 64).
 XLA on TPU chooses the layout of a kernel by its channels: where it has no more outputs
 than inputs, the inputs lie side by side in the lanes of a vector. Products of 160
 channels are then padded to 256; with the outputs in the lanes, they are not. So on TPU,
-and there only, outputs are put there, as they are forward and as the gradient of the
-images turns the kernel round. By the compiler's schedule for v5e, 128 images, bfloat16,
+and there only, kernels are laid out with the outputs in the lanes, and for the gradient
+of the images, where inputs and outputs change places, with the inputs there; see
+`hold`. By the compiler's schedule for v5e, 128 images, bfloat16, forward,
 inside a loop, in thousands of cycles:
 
   map, channels     inputs in lanes  outputs in lanes
@@ -112,20 +113,21 @@ def _backward(stride, in_loops, residuals, cotangent):
 conv2d.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def hold(params: Any, images: jax.Array) -> tuple[Any, jax.Array]:
   """Parameters and images as they are, but on TPU kernels depend on the images.
 
-  What depends on parameters alone leaves a loop, as that of PGD, before the compiler
-  chooses layouts, and the layout that `conv2d` asks for is lost then. Kernels without
-  such a layout may leave it.
+  What depends on parameters alone leaves a loop, such as PGD's, before the compiler
+  chooses layouts, and the layout that `conv2d` asks for is lost then. Kernels for which
+  it asks for none may leave the loop as before.
 
   Args:
     params: tree of arrays.
-    images: what changes from one turn of the loop to the next, and is in memory then.
+    images: what changes from one turn of the loop to the next. They are in memory by
+      then, so that holding them costs no copy.
 
   Returns:
-    Both. Differentiable in reverse mode only, and gradients do not wait for each other.
+    Both. Their gradients are not held.
   """
   return jax.lax.platform_dependent(
     params,
@@ -135,27 +137,33 @@ def hold(params: Any, images: jax.Array) -> tuple[Any, jax.Array]:
   )
 
 
-hold.defvjp(lambda *both: (hold(*both), None), lambda _, cotangents: cotangents)
+@functools.partial(hold.defjvp, symbolic_zeros=True)
+def _tangents_are_not_held(both, tangents):
+  return hold(*both), tangents
 
 
 def _hold_on_tpu(params, images):
   leaves, structure = jax.tree.flatten(params)
-  held = [i for i, leaf in enumerate(leaves) if _leaves_lanes_empty(leaf)]
+  held = [i for i, leaf in enumerate(leaves) if _pads_lanes(leaf)]
+  if not held:
+    return params, images
   kernels, images = jax.lax.optimization_barrier(([leaves[i] for i in held], images))
   for i, kernel in zip(held, kernels, strict=True):
     leaves[i] = kernel
   return jax.tree.unflatten(structure, leaves), images
 
 
-def _leaves_lanes_empty(kernel):
+def _pads_lanes(kernel):
   return kernel.ndim == 4 and any(n % _LANES for n in kernel.shape[2:])
 
 
 def _in_lanes(kernel):
   """A kernel on TPU, with its last axis side by side in the lanes of a vector."""
-  if not _leaves_lanes_empty(kernel):
-    return kernel  # Makes no difference but the time to copy it.
-  kernel = with_layout_constraint(kernel, Layout(tuple(range(kernel.ndim))))
+  if not _pads_lanes(kernel):
+    return kernel  # The convolution is no faster then, and a copy takes time.
+  kernel = with_layout_constraint(
+    jnp.asarray(kernel), Layout(tuple(range(kernel.ndim)))
+  )
   # Or the compiler drops the copy again, since its convolutions take any layout.
   return jax.lax.optimization_barrier(kernel)
 
