@@ -161,18 +161,21 @@ def test_a_tpu_gets_features_in_lanes_inside_loops(features, constraints):
   assert not count('cuda', 'optimization_barrier')
 
 
-@pytest.mark.parametrize('stride', (1, 2))
-def test_what_a_tpu_computes_is_the_same(float64, stride, monkeypatch):
-  """Layouts change no value: the TPU's rule, run on this machine."""
+@pytest.fixture
+def as_on_tpu(monkeypatch):
+  """Takes the TPU's way, on this machine."""
   choose = lambda *args, tpu=None, default=None, **_: (tpu or default)(*args)
   monkeypatch.setattr(lax, 'platform_dependent', choose)
+
+
+@pytest.mark.parametrize('stride', (1, 2))
+def test_what_a_tpu_computes_is_the_same(float64, stride, as_on_tpu):
+  """Layouts change no value."""
   compare_with_lax(3, stride, 3, 4)
 
 
-def test_what_a_tpu_holds_is_the_same(monkeypatch):
+def test_what_a_tpu_holds_is_the_same(as_on_tpu):
   """Of a tree of some kernels that are held and some that are not."""
-  choose = lambda *args, tpu=None, default=None, **_: (tpu or default)(*args)
-  monkeypatch.setattr(lax, 'platform_dependent', choose)
   rng = np.random.default_rng(4)
   array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   params = {

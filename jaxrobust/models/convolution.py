@@ -29,8 +29,8 @@ than inputs, the inputs lie side by side in the lanes of a vector. Products of 1
 channels are then padded to 256; with the outputs in the lanes, they are not. So on TPU,
 and there only, kernels are laid out with the outputs in the lanes, and for the gradient
 of the images, where inputs and outputs change places, with the inputs there; see
-`hold`. By the compiler's schedule for v5e, 128 images, bfloat16, forward,
-inside a loop, in thousands of cycles:
+`hold`. By the compiler's schedule for v5e, 128 images, bfloat16, forward, inside a
+loop, in thousands of cycles:
 
   map, channels     inputs in lanes  outputs in lanes
   32x32, 160 → 160              753               507
