@@ -1,6 +1,7 @@
 """Runs of several processes, and what breaks them: signals, disks, other hosts."""
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -253,6 +254,28 @@ def test_sigterm_may_come_twice_but_a_second_ctrl_c_means_now():
   assert preemption.reached()
   with pytest.raises(KeyboardInterrupt):
     signal.raise_signal(signal.SIGINT)
+  preemption.close()
+
+
+def test_ctrl_c_is_not_lost_where_python_drops_exceptions(monkeypatch):
+  """JAX collects garbage in a callback of Python's, out of which none gets."""
+
+  def collecting(phase, info):
+    del info
+    if phase == 'start':
+      signal.raise_signal(signal.SIGINT)
+
+  dropped = []
+  monkeypatch.setattr(sys, 'unraisablehook', lambda e: dropped.append(e.exc_type))
+  monkeypatch.setattr(parallel.jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(parallel.Preemption, '_unanswered', False)
+  preemption = parallel.Preemption()
+  gc.callbacks.append(collecting)
+  gc.collect()
+  gc.callbacks.remove(collecting)
+  assert dropped == [KeyboardInterrupt]
+  with pytest.raises(KeyboardInterrupt):
+    preemption.reached()
   preemption.close()
 
 

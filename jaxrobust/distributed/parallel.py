@@ -310,7 +310,10 @@ class Preemption:
     if jax.process_count() > 1:
       # jax's own service listens for SIGTERM and agrees on the question; a handler of
       # ours would hide the signal from it.
-      handlers = {signal.SIGHUP: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+      handlers = {
+        signal.SIGINT: self._interrupt,
+        signal.SIGHUP: lambda *_: os.kill(os.getpid(), signal.SIGTERM),
+      }
     self._previous = {
       number: signal.signal(number, handler)
       for number, handler in handlers.items()
@@ -325,9 +328,19 @@ class Preemption:
       raise KeyboardInterrupt(f'signal {signum}')
     self._asked = True
 
+  def _interrupt(self, signum, frame):
+    del frame
+    self._asked = True
+    raise KeyboardInterrupt(f'signal {signum}')
+
   def reached(self) -> bool:
-    """Whether to save and stop now; every process asks after every step."""
+    """Whether to save and stop now; every process asks after every step.
+
+    Of several processes, one that Ctrl-C reached stops at once.
+    """
     if jax.process_count() > 1:
+      if self._asked:  # Python drops an exception in a finalizer or garbage collection.
+        raise KeyboardInterrupt
       # They stop at the question after the last that any has asked: 1 before the first,
       # wherever the run resumed. That one must come, so numbers have no gap.
       return multihost_utils.reached_preemption_sync_point(next(_questions))
