@@ -51,7 +51,22 @@ def _with_scoped_memory(arguments: str) -> str:
   return arguments if option in arguments else f'{arguments} {option}=45056'.strip()
 
 
-# Libtpu reads it once, when jax first asks for devices.
+def _with_parallel_convolutions(flags: str) -> str:
+  """Flags of XLA with which it convolves on CPU by Eigen, on all cores.
+
+  By its own choice it convolves by YNNPACK, of which many convolutions, such as those
+  of 64 channels on maps of 32x32, keep to one core. What this saves is in
+  docs/benchmarks.md. A choice of the user's remains, and so does that of a version for
+  which the flag was not tried: XLA ends the program at a flag that it does not know.
+  """
+  option = '--xla_cpu_experimental_ynn_fusion_type'
+  if option in flags or not (0, 9) <= jax.__version_info__ < (0, 13):
+    return flags
+  return f'{flags} {option}=-individual_convolution'.strip()
+
+
+# XLA and libtpu read these once, when jax first asks for devices.
+os.environ['XLA_FLAGS'] = _with_parallel_convolutions(os.environ.get('XLA_FLAGS', ''))
 os.environ['LIBTPU_INIT_ARGS'] = _with_scoped_memory(
   os.environ.get('LIBTPU_INIT_ARGS', '')
 )
