@@ -54,13 +54,13 @@ def _with_scoped_memory(arguments: str) -> str:
 def _with_parallel_convolutions(flags: str) -> str:
   """Flags of XLA with which it convolves on CPU by Eigen, on all cores.
 
-  By its own choice it convolves by YNNPACK, of which many convolutions, such as those
-  of 64 channels on maps of 32x32, keep to one core. What this saves is in
+  From JAX 0.10.1 on it convolves by YNNPACK, which keeps many convolutions, such as
+  those of 64 channels on maps of 32x32, to one core. What this saves is in
   docs/benchmarks.md. A choice of the user's remains, and so does that of a version for
   which the flag was not tried: XLA ends the program at a flag that it does not know.
   """
   option = '--xla_cpu_experimental_ynn_fusion_type'
-  if option in flags or not (0, 9) <= jax.__version_info__ < (0, 13):
+  if option in flags or not (0, 10) <= jax.__version_info__ < (0, 13):
     return flags
   return f'{flags} {option}=-individual_convolution'.strip()
 
