@@ -70,38 +70,6 @@ def test_the_tpu_compiler_keeps_what_the_user_asks(given, expected):
   assert parallel._with_scoped_memory(expected) == expected
 
 
-@pytest.mark.parametrize(
-  'given, expected',
-  [
-    ('', '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution'),
-    (
-      '--xla_a=1',
-      '--xla_a=1 --xla_cpu_experimental_ynn_fusion_type=-individual_convolution',
-    ),
-    (2 * ('--xla_cpu_experimental_ynn_fusion_type=',)),
-  ],
-)
-def test_the_cpu_compiler_keeps_what_the_user_asks(given, expected, monkeypatch):
-  assert parallel._with_parallel_convolutions(given) == expected
-  assert parallel._with_parallel_convolutions(expected) == expected
-  # A version that may not know the flag, at which it would end the program.
-  monkeypatch.setattr(parallel.jax, '__version_info__', (0, 13, 0))
-  assert parallel._with_parallel_convolutions(given) == given
-
-
-def test_convolutions_on_cpu_use_all_cores():
-  """By the library for them: YNNPACK keeps this one to a single core."""
-  images, kernel = jnp.zeros((64, 32, 32, 64)), jnp.zeros((3, 3, 64, 128))
-  convolve = jax.jit(
-    lambda x, k: jax.lax.conv_general_dilated(
-      x, k, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-    )
-  )
-  program = convolve.lower(images, kernel).compile().as_text()
-  assert ' convolution(' in program
-  assert 'ynn' not in program
-
-
 def test_mean_over_devices_leaves_integers_alone():
   out = parallel.pmap(parallel.mean_over_devices)(
     {'x': jnp.arange(4.0), 'n': jnp.full(4, 7)}

@@ -51,22 +51,7 @@ def _with_scoped_memory(arguments: str) -> str:
   return arguments if option in arguments else f'{arguments} {option}=45056'.strip()
 
 
-def _with_parallel_convolutions(flags: str) -> str:
-  """Flags of XLA with which it convolves on CPU by Eigen, on all cores.
-
-  From JAX 0.10.1 on it convolves by YNNPACK, which keeps many convolutions, such as
-  those of 64 channels on maps of 32x32, to one core. What this saves is in
-  docs/benchmarks.md. A choice of the user's remains, and so does that of a version for
-  which the flag was not tried: XLA ends the program at a flag that it does not know.
-  """
-  option = '--xla_cpu_experimental_ynn_fusion_type'
-  if option in flags or not (0, 10) <= jax.__version_info__ < (0, 13):
-    return flags
-  return f'{flags} {option}=-individual_convolution'.strip()
-
-
-# XLA and libtpu read these once, when jax first asks for devices.
-os.environ['XLA_FLAGS'] = _with_parallel_convolutions(os.environ.get('XLA_FLAGS', ''))
+# Libtpu reads it once, when jax first asks for devices.
 os.environ['LIBTPU_INIT_ARGS'] = _with_scoped_memory(
   os.environ.get('LIBTPU_INIT_ARGS', '')
 )
@@ -320,7 +305,7 @@ class Preemption:
 
   def __init__(self):
     self._asked, Preemption._unanswered = Preemption._unanswered, False
-    self._answered = False
+    self._answered = self._interrupted = False
     handlers = dict.fromkeys(STOP_SIGNALS, self._ask)
     if jax.process_count() > 1:
       # jax's own service listens for SIGTERM and agrees on the question; a handler of
@@ -345,16 +330,19 @@ class Preemption:
 
   def _interrupt(self, signum, frame):
     del frame
-    self._asked = True
+    self._interrupted = True
     raise KeyboardInterrupt(f'signal {signum}')
 
   def reached(self) -> bool:
     """Whether to save and stop now; every process asks after every step.
 
-    Of several processes, one that Ctrl-C reached stops at once.
+    Raises:
+      KeyboardInterrupt: in a run of several processes, after Ctrl-C. It was raised when
+        the signal came, but Python drops an exception that is raised in a finalizer or
+        during garbage collection.
     """
     if jax.process_count() > 1:
-      if self._asked:  # Python drops an exception in a finalizer or garbage collection.
+      if self._interrupted:
         raise KeyboardInterrupt
       # They stop at the question after the last that any has asked: 1 before the first,
       # wherever the run resumed. That one must come, so numbers have no gap.

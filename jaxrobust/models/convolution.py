@@ -1,28 +1,29 @@
 """Convolution that is fast on CPU and TPU in both directions, inside loops too.
 
-XLA on CPU has a fast convolution for the ordinary layout (NHWC, HWIO, images not
-dilated) and a naive one for the rest, which is what its own gradient rule asks for;
-inside the body of a loop, as in PGD, that costs the gradient of the images up to ten
-times the forward pass. And it convolves by a library that often keeps to one core, from
-which `distributed.parallel` turns it away. So on CPU, and there only, gradients are
-written as ordinary convolutions and matrix products. Milliseconds measured on two cores
-of an Intel Xeon with AVX-512, float32, all inside a loop, with XLA's own rule and
-library, and ours:
+XLA on CPU has a fast convolution for the ordinary layout (NHWC, HWIO, not dilated)
+and a naive one for the rest, which is what its own gradient rule asks for; inside the
+body of a loop, as in PGD, that costs the gradient of the images 10 times the forward
+pass. So on CPU, and there only, gradients are written as ordinary convolutions and
+matrix products. Milliseconds measured on one core of an AMD EPYC with AVX-512,
+float32, all inside a loop:
 
-  batch, map, channels          forward  image gradient  kernel gradient
-                                XLA ours       XLA ours         XLA ours
-  32, 32x32, 64 → 64             25    9        91    8       5,288   18
-  32, 16x16, 128 → 128           14    6        91    7       3,868   12
-  64, 8x8, 256 → 256             18    9       168   14       7,839   22
-  32, 32x32, 64 → 128 by 2       11    5        27    6       2,467   10
-  32, 32x32, 64 → 128 1x1, 2      3    1         4    1         202    2
-  32, 32x32, 16 → 16              5    2        45    2         179    2
+  batch, map, channels      forward  image gradient  kernel gradient
+                            XLA ours       XLA ours         XLA ours
+  32, 32x32, 64 → 64         13    9       121    9       3,163   30
+  32, 16x16, 128 → 128       12    6       124    7       2,612   17
+  64, 8x8, 256 → 256         27    8       261   15       7,127   27
 
-What was tried and lost, on an AMD EPYC: patches and one product (forward 0.3 to 0.6
-times XLA's speed); stride 2 as a stride-1 convolution of the cotangent with zeros
-between its pixels (57 ms in place of 17) or with the zero taps of all phases (30 ms);
-the kernel gradient through Winograd (23 and 39 ms with 128 and 256 channels, but 74
-with 64; as matrix products it took 17 and 27, and 30).
+and on two cores of an Intel Xeon with AVX-512:
+
+  32, 32x32, 64 → 128 by 2   11   12        27   12      2,467   12
+  32, 32x32, 64 → 128 1x1,2   3    2         4    1        202    2
+
+What was tried and lost: patches and one product (forward 0.3 to 0.6 times XLA's
+speed); stride 2 as a stride-1 convolution of the cotangent with zeros between its
+pixels (57 ms in place of 17) or with the zero taps of all phases (30 ms); the kernel
+gradient as a convolution with the cotangent for a kernel (as XLA's), or through
+Winograd (23 and 39 ms with 128 and 256 channels, but 74 with 64). Eigen, which XLA has
+too, would use all cores where XLA's choice keeps to one; see docs/benchmarks.md.
 
 XLA on TPU chooses the layout of a kernel by its channels: where it has no more outputs
 than inputs, the inputs lie side by side in the lanes of a vector. Products of 160
@@ -53,12 +54,6 @@ from jaxrobust.models import winograd
 from jaxrobust.models.block import parameter_dtype
 
 _LANES = 128  # Of a TPU's vectors.
-
-# From so many outputs on, a kernel's gradient is faster on CPU as a convolution. On 64
-# maps of 32, 16 and 8 pixels a side, with 64, 128 and 256 channels, it takes 39, 21 and
-# 18 ms, and as matrix products 50, 36 and 25; but with 16 channels 7 and 4, and with 32
-# channels 4 and 3.
-_WIDE = 64
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -228,30 +223,15 @@ def _images_gradient(cotangent, kernel, stride, shape, in_loops):
 
 
 def _kernel_gradient(images, cotangent, shape, stride):
-  """Gradient with respect to the kernel, as an ordinary convolution or matrix products.
+  """Gradient with respect to the kernel, as matrix products.
 
-  The convolution is that of the images, channels in the place of the batch, with the
-  cotangent for a kernel.
+  At stride 1 there is one for a row of the kernel, otherwise one for a tap.
   """
   rows, columns, channels, features = shape
   if rows == columns == 1:
     images, stride = images[:, ::stride, ::stride], 1
-  elif stride > 1 or features >= _WIDE:
-    padding = []
-    for taps, size, outputs in zip(
-      shape[:2], images.shape[1:3], cotangent.shape[1:3], strict=True
-    ):
-      low = _low_padding(size, taps, stride)
-      padding.append((low, (outputs - 1) * stride + taps - size - low))
-    gradient = jax.lax.conv_general_dilated(
-      images.transpose(3, 1, 2, 0),
-      cotangent.transpose(1, 2, 0, 3),
-      (1, 1),
-      padding,
-      rhs_dilation=(stride, stride),
-      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    )
-    return gradient.transpose(1, 2, 0, 3)
+  if stride > 1:
+    return _strided_kernel_gradient(images, cotangent, shape, stride)
   # A row of the kernel shifts the images. A column shifts the cotangent the other way
   # instead, so that one set of shifted copies serves all rows.
   height, width = images.shape[1:3]
@@ -270,6 +250,32 @@ def _kernel_gradient(images, cotangent, shape, stride):
     ]
   )
   return gradient.reshape(rows, channels, columns, features).swapaxes(1, 2)
+
+
+def _strided_kernel_gradient(images, cotangent, shape, stride):
+  rows, columns, channels, features = shape
+  padding = []
+  for taps, size, outputs in zip(
+    shape[:2], images.shape[1:3], cotangent.shape[1:3], strict=True
+  ):
+    low = _low_padding(size, taps, stride)
+    padding.append((low, max(outputs * stride + taps - 1 - size - low, 0)))
+  images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+  height, width = (stride * n for n in cotangent.shape[1:3])
+  cotangent = cotangent.reshape(-1, features)
+  return jnp.stack(
+    [
+      jnp.tensordot(
+        images[:, i : i + height : stride, j : j + width : stride].reshape(
+          -1, channels
+        ),
+        cotangent,
+        (0, 0),
+      )
+      for i in range(rows)
+      for j in range(columns)
+    ]
+  ).reshape(shape)
 
 
 class Conv2D(hk.Module):

@@ -23,25 +23,24 @@ _ROOT = 2**0.5
 def suits(images_shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
   """Whether `convolve` takes these shapes, and is worth it.
 
-  Measured on two cores of an Intel Xeon with AVX-512, batch 64, float32, inside a loop,
-  in GFLOP/s of the direct sum; PyTorch 2.13 in its faster layout, channels-last:
+  Measured on two cores of an AMD EPYC, batch 64, float32, inside a loop, in GFLOP/s of
+  the direct sum; PyTorch 2.13 in its faster layout, channels-last:
 
     map, channels     XLA   2x2   4x4   PyTorch
-    16x16, 32         173   131   138       226
-    32x32, 64         217   195   264       273
-    8x8, 64           206   242   258       269
-    16x16, 128        278   315   438       373
-    8x8, 256          285   437   557       268
-    4x4, 512          278   412             211
+    16x16, 32         235   274   480       487
+    32x32, 64         193   306   434       428
+    16x16, 128        393   412   843       480
+    8x8, 256          382   738  1185       542
+    4x4, 512          376   851   741
 
   On maps of 2x2, where XLA is at its worst, 2x2 has 12 times its speed with 64 channels
-  and 33 times with 128 (on an AMD EPYC).
+  and 33 times with 128. On small maps 32 channels are not worth the compilation.
   """
   _, height, width, _ = images_shape
   return (
     kernel_shape[:2] == (3, 3)
     and height % 2 == width % 2 == 0
-    and min(kernel_shape[2:]) >= 64
+    and min(kernel_shape[2:]) >= (64 if height * width < 256 else 32)
   )
 
 
