@@ -1,6 +1,7 @@
 """One table of this machine's accelerator: the step, AutoAttack, diffusion, the input.
 
   python -m benchmarks.accelerator [--minutes 10] [--cases step-bfloat16 autoattack …]
+                                   [--rivals ours torch …]
   python -m benchmarks.accelerator --cpu       rehearses it with tiny networks
 
 Measures on the GPU that jax finds, or on all TPU devices of the host; PyTorch's rivals
@@ -458,6 +459,8 @@ def main() -> None:
   )
   parser.add_argument('--minutes', type=float, default=10, help='in all, at most')
   parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES))
+  everyone = list(dict.fromkeys(r for case in CASES.values() for r in case.rivals))
+  parser.add_argument('--rivals', nargs='+', choices=everyone, default=everyone)
   parser.add_argument('--cpu', action='store_true', help='rehearse with tiny networks')
   args = parser.parse_args()
   started = time.monotonic()
@@ -484,10 +487,11 @@ def main() -> None:
     # Compiled code of this run alone, so that what is compiled is measured.
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/compiled')
     os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', f'{folder}/inductor')
-    cases = {
-      name: (rehearsal(CASES[name]) if args.cpu else CASES[name])._replace(files=folder)
-      for name in args.cases
-    }
+    cases = {}
+    for name in args.cases:
+      case = rehearsal(CASES[name]) if args.cpu else CASES[name]
+      chosen = tuple(rival for rival in case.rivals if rival in args.rivals)
+      cases[name] = case._replace(rivals=chosen, files=folder)
     minutes = args.minutes - (time.monotonic() - started) / 60
     if 'autoattack' in cases:
       weights = rivals.Rival(make, 'weights', cases['autoattack'])

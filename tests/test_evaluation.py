@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrobust.attacks import apgd, evaluation, norms, objectives, pgd
+from jaxrobust.attacks import apgd, evaluation, norms, objectives, pgd, suites
 from jaxrobust.attacks.attack import Attack
 from jaxrobust.attacks.evaluation import Evaluator, Outcome
 from jaxrobust.attacks.record import STANDING, Record
@@ -364,6 +364,20 @@ def test_compiles_once_for_other_parameters(case):
   evaluator(parallel.replicate((2 * weights, bias - 0.3)), images, labels)
   assert len(traces) == count > 0
   assert jax.device_count() == 4
+
+
+def test_programs_share_what_is_traced_of_the_network(case):
+  images, labels, (weights, bias), _ = case
+  traced = []
+
+  def counted(variables, images):
+    traced.append(images.shape)
+    return jnp.tile(logits_fn(variables, images), 3)
+
+  suite = suites.get('autoattack', norms.Linf(EPSILON))
+  evaluator = Evaluator(counted, suite, batch_size=16)
+  programs = evaluator.lower(parallel.replicate((weights, bias)), images, labels)
+  assert len(programs) == 5 and len(traced) == 1
 
 
 def test_a_gradient_that_is_not_a_number_breaks_nothing(case):

@@ -70,6 +70,13 @@ def test_the_tpu_compiler_keeps_what_the_user_asks(given, expected):
   assert parallel._with_scoped_memory(expected) == expected
 
 
+def test_a_draw_of_random_numbers_is_one_call_on_gpu():
+  draw = jax.jit(lambda key: jax.random.normal(key, (8,)))
+  program = draw.trace(jax.random.key(0)).lower(lowering_platforms=('cuda',)).as_text()
+  assert program.count('custom_call @cu_threefry2x32') == 1
+  assert 'shift_left' not in program  # Of the rotations in it.
+
+
 def test_mean_over_devices_leaves_integers_alone():
   out = parallel.pmap(parallel.mean_over_devices)(
     {'x': jnp.arange(4.0), 'n': jnp.full(4, 7)}

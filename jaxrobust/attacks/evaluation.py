@@ -182,7 +182,8 @@ class Evaluator:
     self._root = np.asarray(jax.random.key_data(jax.random.key(seed)))
     self._attacks = tuple(named_attacks)
     self._randomized = any(a.randomized for _, a in self._attacks)
-    self._logits_fn, self._attacks_at = logits_fn, attacks_at
+    # As a function of its own, it and its gradient are traced once for all programs.
+    self._logits_fn, self._attacks_at = jax.jit(logits_fn), attacks_at
     self._survey = parallel.pmap(self._survey_shard)
     self._checks = parallel.pmap(self._check_shard)
     self._attempts = [
