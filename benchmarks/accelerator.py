@@ -490,8 +490,10 @@ def main() -> None:
     cases = {}
     for name in args.cases:
       case = rehearsal(CASES[name]) if args.cpu else CASES[name]
-      chosen = tuple(rival for rival in case.rivals if rival in args.rivals)
-      cases[name] = case._replace(rivals=chosen, files=folder)
+      if chosen := tuple(rival for rival in case.rivals if rival in args.rivals):
+        cases[name] = case._replace(rivals=chosen, files=folder)
+    if not cases:
+      sys.exit(f'no case of {args.cases} has a rival of {args.rivals}: choose others')
     minutes = args.minutes - (time.monotonic() - started) / 60
     if 'autoattack' in cases:
       weights = rivals.Rival(make, 'weights', cases['autoattack'])

@@ -380,6 +380,35 @@ def test_programs_share_what_is_traced_of_the_network(case):
   assert len(programs) == 5 and len(traced) == 1
 
 
+def test_another_evaluator_sees_what_has_changed_in_a_function(case):
+  images, labels, (weights, bias), _ = case
+
+  @dataclasses.dataclass  # Equal to others of its fields, and so without a hash.
+  class Network:
+    sign: int = 1
+
+    def __call__(self, variables, images):
+      return self.sign * logits_fn(variables, images)
+
+  network = Network()
+  judge = lambda: Evaluator(network, [], batch_size=16)(
+    parallel.replicate((weights, bias)), images, labels
+  )
+  before = judge().clean_accuracy
+  network.sign = -1
+  assert judge().clean_accuracy == pytest.approx(1 - before) != before
+
+  def function(variables, images):
+    return network(variables, images)
+
+  judge = lambda: Evaluator(function, [], batch_size=16)(
+    parallel.replicate((weights, bias)), images, labels
+  )
+  assert judge().clean_accuracy == pytest.approx(1 - before)
+  network.sign = 1
+  assert judge().clean_accuracy == before
+
+
 def test_a_gradient_that_is_not_a_number_breaks_nothing(case):
   """The attack finds nothing, the evaluation says so and goes on."""
   images, labels, variables, _ = case

@@ -182,8 +182,10 @@ class Evaluator:
     self._root = np.asarray(jax.random.key_data(jax.random.key(seed)))
     self._attacks = tuple(named_attacks)
     self._randomized = any(a.randomized for _, a in self._attacks)
-    # As a function of its own, it and its gradient are traced once for all programs.
-    self._logits_fn, self._attacks_at = jax.jit(logits_fn), attacks_at
+    # As a function of its own, it and its gradient are traced once for all programs; as
+    # a new one, since what it reads may have changed since it was traced elsewhere.
+    self._logits_fn = jax.jit(lambda *arguments: logits_fn(*arguments))
+    self._attacks_at = attacks_at
     self._survey = parallel.pmap(self._survey_shard)
     self._checks = parallel.pmap(self._check_shard)
     self._attempts = [
