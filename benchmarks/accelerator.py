@@ -119,6 +119,16 @@ def rehearsal(case: Case) -> Case:
   )
 
 
+def chosen(names: list[str], among: list[str], rehearsed: bool) -> dict[str, Case]:
+  """The cases that have a wanted rival, each with only those."""
+  found = {}
+  for name in names:
+    case = rehearsal(CASES[name]) if rehearsed else CASES[name]
+    if wanted := tuple(rival for rival in case.rivals if rival in among):
+      found[name] = case._replace(rivals=wanted)
+  return found
+
+
 class Facts(NamedTuple):
   """What a process says of a task beside its times.
 
@@ -460,9 +470,19 @@ def main() -> None:
   parser.add_argument('--minutes', type=float, default=10, help='in all, at most')
   parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES))
   everyone = list(dict.fromkeys(r for case in CASES.values() for r in case.rivals))
-  parser.add_argument('--rivals', nargs='+', choices=everyone, default=everyone)
+  parser.add_argument(
+    '--rivals',
+    nargs='+',
+    choices=everyone,
+    default=everyone,
+    help='ratios, and shares of the peak, need ours',
+  )
   parser.add_argument('--cpu', action='store_true', help='rehearse with tiny networks')
   args = parser.parse_args()
+  cases = chosen(args.cases, args.rivals, args.cpu)
+  if not cases:
+    words = ', '.join(args.rivals), ', '.join(args.cases)
+    sys.exit('--rivals {}: none of them takes part in {}'.format(*words))
   started = time.monotonic()
   # PyTorch has the first GPU alone; so does jax, which would take all memory at once.
   for name, value in (
@@ -487,19 +507,13 @@ def main() -> None:
     # Compiled code of this run alone, so that what is compiled is measured.
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/compiled')
     os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', f'{folder}/inductor')
-    cases = {}
-    for name in args.cases:
-      case = rehearsal(CASES[name]) if args.cpu else CASES[name]
-      if chosen := tuple(rival for rival in case.rivals if rival in args.rivals):
-        cases[name] = case._replace(rivals=chosen, files=folder)
-    if not cases:
-      sys.exit(f'no case of {args.cases} has a rival of {args.rivals}: choose others')
-    minutes = args.minutes - (time.monotonic() - started) / 60
+    cases = {name: case._replace(files=folder) for name, case in cases.items()}
     if 'autoattack' in cases:
       weights = rivals.Rival(make, 'weights', cases['autoattack'])
       with contextlib.suppress(RuntimeError):  # Its rows will say that there are none.
         weights.ready()
       weights.close(kill=True)
+    minutes = args.minutes - (time.monotonic() - started) / 60
     table = Table(cases, minutes, 0.0 if args.cpu else TURN_SECONDS)
     with contextlib.suppress(KeyboardInterrupt):
       table.fill()

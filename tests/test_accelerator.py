@@ -47,6 +47,23 @@ def test_it_refuses_a_machine_without_an_accelerator():
   assert 'only the CPU' in line and '--cpu' in line
 
 
+def test_only_the_chosen_rivals_take_part():
+  names = ['step-bfloat16', 'autoattack']
+  found = accelerator.chosen(names, ['torch', 'ours'], rehearsed=False)
+  assert {k: case.rivals for k, case in found.items()} == {
+    'step-bfloat16': ('ours', 'torch'),
+    'autoattack': ('ours',),
+  }
+  assert list(accelerator.chosen(names, ['published'], rehearsed=False)) == names[1:]
+
+
+def test_rivals_of_no_case_are_refused():
+  done = run('--cpu', '--cases', 'step-bfloat16', '--rivals', 'published')
+  assert done.returncode == 1 and done.stdout == ''
+  (line,) = done.stderr.splitlines()
+  assert 'published' in line and 'step-bfloat16' in line
+
+
 def pretend(rival, case):
   """What `accelerator.make` would give, or what may go wrong in it."""
   if rival == 'crowded':

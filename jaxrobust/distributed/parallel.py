@@ -57,8 +57,8 @@ os.environ['LIBTPU_INIT_ARGS'] = _with_scoped_memory(
 )
 
 # On GPU each draw of random numbers becomes a call of a kernel that jax brings, where
-# it would otherwise be some hundred operations to compile. The numbers are the same. On
-# an H100 the initial parameters of cifar10_edm compile in 2.7 s so, and else in 43 s.
+# it would otherwise be some hundred operations to compile. The numbers are the same.
+# docs/benchmarks.md says what it saves.
 if 'JAX_THREEFRY_GPU_KERNEL_LOWERING' not in os.environ:
   jax.config.update('jax_threefry_gpu_kernel_lowering', True)
 
