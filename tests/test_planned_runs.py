@@ -6,10 +6,13 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from jaxrobust import sweep
+from jaxrobust.config import classifier
 from jaxrobust.config.tables import Preparation, Row, Table
+from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.reporting import planned_runs
 from jaxrobust.runs import cli, workdir
@@ -125,6 +128,34 @@ def test_only_the_whole_evaluation_of_its_own_checkpoint_answers(found):
   few = run.config.copy_and_resolve_references().unlock()
   few.evaluation.num_images = 8
   assert run._replace(config=few).result()['protocol']['num_images'] == 8
+
+
+def test_what_other_images_of_ones_own_gave_is_not_the_points(found, tmp_path):
+  def write(seed):
+    images = np.random.default_rng(seed).integers(0, 256, (9, 4, 4, 3), np.uint8)
+    arrays = {'train_images': images, 'train_labels': np.arange(9) % 3}
+    arrays |= {'test_images': images, 'test_labels': np.arange(9) % 3}
+    np.savez(tmp_path / 'own.npz', **arrays)
+    planned_runs._checksum.cache_clear()  # Of images that another program replaced.
+
+  write(0)
+  config = classifier.get_config()
+  config.dataset.name, config.dataset.path = 'npz', f'{tmp_path}/own.npz'
+  config.dataset.validation_images, config.evaluation.num_images = 2, 5
+  run = found[2]._replace(config=datasets.record(config))
+  finish(run)
+  of = {'dataset': 'own', 'num_images': 5}
+  workdir.add_result(run.workdir, protocol(run, **of), {'a': 0})
+  assert run.is_finished()  # Which images they were, earlier versions did not say.
+  images, labels = datasets.of(run.config.dataset, 'test')
+  judged = datasets.Split(images[:5], labels[:5]).checksum()
+  workdir.add_result(run.workdir, protocol(run, **of, images=judged), {'a': 1})
+  assert run.result()['a'] == 1
+  write(1)
+  assert run.result()['a'] == 0
+  (tmp_path / 'own.npz').unlink()  # On a machine that has only the results.
+  planned_runs._checksum.cache_clear()
+  assert run.result()['a'] == 1
 
 
 def test_what_was_made_of_another_preparation_is_not_the_rows(found):

@@ -1,6 +1,7 @@
 """Runs as sweeps and tables name them: their commands, and how far each is."""
 
 import functools
+import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from jaxrobust import config as configs
 from jaxrobust.attacks import norms, suites
 from jaxrobust.config import dataset_info, experiments, fields, registries
 from jaxrobust.config.tables import Preparation, Row, Table
+from jaxrobust.data import datasets
 from jaxrobust.errors import UserError
 from jaxrobust.reporting.tables import COLUMNS
 from jaxrobust.runs import checksums
@@ -70,17 +72,21 @@ class Point(NamedTuple):
     """The last entry of results.json that answers for the point.
 
     It is of its own checkpoint, by the attacks of the suite that judges it, on all the
-    images that the config asks for; any one if it is not evaluated but analysed.
+    images that the config asks for, as they are now; any one if it is not evaluated but
+    analysed.
     """
     found = workdirs.read_results(self.workdir)
     if found and 'evaluate' in self.programs:
-      wanted = self._protocol()
+      config = workdirs.continued(self.workdir, self.config)
+      wanted = self._protocol(config)
       found = [x for x in found if wanted.items() <= x['protocol'].items()]
+      if found and (images := _own_images(config, wanted['num_images'])):
+        # An earlier version did not write which images it judged.
+        found = [x for x in found if x['protocol'].get('images', images) == images]
     return found[-1] if found else None
 
-  def _protocol(self) -> dict:
+  def _protocol(self, config: config_dict.ConfigDict) -> dict:
     """What an evaluation that answers for the point says of itself."""
-    config = workdirs.continued(self.workdir, self.config)
     settings, dataset = config.evaluation, config.dataset
     info, held_out = dataset_info.of(dataset), dataset.validation_images
     sizes = {
@@ -150,6 +156,23 @@ class Point(NamedTuple):
 
   def _suite_flag(self, program: str) -> list[str]:
     return [f'--suite={self.suite}'] if self.suite and program == 'evaluate' else []
+
+
+def _own_images(config: config_dict.ConfigDict, num_images: int) -> str:
+  """Checksum of the images of one's own that an evaluation judges; '' without any."""
+  if not dataset_info.is_own(config.dataset):
+    return ''
+  try:
+    return _checksum(config.dataset.to_json(), config.evaluation.split, num_images)
+  except UserError as e:
+    logging.warning('results are not compared with their images: %s', e)
+    return ''
+
+
+@functools.cache
+def _checksum(dataset: str, split: str, num_images: int) -> str:
+  found = datasets.of(config_dict.ConfigDict(json.loads(dataset)), split)
+  return datasets.Split(found.images[:num_images], found.labels[:num_images]).checksum()
 
 
 @functools.cache
