@@ -79,8 +79,10 @@ def ours(path, images, labels, norm, epsilon, batch_size):
   from jaxrobust import models
   from jaxrobust.attacks.robustness import evaluate_robustness
   from jaxrobust.config import dataset_info
+  from jaxrobust.distributed import parallel
   from jaxrobust.models import architecture, parameter_files
 
+  parallel.use_cores(min(batch_size, len(images)), os.path.getsize(path))
   compiling = []
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, seconds, **_: (

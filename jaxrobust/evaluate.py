@@ -138,10 +138,14 @@ def main(
   # Runs from before this field was made have none.
   save_images = settings.get('save_adversarial', False)
   info = dataset_info.of(config.dataset)
-  model = models.from_config(config.model, info)
   ball = norms.get(config.threat.norm, config.threat.epsilon)
   suite, attacks = suites.from_config(settings, ball)
   name, path = _find(config, workdir)
+  file = path / workdirs.CHECKPOINT if path.is_dir() else path
+  if process_group.membership() is None and file.exists():
+    most = settings.num_images or settings.batch_size
+    parallel.use_cores(min(settings.batch_size, most), file.stat().length)
+  model = models.from_config(config.model, info)
   with waiting.waiting('loading the network and the images'):
     variables = parameter_files.load(path, model)
     images, labels = datasets.of(config.dataset, settings.split)

@@ -2,6 +2,8 @@
 
 import platform
 import resource
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,28 @@ def test_replicate_round_trip():
   copies = parallel.replicate(x)
   assert copies['a'].shape == (4, 3)
   assert parallel.unreplicate(copies)['step'] == 5
+
+
+def test_a_device_for_each_core_if_nothing_else_is_said():
+  program = """
+import os, jax
+from jaxrobust.distributed import parallel
+os.sched_getaffinity = lambda _: range(3)
+def devices(images, parameters, said=-1):
+  jax.config.update('jax_num_cpu_devices', said)
+  parallel.use_cores(images, parameters)
+  return jax.config.jax_num_cpu_devices
+print(devices(100, 8), devices(16, 8), devices(15, 8))
+print(devices(100, 2**29), devices(100, 2**30), devices(100, 8, said=1))
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
+print(devices(100, 8), jax.device_count())
+del os.environ['XLA_FLAGS']
+parallel.use_cores(100, 8)  # jax has its devices: they stay.
+print(jax.device_count())
+"""
+  command = [sys.executable, '-c', program]
+  found = subprocess.run(command, check=True, capture_output=True, text=True)
+  assert found.stdout.splitlines() == ['3 2 -1', '2 -1 1', '-1 2', '2']
 
 
 def test_a_step_compiles_once():

@@ -6,6 +6,7 @@ collectives here. Arrays that enter and leave carry a leading axis of the local
 devices: `replicate` and `shard` add it, `unreplicate` and `gather` remove it.
 """
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -61,6 +62,27 @@ os.environ['LIBTPU_INIT_ARGS'] = _with_scoped_memory(
 # docs/benchmarks.md says what it saves.
 if 'JAX_THREEFRY_GPU_KERNEL_LOWERING' not in os.environ:
   jax.config.update('jax_threefry_gpu_kernel_lowering', True)
+
+
+def use_cores(images: int, parameters: int) -> None:
+  """On CPU, gives this process a device for each core, before jax looks for devices.
+
+  XLA computes many convolutions with few channels on one core of those that a device
+  has. On two cores 100 images of 32x32 pass WRN-10-1 forward and backward in 60 to 70
+  ms, and in 74 to 119 with one device. Nothing changes if the user says how many devices
+  there are, or if jax has found its devices.
+
+  Args:
+    images: of a batch; each device gets at least 8.
+    parameters: bytes of them; all copies together take at most 1 GiB.
+  """
+  affinity = getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count() or 1))
+  devices = min(len(affinity(0)), images // 8, 2**30 // max(parameters, 1))
+  said = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+  if devices < 2 or said or jax.config.values['jax_num_cpu_devices'] > 0:
+    return
+  with contextlib.suppress(RuntimeError):  # jax has its devices.
+    jax.config.update('jax_num_cpu_devices', devices)
 
 
 def number() -> int:

@@ -18,12 +18,17 @@ and on two cores of an Intel Xeon with AVX-512:
   32, 32x32, 64 → 128 by 2   11   12        27   12      2,467   12
   32, 32x32, 64 → 128 1x1,2   3    2         4    1        202    2
 
+A product of matrices takes all cores where XLA keeps a 1x1 convolution to one: 64 maps
+of 32x32, 16 → 64 channels, take 0.6 ms in place of 1.7.
+
 What was tried and lost: patches and one product (forward 0.3 to 0.6 times XLA's
 speed); stride 2 as a stride-1 convolution of the cotangent with zeros between its
 pixels (57 ms in place of 17) or with the zero taps of all phases (30 ms); the kernel
 gradient as a convolution with the cotangent for a kernel (as XLA's), or through
-Winograd (23 and 39 ms with 128 and 256 channels, but 74 with 64). Eigen, which XLA has
-too, would use all cores where XLA's choice keeps to one; see docs/benchmarks.md.
+Winograd (23 and 39 ms with 128 and 256 channels, but 74 with 64); half of the batch, or
+of the outputs, beside the other half, which XLA computes one after the other. Eigen,
+which XLA has too, would use all cores where XLA's choice keeps to one; see
+docs/benchmarks.md.
 
 XLA on TPU chooses the layout of a kernel by its channels: where it has no more outputs
 than inputs, the inputs lie side by side in the lanes of a vector. Products of 160
@@ -78,11 +83,10 @@ def conv2d(
     [B, ceil(H / stride), ceil(W / stride), O].
   """
   convolve = lambda x, k: _convolve(x, k, stride, 'SAME')
-  on_cpu = functools.partial(_convolve_on_cpu, in_loops=in_loops)
   return jax.lax.platform_dependent(
     images,
     kernel,
-    cpu=on_cpu if stride == 1 else convolve,
+    cpu=lambda x, k: _convolve_on_cpu(x, k, stride, in_loops),
     tpu=lambda x, k: convolve(x, _in_lanes(k)),
     default=convolve,
   )
@@ -179,13 +183,16 @@ def _convolve(images, kernel, stride, padding):
   )
 
 
-def _convolve_on_cpu(images, kernel, in_loops):
-  """Stride 1, 'SAME'."""
+def _convolve_on_cpu(images, kernel, stride, in_loops):
+  """With 'SAME' padding."""
+  if kernel.shape[:2] == (1, 1):
+    return jnp.tensordot(images[:, ::stride, ::stride], kernel[0, 0], 1)
   # Sums of taps and of pixels would lose what half precision has.
   single = images.dtype.itemsize >= 4
-  if in_loops and single and winograd.suits(images.shape, kernel.shape):
+  suits = stride == 1 and winograd.suits(images.shape, kernel.shape)
+  if in_loops and single and suits:
     return winograd.convolve(images, kernel)
-  return _convolve(images, kernel, 1, 'SAME')
+  return _convolve(images, kernel, stride, 'SAME')
 
 
 def _low_padding(size, taps, stride):
@@ -202,7 +209,8 @@ def _images_gradient(cotangent, kernel, stride, shape, in_loops):
   stride-th tap, in reverse order.
   """
   if stride == 1 and all(n % 2 for n in kernel.shape[:2]):
-    return _convolve_on_cpu(cotangent, kernel[::-1, ::-1].swapaxes(2, 3), in_loops)
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    return _convolve_on_cpu(cotangent, turned, 1, in_loops)
   batch, outputs, channels = len(cotangent), cotangent.shape[1:3], shape[-1]
   lows = [_low_padding(shape[1 + i], kernel.shape[i], stride) for i in (0, 1)]
   phases = []
@@ -214,7 +222,12 @@ def _images_gradient(cotangent, kernel, stride, shape, in_loops):
       phases.append(jnp.zeros((batch, *outputs, channels), cotangent.dtype))
       continue
     padding = [(n - 1 - d, d) for n, d in zip(taps.shape, shifts, strict=False)]
-    phases.append(_convolve(cotangent, taps.swapaxes(2, 3), 1, padding))
+    taps = taps.swapaxes(2, 3)
+    phases.append(
+      _convolve(cotangent, taps, 1, padding)
+      if any(map(any, padding))
+      else _convolve_on_cpu(cotangent, taps, 1, in_loops)
+    )
   gradient = jnp.stack(phases, 3).reshape(batch, *outputs, stride, stride, channels)
   gradient = gradient.swapaxes(2, 3).reshape(
     batch, outputs[0] * stride, outputs[1] * stride, channels
