@@ -143,7 +143,8 @@ def main(
   name, path = _find(config, workdir)
   file = path / workdirs.CHECKPOINT if path.is_dir() else path
   if process_group.membership() is None and file.exists():
-    most = settings.num_images or settings.batch_size
+    # Before all that has jax look for devices, as the model does.
+    most = settings.num_images or dataset_info.size_of(config.dataset, settings.split)
     parallel.use_cores(min(settings.batch_size, most), file.stat().length)
   model = models.from_config(config.model, info)
   with waiting.waiting('loading the network and the images'):

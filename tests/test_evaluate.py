@@ -1,8 +1,11 @@
 """The evaluate program: every image once, resumable, the same on any devices."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import types
 
@@ -68,6 +71,28 @@ def command(workdir, trained, suite=SUITE):
     'evaluate', f'--workdir={workdir}', f'--checkpoint={trained}', f'--suite={suite}',
     *TINY, *FEW,
   ]  # fmt: skip
+
+
+def test_there_is_a_device_for_each_core_before_jax_looks_for_them(tmp_path):
+  program = """
+import os, sys
+os.sched_getaffinity = lambda _: range(3)
+import jax
+from jaxrobust.models import parameter_files
+parameter_files.load = lambda *_: sys.exit(jax.device_count() + 40)
+from jaxrobust import evaluate
+evaluate.cli.run(evaluate.PROGRAM)
+"""
+  run = tmp_path / 'run'
+  run.mkdir()
+  (run / 'checkpoint.npy').write_bytes(b'0' * 100)
+  arguments = [f'--workdir={run}', '--config=digits', '--suite=pgd']
+  environment = {k: v for k, v in os.environ.items() if k != 'JAX_NUM_CPU_DEVICES'}
+  found = subprocess.run(
+    [sys.executable, '-c', program, *arguments],
+    check=False, capture_output=True, text=True, env=environment,
+  )  # fmt: skip
+  assert found.returncode == 43, found.stderr
 
 
 @pytest.mark.slow

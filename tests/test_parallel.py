@@ -40,7 +40,7 @@ def devices(images, parameters, said=-1):
   parallel.use_cores(images, parameters)
   return jax.config.jax_num_cpu_devices
 print(devices(100, 8), devices(16, 8), devices(15, 8))
-print(devices(100, 2**29), devices(100, 2**30), devices(100, 8, said=1))
+print(devices(100, 2**26), devices(100, 2**27), devices(100, 8, said=1))
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
 print(devices(100, 8), jax.device_count())
 del os.environ['XLA_FLAGS']

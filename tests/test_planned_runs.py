@@ -131,10 +131,10 @@ def test_only_the_whole_evaluation_of_its_own_checkpoint_answers(found):
 
 
 def test_what_other_images_of_ones_own_gave_is_not_the_points(found, tmp_path):
-  def write(seed):
-    images = np.random.default_rng(seed).integers(0, 256, (9, 4, 4, 3), np.uint8)
-    arrays = {'train_images': images, 'train_labels': np.arange(9) % 3}
-    arrays |= {'test_images': images, 'test_labels': np.arange(9) % 3}
+  def write(seed, count=9):
+    images = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
+    arrays = {'train_images': images, 'train_labels': np.arange(count) % 3}
+    arrays |= {'test_images': images, 'test_labels': np.arange(count) % 3}
     np.savez(tmp_path / 'own.npz', **arrays)
     planned_runs._checksum.cache_clear()  # Of images that another program replaced.
 
@@ -151,8 +151,9 @@ def test_what_other_images_of_ones_own_gave_is_not_the_points(found, tmp_path):
   judged = datasets.Split(images[:5], labels[:5]).checksum()
   workdir.add_result(run.workdir, protocol(run, **of, images=judged), {'a': 1})
   assert run.result()['a'] == 1
-  write(1)
-  assert run.result()['a'] == 0
+  for others in (1, 9), (0, 8):
+    write(*others)
+    assert run.result()['a'] == 0
   (tmp_path / 'own.npz').unlink()  # On a machine that has only the results.
   planned_runs._checksum.cache_clear()
   assert run.result()['a'] == 1

@@ -441,9 +441,9 @@ class _Run:
     record.begin(number)
     index = record.standing()
     # What is left of the images may need no more than a half, or a quarter, …
-    size = self.size
-    while self.fits and size // 2 >= len(index) > 0 and not size // 2 % self.devices:
-      size //= 2
+    size, half_of = self.size, lambda n: -(-(n // 2) // self.devices) * self.devices
+    while self.fits and 0 < len(index) <= half_of(size) < size:
+      size = half_of(size)
     while len(index) > record.done:
       part = index[record.done : record.done + size]
       aloud = contextlib.nullcontext()

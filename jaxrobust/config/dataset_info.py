@@ -183,6 +183,17 @@ def held_out(validation_images: int, train_size: int) -> int:
   return train_size // 10 if is_too_many else validation_images
 
 
+def size_of(dataset: config_dict.ConfigDict, split: str) -> int:
+  """Images of a split of a config's `dataset`: 'train', 'validation' or 'test'."""
+  info, held_out = of(dataset), dataset.validation_images
+  sizes = {
+    'test': info.test_size,
+    'validation': held_out,
+    'train': dataset.train_images or info.train_size - held_out,
+  }
+  return sizes[split]
+
+
 def is_own(dataset: config_dict.ConfigDict) -> bool:
   """Whether a config's `dataset` names the user's own images, or any builder."""
   return dataset.name in (*OWN, ARRAYS) or dataset.name.startswith('tfds:')

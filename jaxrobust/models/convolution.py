@@ -74,10 +74,10 @@ def conv2d(
     kernel: [kh, kw, C, O].
     stride: at least 1, of both axes.
     in_loops: whether it is called inside a loop, where all that is below pays on CPU.
-      Outside, XLA's own convolution and gradient of the kernel suit small U-Nets
-      better: a step of experiments/digits_ddpm.py takes 99 ms of processor time so, 105
-      with Winograd's products and 136 with the kernel's gradient below (medians of 7
-      interleaved rounds).
+      Outside, XLA's own convolution, but of 1x1, and gradient of the kernel suit small
+      U-Nets better: a step of experiments/digits_ddpm.py takes 99 ms of processor time
+      so, 105 with Winograd's products and 136 with the kernel's gradient below (medians
+      of 7 interleaved rounds).
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), O].

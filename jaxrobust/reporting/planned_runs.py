@@ -87,19 +87,14 @@ class Point(NamedTuple):
 
   def _protocol(self, config: config_dict.ConfigDict) -> dict:
     """What an evaluation that answers for the point says of itself."""
-    settings, dataset = config.evaluation, config.dataset
-    info, held_out = dataset_info.of(dataset), dataset.validation_images
-    sizes = {
-      'test': info.test_size,
-      'validation': held_out,
-      'train': dataset.train_images or info.train_size - held_out,
-    }
+    settings = config.evaluation
+    size = dataset_info.size_of(config.dataset, settings.split)
     ball = norms.get(self.config.threat.norm, self.config.threat.epsilon)
     path = self.workdir / workdirs.CHECKPOINT
     return {
       **suites.protocol(settings, ball, self.suite),
       'split': settings.split,
-      'num_images': settings.num_images or sizes[settings.split],
+      'num_images': settings.num_images or size,
       'checkpoint_sha256': _sha256(path, path.stat().mtime) if path.exists() else '',
     }
 
@@ -159,20 +154,25 @@ class Point(NamedTuple):
 
 
 def _own_images(config: config_dict.ConfigDict, num_images: int) -> str:
-  """Checksum of the images of one's own that an evaluation judges; '' without any."""
+  """Checksum of the images of one's own that an evaluation judges; '' without any.
+
+  That of others, by number or shape, is no evaluation's.
+  """
   if not dataset_info.is_own(config.dataset):
     return ''
-  try:
-    return _checksum(config.dataset.to_json(), config.evaluation.split, num_images)
-  except UserError as e:
-    logging.warning('results are not compared with their images: %s', e)
-    return ''
+  return _checksum(config.dataset.to_json(), config.evaluation.split, num_images)
 
 
 @functools.cache
 def _checksum(dataset: str, split: str, num_images: int) -> str:
-  found = datasets.of(config_dict.ConfigDict(json.loads(dataset)), split)
-  return datasets.Split(found.images[:num_images], found.labels[:num_images]).checksum()
+  config = config_dict.ConfigDict(json.loads(dataset))
+  try:
+    images, labels = datasets.of(config, split)
+  except (UserError, OSError) as e:
+    logging.warning('results are not compared with their images: %s', e)
+    is_here = config.path and os.path.exists(os.path.expanduser(config.path))
+    return 'others' if is_here else ''
+  return datasets.Split(images[:num_images], labels[:num_images]).checksum()
 
 
 @functools.cache
