@@ -74,8 +74,8 @@ def use_cores(images: int, parameters: int) -> None:
 
   Args:
     images: of a batch; each device gets at least 8.
-    parameters: bytes of them; all copies together take at most 128 MiB, since XLA
-      computes the convolutions of larger networks on all cores anyway.
+    parameters: bytes of them; all copies together take at most 128 MiB. The wide
+      convolutions of larger networks take several cores of one device as well.
   """
   affinity = getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count() or 1))
   devices = min(len(affinity(0)), images // 8, 2**27 // max(parameters, 1))

@@ -223,7 +223,7 @@ def _images_gradient(cotangent, kernel, stride, shape, in_loops):
       continue
     padding = [(n - 1 - d, d) for n, d in zip(taps.shape, shifts, strict=False)]
     taps = taps.swapaxes(2, 3)
-    phases.append(
+    phases.append(  # Without padding it is one tap, a product of matrices.
       _convolve(cotangent, taps, 1, padding)
       if any(map(any, padding))
       else _convolve_on_cpu(cotangent, taps, 1, in_loops)

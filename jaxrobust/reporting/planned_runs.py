@@ -156,7 +156,8 @@ class Point(NamedTuple):
 def _own_images(config: config_dict.ConfigDict, num_images: int) -> str:
   """Checksum of the images of one's own that an evaluation judges; '' without any.
 
-  That of others, by number or shape, is no evaluation's.
+  Where they are not what the run had, by number or shape, it is no evaluation's, and
+  where they are absent it is '', too.
   """
   if not dataset_info.is_own(config.dataset):
     return ''
@@ -165,6 +166,7 @@ def _own_images(config: config_dict.ConfigDict, num_images: int) -> str:
 
 @functools.cache
 def _checksum(dataset: str, split: str, num_images: int) -> str:
+  """Of the first images of a split, as they are when a process asks first."""
   config = config_dict.ConfigDict(json.loads(dataset))
   try:
     images, labels = datasets.of(config, split)
